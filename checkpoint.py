@@ -1,0 +1,122 @@
+"""
+Checkpoints: everything a run needs to go on as if it had never stopped, in one file that cannot run code.
+
+A checkpoint is one safetensors file: weights of router and LoRA, optimiser moments and random generator as
+tensors, the rest (step, counters, the checksum of the tensors) as JSON in its header. It is written aside,
+synced and renamed, so a reader finds either the old file or the new one, never half of one. No pickle is read
+or written anywhere.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+def digest(tensors):
+    """sha256 over names, shapes and bytes: a flipped bit is found before it trains on."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach().cpu().contiguous()
+        h.update(
+            f"{name} {tuple(t.shape)} {t.dtype}".encode() + t.reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return h.hexdigest()
+
+
+def write_aside(path, write):
+    """Call write(temporary path), sync it to disk, then rename it to `path`: atomic on every local file
+    system."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        with open(aside, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_aside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def trainable(policy, router):
+    """Name -> parameter or buffer of everything that training changes or fixes: LoRA and the router."""
+    named = {f"policy.{k}": p for k, p in policy.named_parameters()}
+    if router is not None:
+        named |= {f"router.{k}": t for k, t in router.state_dict(keep_vars=True).items()}
+    return named
+
+
+def save(path, policy, router, optimizer=None, generator=None, **state):
+    """Write a checkpoint; `state` is anything JSON can hold (step, best, ...)."""
+    tensors = {k: t.detach().cpu().contiguous() for k, t in trainable(policy, router).items()}
+    if optimizer is not None:
+        for i, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": t.detach().cpu().contiguous() for k, t in moments.items()}
+    if generator is not None:
+        tensors["generator"] = generator.get_state()
+    header = dict(state=json.dumps(state), sha256=digest(tensors))
+    write_aside(path, lambda p: save_file(tensors, p, metadata=header))
+
+
+def load(path, policy, router, optimizer=None, generator=None):
+    """Put a checkpoint's contents in place and return its state dict.
+
+    Raises ValueError, changing nothing, if the file is damaged or was made for other models or another
+    router.
+    """
+    try:
+        with safe_open(path, framework="pt") as f:
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is no readable checkpoint ({e})") from e
+    if header.get("sha256") != digest(tensors):
+        raise ValueError(f"{path} is damaged: its checksum does not match")
+    target = trainable(policy, router)
+    for name, t in target.items():
+        if name not in tensors or tensors[name].shape != t.shape:
+            raise ValueError(f"{path} was made for other models: {name} is missing or of another shape")
+    with torch.no_grad():
+        for name, t in target.items():
+            t.copy_(tensors[name])
+    if optimizer is not None:
+        state = {}
+        for name in tensors:
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensors[name]
+        optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
+    if generator is not None:
+        generator.set_state(tensors["generator"])
+    return json.loads(header["state"])
+
+
+def last(folder):
+    """The checkpoints of a run, newest first."""
+    return sorted(Path(folder).glob("step-*.safetensors"), reverse=True)
+
+
+def rotate(folder, keep=2):
+    for old in last(folder)[keep:]:
+        old.unlink()
+
+
+def load_last(folder, *where):
+    """Load the newest checkpoint that is whole, saying so when one had to be passed over. None when there is
+    none."""
+    for path in last(folder):
+        try:
+            return load(path, *where)
+        except ValueError as e:
+            warnings.warn(f"{e}; falling back to the checkpoint before it")
+    return None

@@ -1,0 +1,334 @@
+"""
+What was learned: accuracy before and after on held-out problems, who was listened to, and what each expert
+was worth.
+
+    python eval.py runs/NAME                            the test problems, before and after, with 95%
+    intervals
+    python eval.py runs/NAME --samples 8                and pass@k
+    python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
+
+"Before" is the policy alone: LoRA off and prefix off. Attention shows who was listened to; it is no proof
+that it mattered. So each expert is also silenced (its attention set to exactly 0, the others' renormalised)
+and the accuracy that this costs is measured on the same problems.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import checkpoint
+from rewards import Problem
+from rlvr import rollout
+from run import build, evaluate
+
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#000000",
+)  # Okabe and Ito
+
+
+def wilson(right, n, z=1.96):
+    """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1.    8 of 10 -> [0.49,
+    0.94]"""
+    p, zn = right / n, z * z / n
+    centre, half = (p + zn / 2) / (1 + zn), z * math.sqrt(p * (1 - p) / n + zn / (4 * n)) / (1 + zn)
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def score(verdicts):
+    n, right = len(verdicts), sum(v.strict for v in verdicts)
+    return dict(strict=right / n, lenient=sum(v.lenient for v in verdicts) / n, ci95=wilson(right, n))
+
+
+def by_dataset(items, values):
+    """dataset -> the values of its items, in the order of first appearance."""
+    groups = {}
+    for problem, value in zip(items, values):
+        groups.setdefault(problem.dataset, []).append(value)
+    return groups
+
+
+def pass_at(k, n, c):
+    """Chance that one of k completions is right, from c right among n: 1 - C(n-c, k) / C(n, k) (2107.03374,
+    eq. 1)."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def silence(run, items):
+    """expert -> verdicts on the same items with that expert absent. {} where there are not two experts."""
+    names = [e.name for e in run.experts]
+    result = {}
+    for i, name in enumerate(names if len(names) > 1 else ()):
+        mask = torch.ones(len(names), dtype=torch.bool, device=run.policy.embed.device)
+        mask[i] = False
+        result[name] = evaluate(run, items, lambda H: run.router(H, mask))[0]
+    return result
+
+
+def measure(run, n, samples=0):
+    """Everything eval reports on the first n test items, as one JSON-able dict."""
+    items = run.items["test"][:n]
+    with run.policy.plain():
+        before = evaluate(run, items, None)[0]
+    after, _, attention = evaluate(run, items)
+    names = [e.name for e in run.experts]
+    report = dict(
+        task=run.args["task"],
+        n=len(items),
+        seed=run.args["seed"],
+        collab=run.args["collab"],
+        before=score(before),
+        after=score(after),
+    )
+    b, a = by_dataset(items, before), by_dataset(items, after)
+    report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
+    if attention is not None:
+        heard = by_dataset(items, attention.mean((1, 2)))  # dataset -> [(N,)]
+        report["attention_by"] = {
+            d: dict(zip(names, torch.stack(x).mean(0).tolist())) for d, x in heard.items()
+        }
+        report["silenced"] = {
+            e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
+            for e, v in silence(run, items).items()
+        }
+    if samples:
+        report["pass_at"] = sample_pass(run, items, samples)
+    return report
+
+
+@torch.no_grad()
+def sample_pass(run, items, samples):
+    """k -> mean pass@k over the items, from `samples` completions of each at the training temperature."""
+    generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
+    right, step = [], max(1, 64 // samples)
+    for i in range(0, len(items), step):
+        out = rollout(
+            run.policy,
+            run.router,
+            run.batch(items[i : i + step]),
+            run.tokenizer,
+            run.verify,
+            samples,
+            run.args["max_new"],
+            run.args["temperature"],
+            generator,
+        )
+        right += [sum(v.strict for v in row) for row in out.verdicts]
+    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    return {k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks}
+
+
+def show(report):
+    percent = lambda s: (
+        f"{s['strict']:6.1%} [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}] lenient {s['lenient']:.1%}"
+    )
+    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
+    print(f"  before {percent(report['before'])}\n  after  {percent(report['after'])}")
+    for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
+        print(f"    {d:24} n {x['n']:4d}  before {x['before']['strict']:6.1%}  after {percent(x['after'])}")
+    for k, value in report.get("pass_at", {}).items():
+        print(f"  pass@{k} {value:.1%}")
+    for d, heard in report.get("attention_by", {}).items():
+        cost = {e: x[d] - report["by_dataset"][d]["after"]["strict"] for e, x in report["silenced"].items()}
+        print(
+            f"  {d}: listens to "
+            + ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
+            + (
+                "; silenced, " + ", ".join(f"{e} {100 * c:+.0f}" for e, c in cost.items()) + " points"
+                if cost
+                else ""
+            )
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- the
+# picture
+def heat(ax, rows, columns, values, title, shade, fmt):
+    """A labelled matrix: values[row][column], written in its cells."""
+    grid = torch.tensor([[values[r][c] for c in columns] for r in rows])
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=shade, aspect="auto")
+    ax.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
+    ax.set_yticks(range(len(rows)), rows)
+    for i, row in enumerate(grid.tolist()):
+        for j, v in enumerate(row):
+            ax.text(
+                j, i, format(v, fmt), ha="center", va="center", color="white" if v > 0.6 * shade else "black"
+            )
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("expert")
+
+
+def smooth(values, width=10):
+    """Trailing mean over at most `width` values."""
+    return [
+        sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
+        for i in range(len(values))
+    ]
+
+
+def figure(rows, report, path):
+    """One picture of a run: what it learned, whom it listened to, by family, and what silencing each expert
+    costs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(rows[-1]["attention"])
+    matrices = bool(report.get("silenced"))
+    fig, axes = plt.subplots(
+        2 if matrices else 1,
+        2 if names else 1,
+        squeeze=False,
+        constrained_layout=True,
+        figsize=(10 if names else 6, 7 if matrices else 3.6),
+    )
+    steps = [r["step"] for r in rows]
+    ax = axes[0, 0]
+    ax.plot(
+        steps,
+        smooth([r["reward"] for r in rows]),
+        color=COLOURS[0],
+        label="training reward, mean of 10 steps",
+    )
+    val = [(r["step"], r["val"]) for r in rows if "val" in r]
+    ax.plot(*zip(*val), "o-", color=COLOURS[5], markersize=4, label="accuracy on validation problems, greedy")
+    ax.axhline(report["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
+    ax.errorbar(
+        [steps[-1]],
+        [report["after"]["strict"]],
+        color="black",
+        marker="s",
+        capsize=3,
+        ls="none",
+        yerr=[
+            [report["after"]["strict"] - report["after"]["ci95"][0]],
+            [report["after"]["ci95"][1] - report["after"]["strict"]],
+        ],
+        label=f"after (test, n = {report['n']}, 95%)",
+    )
+    ax.set(xlabel="step", ylabel="share right", ylim=(0, 1))
+    ax.set_title(f"{report['collab']} on {report['task']}, seed {report['seed']}", fontsize=10)
+    ax.legend(fontsize=8, loc="upper left")
+    if names:
+        ax = axes[0, 1]
+        for i, n in enumerate(names):
+            ax.plot(steps, smooth([r["attention"][n] for r in rows]), color=COLOURS[i % 8], label=n)
+        ax.axhline(1 / len(names), color="grey", ls=":", label="even split")
+        ax.set(xlabel="step", ylabel="share of attention", ylim=(0, 1))
+        ax.set_title("who is listened to, all problems", fontsize=10)
+        ax.legend(fontsize=8, loc="upper left")
+    if matrices:
+        families, after = list(report["attention_by"]), report["by_dataset"]
+        heat(axes[1, 0], families, names, report["attention_by"], "attention by family (test)", 1.0, ".2f")
+        lost = {
+            d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
+            for d in families
+        }
+        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 60.0, ".0f")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# commands
+def finish(run, out):
+    """The end of training: before and after on held-out problems, the picture, and what to try next."""
+    report = measure(run, run.args["test"])
+    checkpoint.write_json(out / "eval.json", report)
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    figure(rows, report, out / "run.png")
+    print()
+    show(report)
+    print(
+        f'figure {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question.splitlines()[-1]}"'
+    )
+    return 0
+
+
+def ask(run, question):
+    """One question of the user's own: the answer, and who was listened to."""
+    problem = Problem(
+        question=question, answer="", task="ask", dataset="ask", level=None, split="test", index=0, entry=None
+    )
+    run.prepare([problem], progress=False)
+    _, texts, attention = evaluate(run, [problem])
+    print(texts[0].strip())
+    if attention is not None:
+        width = max(len(e.name) for e in run.experts)
+        for expert, share in zip(run.experts, attention.mean((0, 1, 2)).tolist()):
+            print(f"  {expert.name:{width}} {'█' * round(40 * share)} {share:.2f}")
+
+
+def load(folder, best=False):
+    """The run in `folder` with its last (or best) checkpoint in place; raises ValueError with the mend."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
+    args = json.loads((folder / "config.json").read_text())["args"]
+    if args["device"] != "cpu" and not torch.cuda.is_available():
+        args["device"] = "cpu"
+    run = build(args, training=False)
+    if best:
+        checkpoint.load(folder / "best.safetensors", run.policy, run.router)
+    elif checkpoint.load_last(folder, run.policy, run.router) is None:
+        raise ValueError(
+            f"{folder} has no checkpoint yet: let it train on with python train.py --resume --out {folder}"
+        )
+    return run
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("run", help="folder of a run, as train.py --out wrote it")
+    p.add_argument("--n", type=int, help="test problems (256; gsm8k: all 1,319)")
+    p.add_argument(
+        "--best", action="store_true", help="the checkpoint that was best on validation, not the last"
+    )
+    p.add_argument(
+        "--samples", type=int, default=0, help="also sample this many completions a problem and report pass@k"
+    )
+    p.add_argument("--ask", metavar="QUESTION", help="answer one question and show who is listened to")
+    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return p
+
+
+def main(argv=None):
+    """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
+    try:
+        a = parser().parse_args(argv)
+        run = load(a.run, a.best)
+        if a.ask:
+            ask(run, a.ask)
+            return 0
+        n = a.n or (1319 if run.args["task"] == "gsm8k" else 256)
+        from rewards import problems
+
+        run.items["test"] = problems(run.args["task"], "test", n, run.args["data"], run.args["level"])
+        run.prepare(run.items["test"])
+        report = measure(run, n, a.samples)
+        show(report)
+        if a.json:
+            print(json.dumps(report))
+        return 0
+    except ValueError as e:
+        print(f"eval.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

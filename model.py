@@ -1,0 +1,472 @@
+"""
+The policy: a decoder-only transformer in the nanoGPT manner, with LoRA, a soft prefix and a shared prompt.
+
+It loads ordinary Hugging Face folders of the Llama family (SmolLM2, Llama 3.x), Qwen2/2.5 and Qwen3; these
+differ only in switches of their configuration (attention bias, q/k norm, rope scaling, tied head). Three
+things are here that a library model does not give together, and they are why this file exists:
+
+1. A soft prefix. Context tokens C (B, L, d) stand before the prompt in embedding space: [C ; x] instead of x.
+2. A shared prompt. GRPO samples G completions for one prompt. Prompt and prefix are run ONCE (`prefill`);
+   their keys and values serve all G rows while sampling (`generate`) and again, with gradient, while scoring
+   (`logprobs`).
+3. No (B, T, V) tensor. Log-probabilities are taken in chunks, over completion tokens only (`TokenLogprob`).
+
+Shapes: B prompts, G completions of each, P prompt tokens, L prefix vectors, S = L + P, T completion tokens, d
+width, H query heads, K key/value heads, R = H / K query heads that share one key/value head, D head width, V
+vocabulary.
+"""
+
+import contextlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+KNOWN = {"llama": "Llama, SmolLM2", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3"}
+ROPES = (
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+)  # the others change with the length of the text, which a cache cannot
+
+
+class LoRALinear(nn.Module):
+    """One or several linear layers that read the same input, fused into one product, with LoRA (2106.09685)
+    on each.
+
+    y = x W' + scale * (x A') B'. W (out, in) is frozen. Each of the n fused parts has its own rank-r pair:
+    the pairs' A are stacked, (n r, in), and their B are the diagonal blocks of one matrix, so that n adapters
+    cost two products. A starts random, B at zero: at the start the layer is exactly the frozen one.
+    """
+
+    def __init__(self, weights, biases, rank, alpha):
+        super().__init__()
+        self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
+        bias = None if biases[0] is None else torch.cat(biases)
+        self.register_buffer("bias", bias, persistent=False)
+        self.scale, self.on, self.frozen_pair = alpha / max(rank, 1), rank > 0, None
+        if rank:  # fp32 masters: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
+            a = torch.randn(rank * len(weights), self.weight.shape[1]) / math.sqrt(self.weight.shape[1])
+            self.A = nn.Parameter(a)
+            self.B = nn.ParameterList(nn.Parameter(torch.zeros(w.shape[0], rank)) for w in weights)
+
+    def pair(self):
+        """A (n r, in) and the block-diagonal scale * B (out, n r), in the dtype of the weights."""
+        if self.frozen_pair is not None:
+            return self.frozen_pair
+        b = self.B[0] if len(self.B) == 1 else torch.block_diag(*self.B)
+        return self.A.to(self.weight.dtype), (self.scale * b).to(self.weight.dtype)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        if self.on:
+            a, b = self.pair()
+            y = y + F.linear(F.linear(x, a), b)
+        return y
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding (2104.09864), in the half-split layout of Hugging Face: x (..., D), cos/sin
+    broadcast."""
+    x1, x2 = x.chunk(2, -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and SwiGLU. Who attends to what is decided by `attend`, the one thing that differs
+    between reading a prompt and continuing it."""
+
+    def __init__(self, config, weight, rank, alpha):
+        super().__init__()
+        self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
+
+        def linear(*names):
+            biases = [weight(f"{n}.bias", optional=True) for n in names]
+            return LoRALinear([weight(f"{n}.weight") for n in names], biases, rank, alpha)
+
+        self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.o = linear("self_attn.o_proj")
+        self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
+        self.down = linear("mlp.down_proj")
+        for ours, theirs in (
+            ("norm1", "input_layernorm"),
+            ("norm2", "post_attention_layernorm"),
+            ("q_norm", "self_attn.q_norm"),
+            ("k_norm", "self_attn.k_norm"),
+        ):
+            value = weight(f"{theirs}.weight", optional=theirs.startswith("self_attn"))
+            self.register_buffer(ours, value, persistent=False)
+        self.sizes = [config["num_attention_heads"] * self.D] + [config["num_key_value_heads"] * self.D] * 2
+
+    def norm(self, x, weight):
+        return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+
+    def forward(self, x, cos, sin, attend):
+        """x (..., T, d); cos, sin broadcast to (..., T, 1, D / 2); attend(q, k, v), each (..., T, heads,
+        D)."""
+        q, k, v = self.qkv(self.norm(x, self.norm1)).split(self.sizes, -1)
+        q, k, v = (t.unflatten(-1, (-1, self.D)) for t in (q, k, v))  # (..., T, heads, D)
+        q, k = rotate(self.norm(q, self.q_norm), cos, sin), rotate(self.norm(k, self.k_norm), cos, sin)
+        x = x + self.o(attend(q, k, v).flatten(-2))
+        gate, up = self.gate_up(self.norm(x, self.norm2)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+@dataclass
+class Prefill:
+    """What a prompt leaves behind: per layer keys and values (B, K, S, D); the hidden state after the last
+    real token (B, d), before the final norm; the number of real positions, prefix included (B,)."""
+
+    keys: list
+    values: list
+    last: torch.Tensor
+    lengths: torch.Tensor
+
+
+def attend_group(q, k_own, v_own, k_shared, v_shared, hidden):
+    """Attention of G continuations to their shared prompt and each to its own tokens, as one softmax.
+
+    q (B, G, T, H, D); k_own, v_own (B, K, G, t, D) with t >= T; k_shared, v_shared (B, K, S, D);
+    hidden (B, 1, 1, 1, S) True where a shared position is padding. Own tokens are causal: query i of T stands
+    at own position t - T + i. The G * R * T queries of a prompt meet its keys in ONE matrix product: no copy
+    of the prompt's keys is made for the group. Returns (B, G, T, H, D).
+    """
+    B, G, T, H, D = q.shape
+    K, S, t = k_shared.shape[1], k_shared.shape[2], k_own.shape[3]
+    q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
+    shared = q.reshape(B, K, -1, D) @ k_shared.transpose(-1, -2)  # (B, K, G R T, S)
+    shared = shared.view(B, K, G, -1, S).masked_fill(hidden, -torch.inf)
+    own = q.reshape(B, K, G, -1, D) @ k_own.transpose(-1, -2)  # (B, K, G, R T, t)
+    if T > 1:
+        later = torch.ones(T, t, dtype=torch.bool, device=q.device).triu(t - T + 1)
+        own = own.unflatten(3, (-1, T)).masked_fill(later, -torch.inf).flatten(3, 4)
+    p = torch.cat((shared, own), -1).softmax(
+        -1
+    )  # (B, K, G, R T, S + t): softmax accumulates in fp32 by itself
+    y = (p[..., :S].reshape(B, K, -1, S) @ v_shared).view(B, K, G, -1, D) + p[..., S:] @ v_own
+    return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
+
+
+class TokenLogprob(torch.autograd.Function):
+    """log softmax(h W' / temperature)[target] for n tokens, in chunks, so that (n, V) never exists.
+
+    W is frozen, so the only gradient wanted is that of each log-probability with respect to its own h, one
+    vector of width d: (W[target] - softmax W) / temperature. It is formed while the chunk's logits are at
+    hand; the backward pass is then one multiplication, and no logits are kept or computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, temperature, chunk):
+        logp = torch.empty(len(h), device=h.device)
+        entropy = torch.empty_like(logp)
+        grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for i in range(0, len(h), chunk):
+            part, y = slice(i, i + chunk), targets[i : i + chunk, None]
+            z = (h[part] @ weight.T).float().div_(temperature)  # (chunk, V)
+            lse = z.logsumexp(-1, keepdim=True)
+            logp[part] = (z.gather(1, y) - lse)[:, 0]
+            p = (z - lse).exp_()
+            entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
+            if grad is not None:
+                p.scatter_add_(
+                    1, y, torch.full_like(lse, -1.0)
+                )  # softmax - one-hot: subtract before rounding to bf16
+                grad[part] = p.to(h.dtype) @ weight / -temperature
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, d_logp, _):
+        return (d_logp[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None, None, None
+
+
+def sample(logits, temperature, generator=None):
+    """One token id for each row of logits (n, V): the most likely at temperature 0, else drawn from
+    softmax(logits / t).
+
+    Inverse transform on two levels: blocks of the vocabulary first, then a token inside the block. It needs
+    one uniform number a row and one pass over V, where torch.multinomial needs V exponential draws (half of a
+    decode step here).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    block = 256
+    z = F.pad(logits, (0, -logits.shape[-1] % block), value=-torch.inf).float()
+    p = (z - z.amax(-1, keepdim=True)).div_(temperature).exp_().unflatten(-1, (-1, block))  # (n, blocks, 256)
+    mass = p.sum(-1)
+    edges = mass.cumsum(-1)  # (n, blocks)
+    u = torch.rand(len(z), 1, generator=generator, device=z.device) * edges[:, -1:]
+    below = lambda x, top: torch.minimum(
+        x, torch.nextafter(top, torch.zeros_like(top))
+    )  # x < top despite rounding
+    u = below(u, edges[:, -1:])
+    b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
+    inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
+    rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
+    return (b * block + torch.searchsorted(inside, rest, right=True))[:, 0]
+
+
+class Policy(nn.Module):
+    """The decoder. Trainable: LoRA only. `Policy.load` makes one from a folder or a hub name."""
+
+    def __init__(self, config, weight, rank=8, alpha=16):
+        """config: dict, see `read_config`; weight(name, optional=False) -> tensor by its Hugging Face
+        name."""
+        super().__init__()
+        self.config, self.eps = config, config["rms_norm_eps"]
+        embed = weight("model.embed_tokens.weight")
+        self.register_buffer("embed", embed, persistent=False)  # (V, d)
+        head = embed if config["tie_word_embeddings"] else weight("lm_head.weight")
+        self.register_buffer("head", head, persistent=False)
+        self.register_buffer("norm", weight("model.norm.weight"), persistent=False)
+
+        def layer(i):
+            return lambda name, optional=False: weight(f"model.layers.{i}.{name}", optional)
+
+        self.blocks = nn.ModuleList(
+            Block(config, layer(i), rank, alpha) for i in range(config["num_hidden_layers"])
+        )
+        angles = torch.outer(torch.arange(config["window"]).float(), config["inv_freq"])  # (window, D / 2)
+        self.register_buffer("cos", (angles.cos() * config["rope_scale"]).to(embed.dtype), persistent=False)
+        self.register_buffer("sin", (angles.sin() * config["rope_scale"]).to(embed.dtype), persistent=False)
+        # A prefix is measured from a neutral token, in units of the embeddings' spread. The first RMSNorm
+        # makes every vector unit-sized, so a prefix near ZERO would be eight random directions; near the mean
+        # it says nothing yet.
+        sample_rows = embed[:: max(1, len(embed) // 4096)].float()
+        self.register_buffer("neutral", sample_rows.mean(0), persistent=False)
+        self.register_buffer("spread", sample_rows.std(), persistent=False)
+        self.register_buffer("stop", torch.tensor(config["stop"]), persistent=False)
+
+    @classmethod
+    def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu"):
+        """The policy in folder or hub repository `name` ('name@revision' allowed).
+
+        Raises ValueError, in one sentence with the mend: nothing there, no safetensors, an architecture or
+        rope not known.
+        """
+        from safetensors import safe_open
+
+        from experts import Expert, weight_files
+
+        source = Expert(name)
+        config = read_config(source.folder)
+        source.params  # fetches the weights of a hub model, refuses a folder without any
+        files = {}
+        for path in weight_files(source.folder):
+            f = safe_open(path, framework="pt", device=str(device))
+            files.update(dict.fromkeys(f.keys(), f))
+
+        def weight(key, optional=False):
+            for stored in (key, key.removeprefix("model.")):  # a folder of the bare backbone lacks the prefix
+                if stored in files:
+                    return files[stored].get_tensor(stored).to(dtype)
+            if optional:
+                return None
+            raise ValueError(
+                f"{name}: tensor {key} is missing, its folder is incomplete: fetch the model again"
+            )
+
+        return cls(config, weight, rank, alpha).to(device)
+
+    # -- running
+    # ---------------------------------------------------------------------------------------------------
+    @property
+    def window(self):
+        """The longest text in tokens, prefix included."""
+        return self.config["window"]
+
+    def prefill(self, tokens, lengths, prefix=None):
+        """Run prompts once. tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix (B, L,
+        d) or None.
+
+        Padding stands after the real tokens, so causality alone hides it here; `Prefill.lengths` hides it
+        later.
+        """
+        x = F.embedding(tokens, self.embed)  # (B, P, d)
+        if prefix is not None:
+            x = torch.cat(((self.neutral + self.spread * prefix).to(x.dtype), x), 1)  # (B, S, d)
+            lengths = lengths + prefix.shape[1]
+        cache = Prefill([], [], None, lengths)
+
+        def attend(q, k, v):
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
+            cache.keys.append(k)
+            cache.values.append(v)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        cos, sin = self.cos[: x.shape[1], None], self.sin[: x.shape[1], None]
+        for block in self.blocks:
+            x = block(x, cos, sin, attend)
+        cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
+        return cache
+
+    def _continue(self, tokens, cache, start, own):
+        """Hidden states (B, G, T, d) of continuation tokens (B, G, T) at places start..start+T-1 after the
+        prompt. own(layer, k, v) -> the layer's own keys and values so far, each (B, K, G, t, D)."""
+        positions = (
+            cache.lengths[:, None] + start + torch.arange(tokens.shape[-1], device=tokens.device)
+        )  # (B, T)
+        cos, sin = (
+            self.cos[positions][:, None, :, None],
+            self.sin[positions][:, None, :, None],
+        )  # (B, 1, T, 1, D / 2)
+        S = cache.keys[0].shape[2]
+        hidden = (torch.arange(S, device=tokens.device) >= cache.lengths[:, None])[:, None, None, None]
+        x = F.embedding(tokens, self.embed)
+        for i, block in enumerate(self.blocks):
+
+            def attend(q, k, v, i=i):
+                k, v = own(i, k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4))  # (B, K, G, T, D)
+                return attend_group(q, k, v, cache.keys[i], cache.values[i], hidden)
+
+            x = block(x, cos, sin, attend)
+        return x
+
+    def logits(self, h):
+        return F.rms_norm(h, (h.shape[-1],), self.norm, self.eps) @ self.head.T
+
+    @torch.no_grad()
+    def generate(self, cache, group, max_new, temperature=1.0, generator=None):
+        """Sample `group` completions of every prompt in `cache`. Returns tokens (B, G, T) and mask (B, G, T),
+        True up to and including the first stop token; T <= max_new is where the longest completion ended."""
+        B, S, K, D = len(cache.last), *cache.keys[0].shape[2:0:-1], self.config["head_dim"]
+        shape = (len(self.blocks), 2, B, K, group, max_new, D)
+        memory = torch.empty(
+            shape, dtype=self.embed.dtype, device=self.embed.device
+        )  # keys and values, written in place
+        tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
+        alive = torch.ones(B, group, dtype=torch.bool, device=self.embed.device)
+        mask = torch.zeros_like(tokens, dtype=torch.bool)
+        h = cache.last[:, None].expand(-1, group, -1)
+        check = 8 if self.embed.is_cuda else 1  # asking a GPU whether all are done makes it wait
+        with self.frozen_lora():
+            for t in range(max_new):
+                token = sample(self.logits(h).flatten(0, 1), temperature, generator).view(B, group)
+                mask[..., t] = alive
+                tokens[..., t] = torch.where(alive, token, tokens[..., t])
+                alive = alive & ~torch.isin(token, self.stop)
+                if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
+                    break
+
+                def own(i, k, v, t=t):
+                    memory[i, 0, :, :, :, t : t + 1], memory[i, 1, :, :, :, t : t + 1] = k, v
+                    return memory[i, 0, :, :, :, : t + 1], memory[i, 1, :, :, :, : t + 1]
+
+                h = self._continue(tokens[..., t : t + 1], cache, t, own)[:, :, 0]
+        longest = int(mask.sum(-1).max())
+        return tokens[..., :longest], mask[..., :longest]
+
+    def logprobs(self, cache, tokens, mask, temperature=1.0, chunk=256):
+        """Log-probability and entropy (nats), each (B, G, T), of completion tokens under the policy at
+        `temperature`. Gradient flows into the cached keys and values, hence into prompt, prefix and LoRA.
+        Zero where mask is False."""
+        h = cache.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # predicts the first token
+        if tokens.shape[-1] > 1:
+            rest = self._continue(tokens[..., :-1], cache, 0, lambda i, k, v: (k, v))
+            h = torch.cat((h, rest), 2)  # (B, G, T, d)
+        h = F.rms_norm(
+            h[mask], (h.shape[-1],), self.norm, self.eps
+        )  # (n, d): padding never meets the vocabulary
+        logp, entropy = TokenLogprob.apply(h, self.head, tokens[mask], temperature, chunk)
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+
+    # -- LoRA
+    # --------------------------------------------------------------------------------------------------------
+    def adapters(self):
+        return [m for m in self.modules() if isinstance(m, LoRALinear)]
+
+    @contextlib.contextmanager
+    def plain(self):
+        """LoRA off: the frozen policy, which is the reference of the KL term (with no prefix given
+        either)."""
+        was = [(m, m.on) for m in self.adapters()]
+        try:
+            for m, _ in was:
+                m.on = False
+            yield self
+        finally:
+            for m, on in was:
+                m.on = on
+
+    @contextlib.contextmanager
+    def frozen_lora(self):
+        """While sampling the adapters do not change: cast and lay them out once, not once a token."""
+        adapters = [m for m in self.adapters() if m.on]
+        try:
+            for m in adapters:
+                m.frozen_pair = m.pair()
+            yield
+        finally:
+            for m in adapters:
+                m.frozen_pair = None
+
+
+def read_config(folder):
+    """The few facts of a config.json that the decoder needs, as a dict. Raises ValueError for what it cannot
+    run."""
+    try:
+        raw = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{folder} holds no readable config.json: name a Hugging Face model folder") from e
+    kind = raw.get("model_type")
+    if kind not in KNOWN:
+        known = "; ".join(f"{k} ({v})" for k, v in KNOWN.items())
+        raise ValueError(
+            f"{folder} is of architecture {kind!r}, which the policy cannot be; it can be {known}"
+        )
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    c = AutoConfig.from_pretrained(folder)
+    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
+        raise ValueError(
+            f"{folder} uses {c.hidden_act} or a sliding window, which model.py does not: choose another policy"
+        )
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    rope = c.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPES:
+        raise ValueError(
+            f"{folder} uses rope scaling {kind!r}; known are {', '.join(ROPES)}: choose another policy"
+        )
+    inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
+    if kind != "default":
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
+    keys = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
+    return {k: getattr(c, k) for k in keys} | dict(
+        model_type=c.model_type,
+        head_dim=head_dim,
+        window=c.max_position_embeddings,
+        inv_freq=inv_freq,
+        rope_scale=scale,
+        stop=stop_tokens(folder, c),
+    )
+
+
+def stop_tokens(folder, config):
+    """Ids that end a completion: generation_config.json's, else config.json's. Raises ValueError when neither
+    names one."""
+    path = Path(folder) / "generation_config.json"
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    ids = config.eos_token_id if ids is None else ids
+    if ids is None:
+        raise ValueError(
+            f"{folder} names no eos_token_id, so no completion could end: add it to its config.json"
+        )
+    return ids if isinstance(ids, list) else [ids]

@@ -1,0 +1,114 @@
+"""
+The router: a small attention interface that turns what the frozen experts made of a problem into a few
+context tokens.
+
+It is a Perceiver (2103.03206): a handful of learned vectors, the latents, ask questions of a set of inputs of
+any size by cross-attention, and what they collect IS the output. Here the inputs are N experts' states of one
+problem, one vector each, and the L answers become L context tokens, a soft prefix for the policy
+(n-Musketeers, 2602.09173, method):
+
+    H_n (D_n,)  --its own projection-->  E_n (dim,)           n = 1..N, all experts at once in one batched
+    einsum
+    latents (L, dim)  --ask, 8 heads-->  A (heads, L, N)      who is listened to: a softmax over the experts
+    A, E  --collect, feed-forward-->  Z (L, dim)  --output, near zero-->  C (L, d_policy)
+
+Nothing else in this project decides whom to listen to: the experts are frozen and no label says who is good
+at what. The attention A is therefore something one can watch; `Router.forward` returns it with the context
+tokens.
+
+Widths differ between experts. Their states are padded with zeros to the widest and stacked, (B, N, D); the
+projection weights are stacked likewise, (N, D, dim). The padding multiplies to nothing, and there is no loop
+over experts.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Router(nn.Module):
+    """Context tokens from expert states.
+
+    widths: the experts' hidden sizes, N of them; d_policy: width of the policy's embeddings. The paper has 8
+    latents, 8 heads and dim 512. `temperature` divides the attention scores: below 1 it sharpens a choice
+    among few experts. `start` is the scale of the fresh context tokens, in spreads of the policy's
+    embeddings: near zero (paper), not zero, so that experts, latents and projections all have a gradient from
+    the first step. Raises ValueError without experts or when dim is no multiple of heads.
+    """
+
+    def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, start=0.02):
+        super().__init__()
+        if not widths:
+            raise ValueError(
+                "a router needs at least one expert: name some with --experts, or train with --collab single"
+            )
+        if dim % heads:
+            raise ValueError(f"the router's width {dim} must be a multiple of its {heads} heads")
+        self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
+        N, D = len(widths), max(widths)
+        real = (
+            torch.arange(D) < torch.tensor(widths)[:, None]
+        )  # (N, D) False where an expert has no such dimension
+        self.register_buffer("real", real, persistent=False)
+        self.register_buffer("mean", torch.zeros(N, D))
+        self.register_buffer("gain", real.float())
+        self.project = nn.Parameter(
+            torch.randn(N, D, dim) * real[..., None] / real.sum(1).sqrt()[:, None, None]
+        )
+        self.identity = nn.Parameter(torch.randn(N, dim) * 0.02)  # who speaks, apart from what is said
+        self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
+        self.norm_in, self.norm_latent, self.norm_mlp, self.norm_out = (nn.LayerNorm(dim) for _ in range(4))
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.to_z = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.out = nn.Linear(dim, d_policy)
+        nn.init.normal_(self.out.weight, std=start / math.sqrt(dim))
+        nn.init.zeros_(self.out.bias)
+
+    @torch.no_grad()
+    def standardise(self, H):
+        """Fix each expert's mean and spread, dimension by dimension, from states H (n, N, D) of training
+        prompts.
+
+        A language model's states share one large mean and a few huge dimensions, equal for every prompt; what
+        differs between prompts, the part worth reading, is small beside them. Kept with the weights; not
+        trained. Our choice.
+        """
+        self.mean.copy_(H.mean(0))
+        spread = H.std(0) if len(H) > 1 else torch.ones_like(H[0])
+        self.gain.copy_(self.real / spread.clamp(min=1e-6 + 0.01 * spread.amax(1, keepdim=True)))
+
+    def forward(self, H, mask=None):
+        """H (B, N, D) expert states, zero beyond an expert's width; mask (B, N) or (N,), True where the
+        expert is present.
+
+        Returns context tokens C (B, L, d_policy), in spreads of the policy's embeddings, and attention (B,
+        heads, L, N). An absent expert gets attention exactly 0, and neither influence nor gradient. At least
+        one must be present.
+        """
+        B, N, _ = H.shape
+        if mask is not None:  # its states may hold anything, NaN too
+            mask = mask.expand(B, N)
+            H = H.masked_fill(~mask[..., None], 0.0)
+        H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
+        E = self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)  # (B, N, dim)
+
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(
+            -3, -2
+        )  # (..., n, dim) -> (..., heads, n, dim / heads)
+        q = split(
+            self.to_q(self.norm_latent(self.latents))
+        )  # (heads, L, dim / heads): the same questions for every prompt
+        k, v = map(split, self.to_kv(E).chunk(2, -1))  # (B, heads, N, dim / heads)
+        scores = q @ k.transpose(-1, -2) * self.scale  # (B, heads, L, N)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        A = scores.float().softmax(-1)
+        heard = (A.to(v.dtype) @ v).transpose(-3, -2).flatten(-2)  # (B, L, dim)
+
+        z = self.latents + self.to_z(heard)
+        z = z + self.mlp(self.norm_mlp(z))
+        return self.out(self.norm_out(z)), A

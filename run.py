@@ -1,0 +1,183 @@
+"""
+What a run is: its settings, its models, its problems, and what the experts made of each problem.
+
+train.py and eval.py both begin here: `build(args)` puts a `Run` together in the order in which a mistake is
+cheapest to find (problems, then configurations, then weights), `Run.batch` makes any of its problems ready
+for the policy, and `evaluate` has them answered greedily.
+"""
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from experts import Expert, read
+from model import Policy, read_config
+from rewards import problems, prompt, verify
+from rlvr import Batch, rollout
+from router import Router
+
+STATISTICS = (
+    256  # training prompts that fix the mean and spread of each expert's states, however long the run is
+)
+
+
+@dataclass
+class Run:
+    """Everything a run works with: settings, models, the problems of each split and what was prepared for
+    each."""
+
+    args: dict
+    policy: Policy
+    router: Router | None
+    tokenizer: object
+    experts: list
+    items: dict  # split -> list of Problem
+    shots: list
+    form: str  # "tagged" or "plain": how an answer must be written
+    ids: dict = field(default_factory=dict)  # question -> prompt token ids of the policy
+    rows: dict = field(default_factory=dict)  # question -> row of H
+    H: torch.Tensor | None = None  # (unique questions, N, D) what every expert made of every question
+
+    def batch(self, some):
+        """A Batch of these problems on the policy's device."""
+        device = self.policy.embed.device
+        ids = [self.ids[p.question] for p in some]
+        lengths = torch.tensor([len(x) for x in ids])
+        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        for row, x in zip(tokens, ids):
+            row[: len(x)] = torch.tensor(x)
+        H = None if self.H is None else self.H[[self.rows[p.question] for p in some]]
+        send = lambda t: (
+            t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+        )
+        return Batch(list(some), send(tokens), send(lengths), None if H is None else send(H).float())
+
+    def verify(self, text, problem, truncated):
+        return verify(text, problem, form=self.form, truncated=truncated)
+
+    def policy_text(self, problem):
+        template = "plain" if self.form == "plain" else "chat"
+        return prompt(problem, template, self.tokenizer, shots=self.shots)
+
+    def expert_text(self, problem, expert):
+        tokenizer = expert.tokenizer if expert.template == "chat" else None
+        return prompt(problem, expert.template, tokenizer, ask=False) + self.args["cue"]
+
+    def prepare(self, some, progress=True):
+        """Tokenise and have the experts read these problems, as far as that has not been done."""
+        fresh = list({p.question: p for p in some if p.question not in self.ids}.values())
+        if not fresh:
+            return
+        encoded = self.tokenizer(
+            [self.policy_text(p) for p in fresh], add_special_tokens=self.form == "plain"
+        )
+        for p, ids in zip(fresh, encoded["input_ids"]):
+            room = self.policy.window - self.args["max_new"] - (self.args["latents"] if self.router else 0)
+            if len(ids) > room:
+                raise ValueError(
+                    f"a prompt of {len(ids)} tokens leaves no room in the policy's window of "
+                    f"{self.policy.window}: use fewer --shots, a smaller --max-new or an easier --level"
+                )
+            self.ids[p.question] = ids
+        if self.experts:
+            texts = [[self.expert_text(p, e) for p in fresh] for e in self.experts]
+            H = read(self.experts, texts, self.args["cache"], progress)
+            self.rows |= {p.question: len(self.rows) + i for i, p in enumerate(fresh)}
+            self.H = H if self.H is None else torch.cat((self.H, H))
+
+
+def ordered(args, n):
+    """The first n training problems in this seed's order: shuffled in blocks, so that a longer run begins
+    alike."""
+    block = max(1024, 8 * args["batch"])
+    pool = problems(
+        args["task"], "train", args["shots"] + -(-n // block) * block, args["data"], args["level"]
+    )
+    shots, pool = pool[: args["shots"]], pool[args["shots"] :]
+    for start in range(0, len(pool), block):
+        part = pool[start : start + block]
+        random.Random(f"{args['seed']} {start}").shuffle(part)
+        pool[start : start + block] = part
+    return pool[:n], shots
+
+
+def build(args, announce=None, training=True):
+    """Models, problems and expert states of a run, in the order in which a mistake is cheapest to find.
+    training=False: no problem is read yet; what is wanted is named to `Run.prepare` later."""
+    train_items, shots = ordered(args, max(args["steps"] * args["batch"], STATISTICS))
+    items = {s: problems(args["task"], s, args[s], args["data"], args["level"]) for s in ("val", "test")}
+    items["train"] = train_items
+    experts = [Expert(e, read=args["read"], layer=args["layer"], device=args["device"]) for e in args["experts"]]
+    itself = Expert(args["policy"], template={"chat": "chat", "plain": "plain"}.get(args["template"], "auto"))
+    form = "tagged" if itself.template == "chat" else "plain"
+    dtype = args["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if itself.params >= 50e6 else "float32"
+    dtype = getattr(torch, dtype)
+    if announce:
+        announce(args, items, experts, itself, form, dtype)
+
+    torch.manual_seed(args["seed"])
+    policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"])
+    router = None
+    if experts:
+        router = Router([e.width for e in experts], policy.config["hidden_size"], args["latents"], args["router_heads"],
+                        args["router_width"], args["router_temperature"]).to(args["device"])
+    if form == "plain":
+        policy.stop = torch.tensor(line_ends(itself.tokenizer, policy.stop.tolist()), device=args["device"])
+    run = Run(args, policy, router, itself.tokenizer, experts, items, shots, form)
+    if training:
+        run.prepare(items["train"] + items["val"] + items["test"])
+        if router is not None:
+            router.standardise(run.batch(items["train"][:STATISTICS]).H)
+    return run
+
+
+def line_ends(tokenizer, stop):
+    """In the plain form the answer is the first line, so every token that ends a line ends the completion."""
+    ends = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token or token == "<0x0A>"]
+    return sorted({*stop, *ends})
+
+
+OWN = object()
+
+
+@torch.no_grad()
+def evaluate(run, some, router=OWN, rows=64):
+    """Greedy answers: a verdict and a text for each problem, and the attention (n, heads, L, N) or None.
+    router: another one (or any function of H), or None for no prefix. LoRA is as the caller left it."""
+    router = run.router if router is OWN else router
+    outs = [rollout(run.policy, router, run.batch(some[i:i + rows]), run.tokenizer, run.verify, 1,
+                    run.args["max_new"], temperature=0) for i in range(0, len(some), rows)]
+    verdicts, texts = ([row[0] for out in outs for row in getattr(out, what)] for what in ("verdicts", "texts"))
+    return verdicts, texts, None if router is None else torch.cat([out.attention.cpu() for out in outs])
+
+
+def memory_table(args, policy, experts, dtype, prompt_tokens):
+    """Estimated bytes by part, a list of (what, bytes). policy, experts: Experts; prompt_tokens: of the longest."""
+    c, size = read_config(policy.folder), dtype.itemsize
+    d, ff, layers, K = (c[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"))
+    H, D, B, G, T = c["num_attention_heads"], c["head_dim"], args["batch"], args["group"], args["max_new"]
+    S, micro, w = prompt_tokens + args["latents"] * bool(experts), min(args["micro"] or B, B), args["router_width"]
+    lora = args["rank"] * layers * (7 * d + 2 * (H + K) * D + 3 * ff)
+    router = sum(e.width for e in experts) * w + 11 * w * w + w * d if experts else 0
+    kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
+    scores = 2 * micro * G * H * T * (S + T)
+    return [("policy, frozen", policy.params * size),
+            ("LoRA and router, their gradients and AdamW's moments", 16 * (lora + router)),
+            ("rollout: keys and values", 2 * layers * K * D * B * (S + G * T) * size),
+            (f"gradient pass, {micro} prompts at a time (--micro)", layers * (micro * (S + G * T) * kept + scores) * size),
+            ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),
+            ("largest expert, only while reading", max((e.params * e.dtype.itemsize for e in experts), default=0))]
+
+
+def free_memory(device):
+    """Bytes free on the device; infinite where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info()[0]
+    try:  # what Linux could free counts too
+        line = next(x for x in open("/proc/meminfo") if x.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return float("inf")

@@ -1,0 +1,400 @@
+"""
+n-Musketeers, end to end: a policy learns by reinforcement to listen to frozen experts. Read it top to bottom.
+
+    python train.py                                     the embedded pool on its three families: minutes on a
+    laptop
+    python train.py --collab single                     the same policy without experts, all else equal
+    python train.py --task gsm8k                        the paper's pool, on a GPU that holds it
+    python train.py --task chain_sum --policy DIR_OR_HUB_NAME --experts A B C --template plain
+    python train.py --resume --out runs/NAME            go on after a stop
+
+Deliberately different from textbook GRPO, each with its reason where it happens: the prompt is run once for
+its whole group, sampling and scoring alike; tokens are normalised over the whole step; the rate is constant
+after its warm-up. Not here: a value network, top-p, a replay buffer, a trainer class.
+"""
+
+import os
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch: a busy neighbour must not make two threads crawl
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from eval import finish
+from experts import POOLS, cache_dir, stored
+from rewards import guessing_floor
+from rlvr import make_optimizer, rollout, set_rate, update
+from run import build, evaluate, free_memory, memory_table
+
+BETAS = (0.9, 0.98)
+
+# ----------------------------------------------------------------------------------------------------
+# arguments
+PAPER_BYTES = 22e9  # a GPU that holds the paper's pool: policy 6.2 GB, one expert at a time, the gradient pass
+POOL = None  # the default is the pool's, which suits its size (experts.POOLS)
+SETTINGS = {  # group: [(name, default, type or choices, help with the reason for the default)]
+    "what to learn": [
+        ("task", POOL, str, "gsm8k, a Reasoning Gym dataset, arithmetic, logic, algorithmic; several joined by +"),
+        ("level", POOL, str, "difficulty of generated tasks: tiny, easy, default, hard, or key=value,key=value"),
+        ("data", None, str, "GSM8K: folder with train.jsonl and test.jsonl (default: downloaded once)"),
+        ("template", POOL, ("auto", "chat", "plain"), "how the policy is asked; auto: chat if it has a template"),
+        ("shots", 0, int, "solved training examples before each problem")],
+    "who works together": [
+        ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
+        ("policy", POOL, str, "folder or hub name: Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3"),
+        ("experts", POOL, list, "folders or hub names of the frozen experts, of any architecture"),
+        ("collab", "soft", ("soft", "single"), "soft: listen through the router; single: LoRA only"),
+        ("read", "last", ("last", "first", "mean"), "which token's state of an expert is read (last: paper)"),
+        ("layer", -1, int, "which layer's state, 0 is the embedding (last: paper)"),
+        ("cue", "", str, "text appended to the experts' prompts, such as 'The answer is ' (none: paper)")],
+    "router and LoRA": [
+        ("latents", 8, int, "context tokens (paper)"),
+        ("router_width", POOL, int, "width of the router (512: paper)"),
+        ("router_heads", POOL, int, "attention heads of the router (8: paper)"),
+        ("router_temperature", POOL, float, "of its attention; below 1 sharpens"),
+        ("rank", 8, int, "LoRA rank (paper)"),
+        ("alpha", 16.0, float, "LoRA updates are scaled by alpha / rank (twice the rank is usual)")],
+    "GRPO": [
+        ("steps", POOL, int, "optimiser steps"),
+        ("batch", POOL, int, "prompts a step (32: paper)"),
+        ("group", POOL, int, "completions a prompt (8: paper)"),
+        ("max_new", POOL, int, "tokens a completion may have (128: paper)"),
+        ("temperature", POOL, float, "of sampling and loss alike (1: the policy's own distribution)"),
+        ("beta", 0.04, float, "weight of the KL to the plain policy (paper); 0 saves its pass"),
+        ("clip_low", 0.2, float, "how far the ratio may fall (PPO's); matters with --epochs above 1"),
+        ("clip_high", 0.2, float, "how far the ratio may rise; more than --clip-low is DAPO's clip-higher"),
+        ("dr", False, bool, "Dr. GRPO: no division by the group's spread, constant normaliser"),
+        ("epochs", 1, int, "optimiser steps on each rollout (1: on-policy)"),
+        ("micro", 0, int, "prompts a micro-batch of the gradient pass, 0 for all; bounds memory only")],
+    "optimiser: AdamW, betas 0.9 and 0.98 (a shorter memory than 0.999 suits runs of some hundred steps)": [
+        ("lr", POOL, float, "of LoRA (1e-4: paper)"),
+        ("router_lr", POOL, float, "of the router (1e-4: paper)"),
+        ("warmup", 20, int, "steps to the full rate, constant after (Adam's first estimates are noisy)"),
+        ("weight_decay", 0.0, float, "none: few parameters, short runs"),
+        ("max_norm", 1.0, float, "gradient clip (usual)")],
+    "the run": [
+        ("eval_every", 25, int, "steps between validations"),
+        ("val", 120, int, "validation problems"),
+        ("test", 256, int, "held-out problems for before and after (the paper's number, most likely)"),
+        ("out", None, str, "folder of the run (runs/<task>-<time>)"),
+        ("resume", False, bool, "go on with the run in --out; its settings are remembered"),
+        ("save_every", 0, int, "steps between checkpoints (0: one a minute)"),
+        ("cache", None, str, "folder of expert states ($N_MUSKETEERS_CACHE/states or ~/.cache/n-musketeers/states)"),
+        ("seed", 0, int, "of weights, order of problems and sampling"),
+        ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
+        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M parameters")]}
+LEAST = dict(batch=1, group=1, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0, shots=0,
+             micro=0, save_every=0, warmup=0)
+
+
+def parser():
+    """Only what was given is in the namespace, so that it can be told from a default."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, settings in SETTINGS.items():
+        group = p.add_argument_group(title)
+        for name, default, kind, text in settings:
+            how = dict(help=text if default in (None, "", False) else f"{text} [{default}]", default=argparse.SUPPRESS)
+            how |= (dict(choices=kind) if isinstance(kind, tuple) else dict(nargs="*") if kind is list
+                    else dict(action="store_true") if kind is bool else dict(type=kind))
+            group.add_argument("--" + name.replace("_", "-"), **how)
+    return p
+
+
+def resolve(given):
+    """Every setting of the run as one dict: what was given, else the pool's. Raises ValueError with the mend."""
+    args = {name: default for group in SETTINGS.values() for name, default, *_ in group} | given
+    if args["resume"]:
+        return remembered(args, given)
+    args["device"] = pick_device(args["device"])
+    if args["pool"] is None and not (args["policy"] or args["experts"]):
+        args["pool"] = pick_pool(args)
+    for name, value in asdict(POOLS[args["pool"] or "small"]).items():  # small suits one's own models best
+        args[name] = value if args[name] is None else args[name]
+    if args["collab"] == "soft" and not args["experts"]:
+        raise ValueError("--collab soft needs someone to listen to: name --experts, or train with --collab single")
+    args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
+    for name, least in LEAST.items():
+        if args[name] < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
+    if args["temperature"] <= 0:
+        raise ValueError("--temperature must be above 0: a group of equal greedy completions teaches nothing")
+    if args["rank"] == 0 and args["collab"] == "single":
+        raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
+    args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
+    if (Path(args["out"]) / "config.json").exists():
+        raise ValueError(f"{args['out']} holds another run: choose another --out, or --resume --out {args['out']}")
+    return args
+
+
+def remembered(args, given):
+    """The settings of the run in --out, with more --steps if asked; others that would change it are refused."""
+    config = Path(args["out"] or ".") / "config.json"
+    if not args["out"] or not config.exists():
+        raise ValueError("--resume needs --out with the folder of a run that was started before")
+    saved, free = json.loads(config.read_text())["args"], ("steps", "resume", "out")
+    changed = sorted(k for k in given if k not in free and given[k] != saved[k])
+    if changed:
+        raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another one")
+    return saved | {k: given[k] for k in free if k in given}
+
+
+def pick_device(name):
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name == "auto":
+        return next(d for d in ("cuda", "mps", "cpu") if there[d])
+    if not there.get(name.split(":")[0]):
+        raise ValueError(f"--device {name} is not to be had here; there is {', '.join(d for d in there if there[d])}")
+    return name
+
+
+def pick_pool(args):
+    """No pool named: the paper's where it fits, tiny where tiny was made for the task, else ask."""
+    made_for = POOLS["tiny"].task.split("+")
+    if args["task"] is None:
+        return "tiny"
+    if args["device"] == "cuda" and torch.cuda.get_device_properties(0).total_memory > PAPER_BYTES:
+        return "paper"
+    if set(args["task"].split("+")) <= set(made_for):
+        return "tiny"
+    raise ValueError(f"{args['task']} is too much for the embedded pool, which was made for {', '.join(made_for)}: "
+                     "add --pool small, or --policy X --experts A B C")
+
+
+# ------------------------------------------------------------------------------------------- what is about to happen
+READ_SPEED = dict(cpu=3e11, mps=3e12, cuda=1e14)  # floating-point operations a second, a cautious guess
+
+
+def introduce(args, items, experts, policy, form, dtype):
+    """Say what the run is about to do before any weight is loaded, and refuse it when memory will not do."""
+    texts = [p.question for split in items.values() for p in split]
+    different, longest = len(set(texts)), max(map(len, texts))
+    say = lambda what, text: print(f"  {what:9} {text}")
+    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}, level {args['level']}, seed {args['seed']}")
+    say("problems", f"train {args['steps'] * args['batch']:,} ({len({p.question for p in items['train']}):,} different), "
+        f"val {len(items['val'])}, test {len(items['test'])}; no question is in two splits")
+    floor, answer = guessing_floor(items["val"])
+    if floor > 0.2:
+        say("", f"always answering {answer!r} would be right in {floor:.0%}: read every accuracy against that")
+    say("policy", f"{policy.name}: width {policy.width}, {policy.layers} layers, {policy.params / 1e6:.2f} M parameters, "
+        f"frozen, {str(dtype)[6:]} on {args['device']}; answers {form}")
+    for e in experts:
+        known = sum(1 for _ in stored(e, args["cache"] or cache_dir() / "states"))
+        seconds = max(0, different - known) * (32 + longest / 4) * 2 * e.params / READ_SPEED[args["device"][:4].rstrip(":")]
+        say("expert", f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, asked {e.template}; {known:,} "
+            f"states cached, {different:,} wanted" + (f", about {seconds:.0f} s to read" if seconds else ""))
+    say("GRPO", f"{args['steps']} steps of {args['batch']} prompts x {args['group']} completions of at most {args['max_new']} "
+        f"tokens, temperature {args['temperature']:g}, KL {args['beta']:g} to the plain policy")
+    say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, then constant, so "
+        "that a run can be prolonged")
+    table = memory_table(args, policy, experts, dtype, 32 + longest // 3)
+    for what, size in table:
+        say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
+    need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(args["device"])
+    if need > there:
+        raise ValueError(f"the run needs about {need / 2**30:.1f} GB and {there / 2**30:.1f} GB are free (table above): "
+                         "lower --micro, --batch, --group or --max-new, or choose a smaller policy")
+
+
+def show_one(run):
+    """One problem as everyone sees it."""
+    p = run.items["val"][0]
+    print(f"  a problem ({p.dataset}), its answer {p.answer!r}")
+    for who, text in [("policy", run.policy_text(p))] + [(e.name, run.expert_text(p, e)) for e in run.experts]:
+        print(f"    as {who} reads it: {text!r}")
+
+
+def baseline(run):
+    """Accuracy and well-formed share on val before training: the policy alone, then with the fresh prefix."""
+    with run.policy.plain():
+        for who, router in [("the policy alone", None), ("with the fresh prefix", run.router)][:2 if run.router else 1]:
+            verdicts = evaluate(run, run.items["val"], router)[0]
+            right = sum(v.strict for v in verdicts) / len(verdicts)
+            formed = sum(v.reason in ("right", "wrong") for v in verdicts) / len(verdicts)
+            print(f"  before    {who}: {right:.1%} right, {formed:.0%} well-formed (val, greedy)")
+
+
+# ----------------------------------------------------------------------------------------------- what is written down
+def shares(attention, names):
+    """Mean attention by expert, summing to 1; {} when nobody is listened to. attention (..., N)."""
+    return {} if attention is None else dict(zip(names, attention.flatten(0, -2).mean(0).tolist()))
+
+
+def summary(run, sampled, sums, train_s):
+    """One row of metrics.jsonl from one step: shares are 0 to 1, lengths in tokens, times in seconds."""
+    verdicts, rewards = [v for row in sampled.verdicts for v in row], sampled.rewards.cpu()
+    names, heard = [e.name for e in run.experts], None if sampled.attention is None else sampled.attention.cpu()
+    new = int(sampled.mask.sum())
+    row = dict(reward=rewards.mean().item(), accuracy=sum(v.strict for v in verdicts) / len(verdicts),
+               length=new / len(verdicts), clipped=sampled.truncated.float().mean().item(),
+               zero_spread=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), **sums,
+               gen_s=sampled.seconds, train_s=train_s, tokens_s=new / sampled.seconds,
+               attention=shares(heard, names), reward_by={}, attention_by={},
+               reasons=dict(Counter(v.reason for v in verdicts).most_common()))
+    for dataset in sorted({p.dataset for p in sampled.problems}):
+        of = [i for i, p in enumerate(sampled.problems) if p.dataset == dataset]
+        row["reward_by"][dataset] = rewards[of].mean().item()
+        row["attention_by"][dataset] = shares(None if heard is None else heard[of], names)
+    return row
+
+
+def line(row):
+    """A step for the reader: reward first, then who is listened to."""
+    heard = " ".join(f"{name} {share:.2f}" for name, share in row["attention"].items())
+    wrong = next((reason for reason in row["reasons"] if reason != "right"), "nothing")
+    return (f"step {row['step']:4d} | reward {row['reward']:.3f} | {'listens ' + heard + ' | ' if heard else ''}"
+            f"clipped {row['clipped']:.0%} | zero-spread {row['zero_spread']:.0%} | KL {row['kl']:.4f} | "
+            f"{row['tokens_s']:,.0f} tokens/s | amiss: {wrong}")
+
+
+def samples(sampled, step, problems=3):
+    """Rows of samples.jsonl: every completion of the step's first few problems, with its verdict."""
+    for p, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:problems]:
+        for text, v in zip(texts, verdicts):
+            yield dict(step=step, question=p.question, answer=p.answer, completion=text, reason=v.reason, reward=v.reward)
+
+
+def append(path, rows):
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def trim(path, step):
+    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
+    if path.exists():
+        kept = [x for x in path.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= step]
+        checkpoint.write_aside(path, lambda p: p.write_text("".join(x + "\n" for x in kept)))
+
+
+def config(run):
+    """config.json: every setting, who took part, versions."""
+    packages = ("torch", "transformers", "numpy", "reasoning-gym")
+    experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
+               for e in run.experts]
+    return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+                versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
+
+
+def trainable(run):
+    count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
+    return dict(router=count(run.router), lora=count(run.policy))
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+def train(args):
+    """Build, look, learn, look again. Returns the exit code."""
+    out = Path(args["out"])
+    run = build(args, introduce)
+    generator = torch.Generator(args["device"]).manual_seed(args["seed"])  # sampling only: evaluation is greedy
+    optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS, args["weight_decay"])
+    state = dict(step=0, best=-1.0, skipped=0)
+    if args["resume"]:
+        state = checkpoint.load_last(out, run.policy, run.router, optimizer, generator) or state
+        print(f"  resumed after step {state['step']} of {args['steps']}" if state["step"] else
+              "  no checkpoint was written before the stop: starting again from the beginning")
+    if state["step"] >= args["steps"]:
+        print(f"  nothing is left to do: raise --steps to go on, or see python eval.py {out}")
+        return 0
+    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**trainable(run)))
+    if state["step"] == 0:
+        show_one(run)
+        baseline(run)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        trim(out / name, state["step"])
+    checkpoint.write_json(out / "config.json", config(run))
+    if learn(run, out, optimizer, generator, state):
+        print(f"stopped and saved; go on with: python train.py --resume --out {out}")
+        return 0
+    return finish(run, out)
+
+
+def learn(run, out, optimizer, generator, state):
+    """Steps state["step"] + 1 to args["steps"]. Returns True if it was asked to stop before the end."""
+    args, B, saved = run.args, run.args["batch"], time.monotonic()
+    how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
+               dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
+    with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"], disable=None) as bar:
+        for step in range(state["step"] + 1, args["steps"] + 1):
+            # listen, sample, verify
+            set_rate(optimizer, step - 1, args["warmup"])
+            batch = run.batch(run.items["train"][(step - 1) * B:step * B])
+            sampled = rollout(run.policy, run.router, batch, run.tokenizer, run.verify, args["group"], args["max_new"],
+                              args["temperature"], generator)
+            # score the same tokens with gradient, and step
+            start = time.perf_counter()
+            sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"], args["max_norm"], **how)
+            row = dict(step=step) | summary(run, sampled, sums, time.perf_counter() - start)
+            # look
+            last = step == args["steps"] or bool(asked)
+            if step % args["eval_every"] == 0 or last:
+                row["val"] = validate(run, step, bar)
+            append(out / "metrics.jsonl", [row])
+            if step % 10 == 1 or last:
+                bar.write(line(row))
+                append(out / "samples.jsonl", samples(sampled, step))
+            bar.update()
+            # keep
+            better = row.get("val", -1.0) > state["best"]
+            state = dict(step=step, best=max(state["best"], row.get("val", -1.0)), skipped=state["skipped"] + sums["skipped"])
+            due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
+            if due or last:
+                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer, generator, **state)
+                checkpoint.rotate(out)
+                saved = time.monotonic()
+            if better:
+                checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
+            if asked:
+                return step < args["steps"]
+
+
+def validate(run, step, bar):
+    """Greedy accuracy on the validation problems; one of the answers is shown."""
+    verdicts, texts, _ = evaluate(run, run.items["val"])
+    i = step // run.args["eval_every"] % len(texts)
+    accuracy, asked = sum(v.strict for v in verdicts) / len(verdicts), run.items["val"][i].question
+    bar.write(f"step {step:4d} | val {accuracy:.1%} | {asked[-50:]!r} -> {texts[i][:60]!r}: {verdicts[i].reason}")
+    return accuracy
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Ctrl-C or SIGTERM once: finish the step, save and stop (the list is no longer empty). Twice: stop at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def main(argv=None):
+    """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
+    try:
+        return train(resolve(vars(parser().parse_args(argv))))
+    except ValueError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
