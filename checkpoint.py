@@ -24,8 +24,7 @@ def digest(tensors):
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(
-            f"{name} {tuple(t.shape)} {t.dtype}".encode() + t.reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
+            f"{name} {tuple(t.shape)} {t.dtype}".encode() + t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 

@@ -86,25 +86,16 @@ def measure(run, n, samples=0):
         before = evaluate(run, items, None)[0]
     after, _, attention = evaluate(run, items)
     names = [e.name for e in run.experts]
-    report = dict(
-        task=run.args["task"],
-        n=len(items),
-        seed=run.args["seed"],
-        collab=run.args["collab"],
-        before=score(before),
-        after=score(after),
-    )
+    report = dict(task=run.args["task"], n=len(items), seed=run.args["seed"], collab=run.args["collab"],
+                  before=score(before), after=score(after))
     b, a = by_dataset(items, before), by_dataset(items, after)
     report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
     if attention is not None:
         heard = by_dataset(items, attention.mean((1, 2)))  # dataset -> [(N,)]
         report["attention_by"] = {
-            d: dict(zip(names, torch.stack(x).mean(0).tolist())) for d, x in heard.items()
-        }
-        report["silenced"] = {
-            e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
-            for e, v in silence(run, items).items()
-        }
+            d: dict(zip(names, torch.stack(x).mean(0).tolist())) for d, x in heard.items()}
+        report["silenced"] = {e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
+                              for e, v in silence(run, items).items()}
     if samples:
         report["pass_at"] = sample_pass(run, items, samples)
     return report
@@ -116,17 +107,8 @@ def sample_pass(run, items, samples):
     generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
     right, step = [], max(1, 64 // samples)
     for i in range(0, len(items), step):
-        out = rollout(
-            run.policy,
-            run.router,
-            run.batch(items[i : i + step]),
-            run.tokenizer,
-            run.verify,
-            samples,
-            run.args["max_new"],
-            run.args["temperature"],
-            generator,
-        )
+        out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
+                      samples, run.args["max_new"], run.args["temperature"], generator)
         right += [sum(v.strict for v in row) for row in out.verdicts]
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks}
@@ -134,8 +116,7 @@ def sample_pass(run, items, samples):
 
 def show(report):
     percent = lambda s: (
-        f"{s['strict']:6.1%} [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}] lenient {s['lenient']:.1%}"
-    )
+        f"{s['strict']:6.1%} [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}] lenient {s['lenient']:.1%}")
     print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     print(f"  before {percent(report['before'])}\n  after  {percent(report['after'])}")
     for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
@@ -147,16 +128,12 @@ def show(report):
         print(
             f"  {d}: listens to "
             + ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
-            + (
-                "; silenced, " + ", ".join(f"{e} {100 * c:+.0f}" for e, c in cost.items()) + " points"
-                if cost
-                else ""
-            )
+            + ("; silenced, " + ", ".join(f"{e} {100 * c:+.0f}" for e, c in cost.items()) + " points" if cost
+               else "")
         )
 
 
-# ------------------------------------------------------------------------------------------------------- the
-# picture
+# -- the picture
 def heat(ax, rows, columns, values, title, shade, fmt):
     """A labelled matrix: values[row][column], written in its cells."""
     grid = torch.tensor([[values[r][c] for c in columns] for r in rows])
@@ -166,18 +143,15 @@ def heat(ax, rows, columns, values, title, shade, fmt):
     for i, row in enumerate(grid.tolist()):
         for j, v in enumerate(row):
             ax.text(
-                j, i, format(v, fmt), ha="center", va="center", color="white" if v > 0.6 * shade else "black"
-            )
+                j, i, format(v, fmt), ha="center", va="center", color="white" if v > 0.6 * shade else "black")
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("expert")
 
 
 def smooth(values, width=10):
     """Trailing mean over at most `width` values."""
-    return [
-        sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
-        for i in range(len(values))
-    ]
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
+            for i in range(len(values))]
 
 
 def figure(rows, report, path):
@@ -190,21 +164,12 @@ def figure(rows, report, path):
 
     names = list(rows[-1]["attention"])
     matrices = bool(report.get("silenced"))
-    fig, axes = plt.subplots(
-        2 if matrices else 1,
-        2 if names else 1,
-        squeeze=False,
-        constrained_layout=True,
-        figsize=(10 if names else 6, 7 if matrices else 3.6),
-    )
+    fig, axes = plt.subplots(2 if matrices else 1, 2 if names else 1, squeeze=False, constrained_layout=True,
+                             figsize=(10 if names else 6, 7 if matrices else 3.6))
     steps = [r["step"] for r in rows]
     ax = axes[0, 0]
-    ax.plot(
-        steps,
-        smooth([r["reward"] for r in rows]),
-        color=COLOURS[0],
-        label="training reward, mean of 10 steps",
-    )
+    ax.plot(steps, smooth([r["reward"] for r in rows]), color=COLOURS[0],
+            label="training reward, mean of 10 steps")
     val = [(r["step"], r["val"]) for r in rows if "val" in r]
     ax.plot(*zip(*val), "o-", color=COLOURS[5], markersize=4, label="accuracy on validation problems, greedy")
     ax.axhline(report["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
@@ -215,10 +180,8 @@ def figure(rows, report, path):
         marker="s",
         capsize=3,
         ls="none",
-        yerr=[
-            [report["after"]["strict"] - report["after"]["ci95"][0]],
-            [report["after"]["ci95"][1] - report["after"]["strict"]],
-        ],
+        yerr=[[report["after"]["strict"] - report["after"]["ci95"][0]],
+              [report["after"]["ci95"][1] - report["after"]["strict"]]],
         label=f"after (test, n = {report['n']}, 95%)",
     )
     ax.set(xlabel="step", ylabel="share right", ylim=(0, 1))
@@ -235,17 +198,14 @@ def figure(rows, report, path):
     if matrices:
         families, after = list(report["attention_by"]), report["by_dataset"]
         heat(axes[1, 0], families, names, report["attention_by"], "attention by family (test)", 1.0, ".2f")
-        lost = {
-            d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
-            for d in families
-        }
+        lost = {d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
+                for d in families}
         heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 60.0, ".0f")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# commands
+# -- commands
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
     report = measure(run, run.args["test"])
@@ -254,17 +214,14 @@ def finish(run, out):
     figure(rows, report, out / "run.png")
     print()
     show(report)
-    print(
-        f'figure {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question.splitlines()[-1]}"'
-    )
+    print(f'figure: {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question}"')
     return 0
 
 
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
-    problem = Problem(
-        question=question, answer="", task="ask", dataset="ask", level=None, split="test", index=0, entry=None
-    )
+    problem = Problem(question=question, answer="", task="ask", dataset="ask", level=None, split="test",
+                      index=0, entry=None)
     run.prepare([problem], progress=False)
     _, texts, attention = evaluate(run, [problem])
     print(texts[0].strip())
@@ -287,8 +244,7 @@ def load(folder, best=False):
         checkpoint.load(folder / "best.safetensors", run.policy, run.router)
     elif checkpoint.load_last(folder, run.policy, run.router) is None:
         raise ValueError(
-            f"{folder} has no checkpoint yet: let it train on with python train.py --resume --out {folder}"
-        )
+            f"{folder} has no checkpoint yet: let it train on with python train.py --resume --out {folder}")
     return run
 
 
@@ -297,8 +253,7 @@ def parser():
     p.add_argument("run", help="folder of a run, as train.py --out wrote it")
     p.add_argument("--n", type=int, help="test problems (256; gsm8k: all 1,319)")
     p.add_argument(
-        "--best", action="store_true", help="the checkpoint that was best on validation, not the last"
-    )
+        "--best", action="store_true", help="the checkpoint that was best on validation, not the last")
     p.add_argument(
         "--samples", type=int, default=0, help="also sample this many completions a problem and report pass@k"
     )

@@ -35,6 +35,7 @@ SHARD_SECONDS = 20                      # at most this much reading is lost when
 FORMAT = "n-musketeers states 1"        # enters the fingerprint: another way of reading finds no old states
 META_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]      # config and tokenizer
 
+
 @dataclass(frozen=True)
 class Pool:
     """A policy, its experts, and the defaults that suit their size."""
@@ -53,6 +54,8 @@ class Pool:
     router_width: int = 512
     router_heads: int = 8
     router_temperature: float = 1.0
+    neutral: str = "zero"       # see model.Policy
+
 
 TINY = Path(__file__).resolve().parent / "tiny"
 POOLS = {
@@ -62,7 +65,8 @@ POOLS = {
         task="arithmetic+logic+algorithmic", level="tiny", template="plain",    # what they were trained on
         lr=1e-3, router_lr=2e-3,                # small models bear, and need, ten times a large one's rate
         batch=36, steps=200, max_new=8,         # 12 problems a family; the longest answer and its stop token
-        router_width=64, router_heads=4, router_temperature=0.5),   # narrow inputs; few steps to choose in
+        router_width=64, router_heads=4, router_temperature=0.5,    # narrow inputs; few steps to choose in
+        neutral="mean"),                        # its policy was taught what the mean embedding means: nothing
     # One consumer GPU or a patient CPU. Three families, one an encoder; Apache-2.0, bge MIT.
     "small": Pool(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -82,12 +86,15 @@ POOLS = {
         steps=500),                             # the paper's for Reasoning Gym; gsm8k has 233, one epoch
 }
 
+
 def cache_dir():
     """Where what we keep lies: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers (states in `states`)."""
     return Path(os.environ.get("N_MUSKETEERS_CACHE") or Path.home() / ".cache" / "n-musketeers")
 
+
 def brief(error):
     return f"{type(error).__name__}: {error}".split("\n")[0]
+
 
 def write_whole(path, data):
     """Write bytes so that the file is whole or not there, whatever happens meanwhile. Raises OSError."""
@@ -101,6 +108,7 @@ def write_whole(path, data):
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
 
 def find_model(source):
     """(folder, commit): a local folder and None, or the snapshot of a hub model `org/name[@revision]`."""
@@ -116,12 +124,14 @@ def find_model(source):
                          f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
     return folder, folder.name
 
+
 def read_json(path):
     """The object in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: fetch this model again ({brief(error)})") from error
+
 
 def weight_files(folder):
     """The safetensors files transformers would load. Raises ValueError if there are none."""
@@ -133,6 +143,7 @@ def weight_files(folder):
                          "(other formats can run code and are never loaded)")
     return [folder / name for name in names]
 
+
 def count_parameters(path):
     """Numbers stored in a safetensors file, from its header alone."""
     try:
@@ -140,6 +151,7 @@ def count_parameters(path):
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or damaged: fetch it again ({brief(error)})") from error
+
 
 def file_hash(path):
     """sha256 of a file, remembered by path, size and time of change, as reading gigabytes takes seconds."""
@@ -153,6 +165,7 @@ def file_hash(path):
         with contextlib.suppress(OSError):
             write_whole(memo_file, json.dumps(memo, indent=0).encode())
     return memo[key]
+
 
 @contextlib.contextmanager
 def loading(what, source):
@@ -169,6 +182,7 @@ def loading(what, source):
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()
+
 
 class Expert:
     """One frozen model: its tokenizer, its geometry (from config alone) and, only while reading, its weights.
@@ -190,7 +204,7 @@ class Expert:
         self.params = sum(map(count_parameters, weight_files(self.folder)))
         dtype = dtype or ("float32" if self.params < SMALL else "bfloat16")
         if read not in ("last", "first", "mean") or dtype not in DTYPES:
-            raise ValueError(f"an expert reads last, first or mean in {', '.join(DTYPES)}, not {read}, {dtype}")
+            raise ValueError(f"experts read last, first or mean in {', '.join(DTYPES)}: not {read}, {dtype}")
         if not -self.layers - 1 <= layer <= self.layers:
             raise ValueError(f"{self.name} has layers 0 to {self.layers} (-1 is the last), not {layer}")
         if template == "chat" and not self.has_template:
@@ -304,15 +318,19 @@ class Expert:
             result[places] = states
         return result
 
+
 # The cache: <folder>/<fingerprint>/<seal>.safetensors, each with `keys` (n, 32) uint8, the sha256 of n texts,
 # and `states` (n, width). Its name is the sha256 of its content, so damage shows; and any number of processes
 # may share a folder: at worst two read the same text.
 
+
 def text_key(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
+
 def seal(expert, data):
     return hashlib.sha256(expert.fingerprint.encode() + data).hexdigest()
+
 
 def write_shard(expert, folder, rows):
     """Add one shard of rows, {key: state}. A full disk costs the cache, not the run: it is said and left."""
@@ -323,6 +341,7 @@ def write_shard(expert, folder, rows):
     except OSError as error:
         warnings.warn(f"states of {expert.name} cannot be kept in {folder} and will be read again next time: "
                       f"free some space or set N_MUSKETEERS_CACHE ({brief(error)})", stacklevel=2)
+
 
 def open_shard(expert, path):
     """{key: state} of one shard; a damaged one is named in a warning, deleted, and counts as empty."""
@@ -338,15 +357,18 @@ def open_shard(expert, path):
     path.unlink(missing_ok=True)
     return {}
 
+
 def stored(expert, folder):
     """{key: state} of all that this expert has left in the cache."""
     shards = sorted((Path(folder) / expert.fingerprint).glob("*.safetensors"))
     return {key: state for path in shards for key, state in open_shard(expert, path).items()}
 
+
 def cached(expert, texts, folder=None):
     """How many of `texts` need not be read again."""
     rows = stored(expert, folder or cache_dir() / "states")
     return sum(text_key(text) in rows for text in texts)
+
 
 def read_missing(expert, texts, folder, progress):
     """{key: state} of `texts` ({key: text}), read now and kept: a shard every 20 seconds and at the end, even
@@ -367,6 +389,7 @@ def read_missing(expert, texts, folder, progress):
         if fresh:
             write_shard(expert, folder, fresh)
     return rows | fresh
+
 
 def read(experts, texts, folder=None, progress=True):
     """H, every problem as every expert reads it: (n, N, D), D the widest expert's width.

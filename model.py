@@ -27,12 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KNOWN = {"llama": "Llama, SmolLM2", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3"}
-ROPES = (
-    "default",
-    "linear",
-    "llama3",
-    "yarn",
-)  # the others change with the length of the text, which a cache cannot
+ROPES = ("default", "linear", "llama3", "yarn")  # the others change with the text's length: no cache could
 
 
 class LoRALinear(nn.Module):
@@ -93,12 +88,8 @@ class Block(nn.Module):
         self.o = linear("self_attn.o_proj")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         self.down = linear("mlp.down_proj")
-        for ours, theirs in (
-            ("norm1", "input_layernorm"),
-            ("norm2", "post_attention_layernorm"),
-            ("q_norm", "self_attn.q_norm"),
-            ("k_norm", "self_attn.k_norm"),
-        ):
+        for ours, theirs in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"),
+                             ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")):
             value = weight(f"{theirs}.weight", optional=theirs.startswith("self_attn"))
             self.register_buffer(ours, value, persistent=False)
         self.sizes = [config["num_attention_heads"] * self.D] + [config["num_key_value_heads"] * self.D] * 2
@@ -145,9 +136,7 @@ def attend_group(q, k_own, v_own, k_shared, v_shared, hidden):
     if T > 1:
         later = torch.ones(T, t, dtype=torch.bool, device=q.device).triu(t - T + 1)
         own = own.unflatten(3, (-1, T)).masked_fill(later, -torch.inf).flatten(3, 4)
-    p = torch.cat((shared, own), -1).softmax(
-        -1
-    )  # (B, K, G, R T, S + t): softmax accumulates in fp32 by itself
+    p = torch.cat((shared, own), -1).softmax(-1)  # (B, K, G, R T, S + t), accumulated in fp32 by itself
     y = (p[..., :S].reshape(B, K, -1, S) @ v_shared).view(B, K, G, -1, D) + p[..., S:] @ v_own
     return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
 
@@ -173,9 +162,7 @@ class TokenLogprob(torch.autograd.Function):
             p = (z - lse).exp_()
             entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
             if grad is not None:
-                p.scatter_add_(
-                    1, y, torch.full_like(lse, -1.0)
-                )  # softmax - one-hot: subtract before rounding to bf16
+                p.scatter_add_(1, y, torch.full_like(lse, -1.0))  # minus one-hot, before rounding to bf16
                 grad[part] = p.to(h.dtype) @ weight / -temperature
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy)
@@ -202,9 +189,7 @@ def sample(logits, temperature, generator=None):
     mass = p.sum(-1)
     edges = mass.cumsum(-1)  # (n, blocks)
     u = torch.rand(len(z), 1, generator=generator, device=z.device) * edges[:, -1:]
-    below = lambda x, top: torch.minimum(
-        x, torch.nextafter(top, torch.zeros_like(top))
-    )  # x < top despite rounding
+    below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
     u = below(u, edges[:, -1:])
     b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
     inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
@@ -215,9 +200,13 @@ def sample(logits, temperature, generator=None):
 class Policy(nn.Module):
     """The decoder. Trainable: LoRA only. `Policy.load` makes one from a folder or a hub name."""
 
-    def __init__(self, config, weight, rank=8, alpha=16):
-        """config: dict, see `read_config`; weight(name, optional=False) -> tensor by its Hugging Face
-        name."""
+    def __init__(self, config, weight, rank=8, alpha=16, neutral="zero"):
+        """config: dict, see `read_config`; weight(name, optional=False) -> tensor by its Hugging Face name.
+
+        neutral: where a prefix that says nothing lies, at "zero" (paper) or at the "mean" embedding. The first
+        RMSNorm makes every vector unit-sized: near zero a fresh prefix is L random directions, which a large
+        policy shrugs off, but one that was taught to read its prefix (tiny) would take for a message.
+        """
         super().__init__()
         self.config, self.eps = config, config["rms_norm_eps"]
         embed = weight("model.embed_tokens.weight")
@@ -230,21 +219,18 @@ class Policy(nn.Module):
             return lambda name, optional=False: weight(f"model.layers.{i}.{name}", optional)
 
         self.blocks = nn.ModuleList(
-            Block(config, layer(i), rank, alpha) for i in range(config["num_hidden_layers"])
-        )
+            Block(config, layer(i), rank, alpha) for i in range(config["num_hidden_layers"]))
         angles = torch.outer(torch.arange(config["window"]).float(), config["inv_freq"])  # (window, D / 2)
         self.register_buffer("cos", (angles.cos() * config["rope_scale"]).to(embed.dtype), persistent=False)
         self.register_buffer("sin", (angles.sin() * config["rope_scale"]).to(embed.dtype), persistent=False)
-        # A prefix is measured from a neutral token, in units of the embeddings' spread. The first RMSNorm
-        # makes every vector unit-sized, so a prefix near ZERO would be eight random directions; near the mean
-        # it says nothing yet.
-        sample_rows = embed[:: max(1, len(embed) // 4096)].float()
-        self.register_buffer("neutral", sample_rows.mean(0), persistent=False)
-        self.register_buffer("spread", sample_rows.std(), persistent=False)
+        # A prefix is measured from a neutral vector, in units of the embeddings' spread.
+        rows = embed[:: max(1, len(embed) // 4096)].float()
+        self.register_buffer("neutral", rows.mean(0) * (neutral == "mean"), persistent=False)
+        self.register_buffer("spread", rows.std(), persistent=False)
         self.register_buffer("stop", torch.tensor(config["stop"]), persistent=False)
 
     @classmethod
-    def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu"):
+    def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu", neutral="zero"):
         """The policy in folder or hub repository `name` ('name@revision' allowed).
 
         Raises ValueError, in one sentence with the mend: nothing there, no safetensors, an architecture or
@@ -268,14 +254,11 @@ class Policy(nn.Module):
                     return files[stored].get_tensor(stored).to(dtype)
             if optional:
                 return None
-            raise ValueError(
-                f"{name}: tensor {key} is missing, its folder is incomplete: fetch the model again"
-            )
+            raise ValueError(f"{name} is incomplete, tensor {key} is missing: fetch the model again")
 
-        return cls(config, weight, rank, alpha).to(device)
+        return cls(config, weight, rank, alpha, neutral).to(device)
 
     # -- running
-    # ---------------------------------------------------------------------------------------------------
     @property
     def window(self):
         """The longest text in tokens, prefix included."""
@@ -309,13 +292,9 @@ class Policy(nn.Module):
     def _continue(self, tokens, cache, start, own):
         """Hidden states (B, G, T, d) of continuation tokens (B, G, T) at places start..start+T-1 after the
         prompt. own(layer, k, v) -> the layer's own keys and values so far, each (B, K, G, t, D)."""
-        positions = (
-            cache.lengths[:, None] + start + torch.arange(tokens.shape[-1], device=tokens.device)
-        )  # (B, T)
-        cos, sin = (
-            self.cos[positions][:, None, :, None],
-            self.sin[positions][:, None, :, None],
-        )  # (B, 1, T, 1, D / 2)
+        ahead = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
+        positions = (cache.lengths[:, None] + ahead)[:, None, :, None]  # (B, 1, T, 1)
+        cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         S = cache.keys[0].shape[2]
         hidden = (torch.arange(S, device=tokens.device) >= cache.lengths[:, None])[:, None, None, None]
         x = F.embedding(tokens, self.embed)
@@ -337,9 +316,7 @@ class Policy(nn.Module):
         True up to and including the first stop token; T <= max_new is where the longest completion ended."""
         B, S, K, D = len(cache.last), *cache.keys[0].shape[2:0:-1], self.config["head_dim"]
         shape = (len(self.blocks), 2, B, K, group, max_new, D)
-        memory = torch.empty(
-            shape, dtype=self.embed.dtype, device=self.embed.device
-        )  # keys and values, written in place
+        memory = torch.empty(shape, dtype=self.embed.dtype, device=self.embed.device)  # written in place
         tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
         alive = torch.ones(B, group, dtype=torch.bool, device=self.embed.device)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -370,15 +347,12 @@ class Policy(nn.Module):
         if tokens.shape[-1] > 1:
             rest = self._continue(tokens[..., :-1], cache, 0, lambda i, k, v: (k, v))
             h = torch.cat((h, rest), 2)  # (B, G, T, d)
-        h = F.rms_norm(
-            h[mask], (h.shape[-1],), self.norm, self.eps
-        )  # (n, d): padding never meets the vocabulary
+        h = F.rms_norm(h[mask], (h.shape[-1],), self.norm, self.eps)  # (n, d): no padding meets the head
         logp, entropy = TokenLogprob.apply(h, self.head, tokens[mask], temperature, chunk)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
     # -- LoRA
-    # --------------------------------------------------------------------------------------------------------
     def adapters(self):
         return [m for m in self.modules() if isinstance(m, LoRALinear)]
 
@@ -418,45 +392,26 @@ def read_config(folder):
     kind = raw.get("model_type")
     if kind not in KNOWN:
         known = "; ".join(f"{k} ({v})" for k, v in KNOWN.items())
-        raise ValueError(
-            f"{folder} is of architecture {kind!r}, which the policy cannot be; it can be {known}"
-        )
+        raise ValueError(f"{folder} is of architecture {kind!r}, but a policy is one of {known}")
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     c = AutoConfig.from_pretrained(folder)
     if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
-        raise ValueError(
-            f"{folder} uses {c.hidden_act} or a sliding window, which model.py does not: choose another policy"
-        )
+        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     rope = c.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ROPES:
-        raise ValueError(
-            f"{folder} uses rope scaling {kind!r}; known are {', '.join(ROPES)}: choose another policy"
-        )
+        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
     inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
     if kind != "default":
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
-    keys = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "vocab_size",
-    )
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size")
     return {k: getattr(c, k) for k in keys} | dict(
-        model_type=c.model_type,
-        head_dim=head_dim,
-        window=c.max_position_embeddings,
-        inv_freq=inv_freq,
-        rope_scale=scale,
-        stop=stop_tokens(folder, c),
-    )
+        model_type=c.model_type, head_dim=head_dim, window=c.max_position_embeddings, inv_freq=inv_freq,
+        rope_scale=scale, stop=stop_tokens(folder, c))
 
 
 def stop_tokens(folder, config):
@@ -466,7 +421,5 @@ def stop_tokens(folder, config):
     ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
     ids = config.eos_token_id if ids is None else ids
     if ids is None:
-        raise ValueError(
-            f"{folder} names no eos_token_id, so no completion could end: add it to its config.json"
-        )
+        raise ValueError(f"{folder} names no eos_token_id, so no completion ends: add it to its config.json")
     return ids if isinstance(ids, list) else [ids]

@@ -75,10 +75,8 @@ def rollout(policy, router, batch, tokenizer, verify, group, max_new, temperatur
     rows = [t[m].tolist() for t, m in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     texts = [texts[i : i + group] for i in range(0, len(texts), group)]
-    verdicts = [
-        [verify(text, problem, bool(cut)) for text, cut in zip(row, cuts)]
-        for row, problem, cuts in zip(texts, batch.problems, truncated.tolist())
-    ]
+    verdicts = [[verify(text, problem, bool(cut)) for text, cut in zip(row, cuts)]
+                for row, problem, cuts in zip(texts, batch.problems, truncated.tolist())]
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
 

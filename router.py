@@ -41,22 +41,17 @@ class Router(nn.Module):
     def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, start=0.02):
         super().__init__()
         if not widths:
-            raise ValueError(
-                "a router needs at least one expert: name some with --experts, or train with --collab single"
-            )
+            raise ValueError("a router needs an expert: name some with --experts, or use --collab single")
         if dim % heads:
             raise ValueError(f"the router's width {dim} must be a multiple of its {heads} heads")
         self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
         N, D = len(widths), max(widths)
-        real = (
-            torch.arange(D) < torch.tensor(widths)[:, None]
-        )  # (N, D) False where an expert has no such dimension
+        real = torch.arange(D) < torch.tensor(widths)[:, None]  # (N, D) False: no such dimension
         self.register_buffer("real", real, persistent=False)
         self.register_buffer("mean", torch.zeros(N, D))
         self.register_buffer("gain", real.float())
-        self.project = nn.Parameter(
-            torch.randn(N, D, dim) * real[..., None] / real.sum(1).sqrt()[:, None, None]
-        )
+        fan_in = real.sum(1)[:, None, None]
+        self.project = nn.Parameter(torch.randn(N, D, dim) * real[..., None] / fan_in.sqrt())
         self.identity = nn.Parameter(torch.randn(N, dim) * 0.02)  # who speaks, apart from what is said
         self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
         self.norm_in, self.norm_latent, self.norm_mlp, self.norm_out = (nn.LayerNorm(dim) for _ in range(4))
@@ -96,13 +91,9 @@ class Router(nn.Module):
         H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
         E = self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)  # (B, N, dim)
 
-        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(
-            -3, -2
-        )  # (..., n, dim) -> (..., heads, n, dim / heads)
-        q = split(
-            self.to_q(self.norm_latent(self.latents))
-        )  # (heads, L, dim / heads): the same questions for every prompt
-        k, v = map(split, self.to_kv(E).chunk(2, -1))  # (B, heads, N, dim / heads)
+        split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., heads, n, dim / heads)
+        q = split(self.to_q(self.norm_latent(self.latents)))  # (heads, L, ·): the same for every prompt
+        k, v = map(split, self.to_kv(E).chunk(2, -1))  # (B, heads, N, ·)
         scores = q @ k.transpose(-1, -2) * self.scale  # (B, heads, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)

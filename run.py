@@ -49,8 +49,7 @@ class Run:
             row[: len(x)] = torch.tensor(x)
         H = None if self.H is None else self.H[[self.rows[p.question] for p in some]]
         send = lambda t: (
-            t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-        )
+            t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device))
         return Batch(list(some), send(tokens), send(lengths), None if H is None else send(H).float())
 
     def verify(self, text, problem, truncated):
@@ -70,15 +69,13 @@ class Run:
         if not fresh:
             return
         encoded = self.tokenizer(
-            [self.policy_text(p) for p in fresh], add_special_tokens=self.form == "plain"
-        )
+            [self.policy_text(p) for p in fresh], add_special_tokens=self.form == "plain")
         for p, ids in zip(fresh, encoded["input_ids"]):
             room = self.policy.window - self.args["max_new"] - (self.args["latents"] if self.router else 0)
             if len(ids) > room:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens leaves no room in the policy's window of "
-                    f"{self.policy.window}: use fewer --shots, a smaller --max-new or an easier --level"
-                )
+                    f"{self.policy.window}: use fewer --shots, a smaller --max-new or an easier --level")
             self.ids[p.question] = ids
         if self.experts:
             texts = [[self.expert_text(p, e) for p in fresh] for e in self.experts]
@@ -91,14 +88,13 @@ def ordered(args, n):
     """The first n training problems in this seed's order: shuffled in blocks, so that a longer run begins
     alike."""
     block = max(1024, 8 * args["batch"])
-    pool = problems(
-        args["task"], "train", args["shots"] + -(-n // block) * block, args["data"], args["level"]
-    )
-    shots, pool = pool[: args["shots"]], pool[args["shots"] :]
+    n_shots, whole = args["shots"], -(-n // block) * block
+    pool = problems(args["task"], "train", n_shots + whole, args["data"], args["level"])
+    shots, pool = pool[:n_shots], pool[n_shots:]
     for start in range(0, len(pool), block):
-        part = pool[start : start + block]
+        part = pool[start:start + block]
         random.Random(f"{args['seed']} {start}").shuffle(part)
-        pool[start : start + block] = part
+        pool[start:start + block] = part
     return pool[:n], shots
 
 
@@ -108,8 +104,11 @@ def build(args, announce=None, training=True):
     train_items, shots = ordered(args, max(args["steps"] * args["batch"], STATISTICS))
     items = {s: problems(args["task"], s, args[s], args["data"], args["level"]) for s in ("val", "test")}
     items["train"] = train_items
-    experts = [Expert(e, read=args["read"], layer=args["layer"], device=args["device"]) for e in args["experts"]]
-    itself = Expert(args["policy"], template={"chat": "chat", "plain": "plain"}.get(args["template"], "auto"))
+    how = dict(read=args["read"], layer=args["layer"], device=args["device"])
+    experts = [Expert(e, **how) for e in args["experts"]]
+    for i, e in enumerate(experts):  # two folders may end alike; a name is what attention is reported under
+        e.name += f"-{i}" if any(e.name == other.name for other in experts[:i]) else ""
+    itself = Expert(args["policy"], template=args["template"])  # its tokenizer and size, no weights yet
     form = "tagged" if itself.template == "chat" else "plain"
     dtype = args["dtype"]
     if dtype == "auto":
@@ -119,11 +118,12 @@ def build(args, announce=None, training=True):
         announce(args, items, experts, itself, form, dtype)
 
     torch.manual_seed(args["seed"])
-    policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"])
+    policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])
     router = None
     if experts:
-        router = Router([e.width for e in experts], policy.config["hidden_size"], args["latents"], args["router_heads"],
-                        args["router_width"], args["router_temperature"]).to(args["device"])
+        router = Router([e.width for e in experts], policy.config["hidden_size"], args["latents"],
+                        args["router_heads"], args["router_width"], args["router_temperature"])
+        router.to(args["device"])
     if form == "plain":
         policy.stop = torch.tensor(line_ends(itself.tokenizer, policy.stop.tolist()), device=args["device"])
     run = Run(args, policy, router, itself.tokenizer, experts, items, shots, form)
@@ -136,7 +136,8 @@ def build(args, announce=None, training=True):
 
 def line_ends(tokenizer, stop):
     """In the plain form the answer is the first line, so every token that ends a line ends the completion."""
-    ends = [i for token, i in tokenizer.get_vocab().items() if "\n" in token or "Ċ" in token or token == "<0x0A>"]
+    marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's
+    ends = [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
     return sorted({*stop, *ends})
 
 
@@ -150,26 +151,29 @@ def evaluate(run, some, router=OWN, rows=64):
     router = run.router if router is OWN else router
     outs = [rollout(run.policy, router, run.batch(some[i:i + rows]), run.tokenizer, run.verify, 1,
                     run.args["max_new"], temperature=0) for i in range(0, len(some), rows)]
-    verdicts, texts = ([row[0] for out in outs for row in getattr(out, what)] for what in ("verdicts", "texts"))
-    return verdicts, texts, None if router is None else torch.cat([out.attention.cpu() for out in outs])
+    verdicts, texts = [row[0] for o in outs for row in o.verdicts], [row[0] for o in outs for row in o.texts]
+    return verdicts, texts, None if router is None else torch.cat([o.attention.cpu() for o in outs])
 
 
 def memory_table(args, policy, experts, dtype, prompt_tokens):
-    """Estimated bytes by part, a list of (what, bytes). policy, experts: Experts; prompt_tokens: of the longest."""
-    c, size = read_config(policy.folder), dtype.itemsize
-    d, ff, layers, K = (c[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"))
-    H, D, B, G, T = c["num_attention_heads"], c["head_dim"], args["batch"], args["group"], args["max_new"]
-    S, micro, w = prompt_tokens + args["latents"] * bool(experts), min(args["micro"] or B, B), args["router_width"]
+    """Estimated bytes by part, a list of (what, bytes). prompt_tokens: of the longest prompt."""
+    c, size, w = read_config(policy.folder), dtype.itemsize, args["router_width"]
+    d, ff, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
+    H, K, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
+    B, G, T, micro = args["batch"], args["group"], args["max_new"], min(args["micro"] or B, B)
+    S = prompt_tokens + args["latents"] * bool(experts)
     lora = args["rank"] * layers * (7 * d + 2 * (H + K) * D + 3 * ff)
     router = sum(e.width for e in experts) * w + 11 * w * w + w * d if experts else 0
     kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
-    scores = 2 * micro * G * H * T * (S + T)
+    scores = 2 * G * H * T * (S + T)
     return [("policy, frozen", policy.params * size),
             ("LoRA and router, their gradients and AdamW's moments", 16 * (lora + router)),
             ("rollout: keys and values", 2 * layers * K * D * B * (S + G * T) * size),
-            (f"gradient pass, {micro} prompts at a time (--micro)", layers * (micro * (S + G * T) * kept + scores) * size),
+            (f"gradient pass, {micro} prompts at a time (--micro)",
+             layers * micro * ((S + G * T) * kept + scores) * size),
             ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),
-            ("largest expert, only while reading", max((e.params * e.dtype.itemsize for e in experts), default=0))]
+            ("largest expert, only while reading",
+             max((e.params * e.dtype.itemsize for e in experts), default=0))]
 
 
 def free_memory(device):

@@ -44,14 +44,14 @@ BETAS = (0.9, 0.98)
 
 # ----------------------------------------------------------------------------------------------------
 # arguments
-PAPER_BYTES = 22e9  # a GPU that holds the paper's pool: policy 6.2 GB, one expert at a time, the gradient pass
+PAPER_BYTES = 22e9  # a GPU for the paper's pool: policy 6.2 GB, one expert at a time, the gradient pass
 POOL = None  # the default is the pool's, which suits its size (experts.POOLS)
 SETTINGS = {  # group: [(name, default, type or choices, help with the reason for the default)]
     "what to learn": [
-        ("task", POOL, str, "gsm8k, a Reasoning Gym dataset, arithmetic, logic, algorithmic; several joined by +"),
-        ("level", POOL, str, "difficulty of generated tasks: tiny, easy, default, hard, or key=value,key=value"),
+        ("task", POOL, str, "gsm8k, a Reasoning Gym dataset, arithmetic, logic, algorithmic; joined by +"),
+        ("level", POOL, str, "of generated tasks: tiny, easy, default, hard, or key=value,key=value"),
         ("data", None, str, "GSM8K: folder with train.jsonl and test.jsonl (default: downloaded once)"),
-        ("template", POOL, ("auto", "chat", "plain"), "how the policy is asked; auto: chat if it has a template"),
+        ("template", POOL, ("auto", "chat", "plain"), "how the policy is asked; auto: chat if it can"),
         ("shots", 0, int, "solved training examples before each problem")],
     "who works together": [
         ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
@@ -66,6 +66,7 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("router_width", POOL, int, "width of the router (512: paper)"),
         ("router_heads", POOL, int, "attention heads of the router (8: paper)"),
         ("router_temperature", POOL, float, "of its attention; below 1 sharpens"),
+        ("neutral", POOL, ("zero", "mean"), "a prefix that says nothing: zero (paper) or the mean embedding"),
         ("rank", 8, int, "LoRA rank (paper)"),
         ("alpha", 16.0, float, "LoRA updates are scaled by alpha / rank (twice the rank is usual)")],
     "GRPO": [
@@ -93,12 +94,12 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("out", None, str, "folder of the run (runs/<task>-<time>)"),
         ("resume", False, bool, "go on with the run in --out; its settings are remembered"),
         ("save_every", 0, int, "steps between checkpoints (0: one a minute)"),
-        ("cache", None, str, "folder of expert states ($N_MUSKETEERS_CACHE/states or ~/.cache/n-musketeers/states)"),
+        ("cache", None, str, "folder of expert states (~/.cache/n-musketeers/states)"),
         ("seed", 0, int, "of weights, order of problems and sampling"),
         ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
-        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M parameters")]}
-LEAST = dict(batch=1, group=1, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0, shots=0,
-             micro=0, save_every=0, warmup=0)
+        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
+LEAST = dict(batch=1, group=1, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
+             shots=0, micro=0, save_every=0, warmup=0)
 
 
 def parser():
@@ -107,25 +108,27 @@ def parser():
     for title, settings in SETTINGS.items():
         group = p.add_argument_group(title)
         for name, default, kind, text in settings:
-            how = dict(help=text if default in (None, "", False) else f"{text} [{default}]", default=argparse.SUPPRESS)
-            how |= (dict(choices=kind) if isinstance(kind, tuple) else dict(nargs="*") if kind is list
-                    else dict(action="store_true") if kind is bool else dict(type=kind))
-            group.add_argument("--" + name.replace("_", "-"), **how)
+            text += "" if default in (None, "", False) else f" [{default}]"
+            how = (dict(choices=kind) if isinstance(kind, tuple) else dict(nargs="*") if kind is list
+                   else dict(action="store_true") if kind is bool else dict(type=kind))
+            group.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
     return p
 
 
 def resolve(given):
-    """Every setting of the run as one dict: what was given, else the pool's. Raises ValueError with the mend."""
+    """Every setting of the run as one dict: what was given, else the pool's. Raises ValueError."""
     args = {name: default for group in SETTINGS.values() for name, default, *_ in group} | given
     if args["resume"]:
         return remembered(args, given)
     args["device"] = pick_device(args["device"])
     if args["pool"] is None and not (args["policy"] or args["experts"]):
         args["pool"] = pick_pool(args)
-    for name, value in asdict(POOLS[args["pool"] or "small"]).items():  # small suits one's own models best
+    for name, value in asdict(POOLS[args["pool"] or "small"]).items():  # small's suit one's own models
         args[name] = value if args[name] is None else args[name]
     if args["collab"] == "soft" and not args["experts"]:
-        raise ValueError("--collab soft needs someone to listen to: name --experts, or train with --collab single")
+        raise ValueError("--collab soft needs someone to listen to: name --experts, or use --collab single")
+    if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
+        args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
     args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
     for name, least in LEAST.items():
         if args[name] < least:
@@ -136,19 +139,19 @@ def resolve(given):
         raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     if (Path(args["out"]) / "config.json").exists():
-        raise ValueError(f"{args['out']} holds another run: choose another --out, or --resume --out {args['out']}")
+        raise ValueError(f"{args['out']} holds a run: choose another --out, or --resume --out {args['out']}")
     return args
 
 
 def remembered(args, given):
-    """The settings of the run in --out, with more --steps if asked; others that would change it are refused."""
+    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
     config = Path(args["out"] or ".") / "config.json"
     if not args["out"] or not config.exists():
         raise ValueError("--resume needs --out with the folder of a run that was started before")
     saved, free = json.loads(config.read_text())["args"], ("steps", "resume", "out")
     changed = sorted(k for k in given if k not in free and given[k] != saved[k])
     if changed:
-        raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another one")
+        raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
     return saved | {k: given[k] for k in free if k in given}
 
 
@@ -157,7 +160,7 @@ def pick_device(name):
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if there[d])
     if not there.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not to be had here; there is {', '.join(d for d in there if there[d])}")
+        raise ValueError(f"there is no {name} here: use --device {' or '.join(d for d in there if there[d])}")
     return name
 
 
@@ -170,42 +173,43 @@ def pick_pool(args):
         return "paper"
     if set(args["task"].split("+")) <= set(made_for):
         return "tiny"
-    raise ValueError(f"{args['task']} is too much for the embedded pool, which was made for {', '.join(made_for)}: "
-                     "add --pool small, or --policy X --experts A B C")
+    raise ValueError(f"{args['task']} is too much for the embedded pool, made for {', '.join(made_for)}: add "
+                     "--pool small, or --policy X --experts A B C")
 
 
-# ------------------------------------------------------------------------------------------- what is about to happen
+# -- what is about to happen
 READ_SPEED = dict(cpu=3e11, mps=3e12, cuda=1e14)  # floating-point operations a second, a cautious guess
 
 
 def introduce(args, items, experts, policy, form, dtype):
     """Say what the run is about to do before any weight is loaded, and refuse it when memory will not do."""
     texts = [p.question for split in items.values() for p in split]
-    different, longest = len(set(texts)), max(map(len, texts))
-    say = lambda what, text: print(f"  {what:9} {text}")
-    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}, level {args['level']}, seed {args['seed']}")
-    say("problems", f"train {args['steps'] * args['batch']:,} ({len({p.question for p in items['train']}):,} different), "
-        f"val {len(items['val'])}, test {len(items['test'])}; no question is in two splits")
+    wanted, longest, device = len(set(texts)), max(map(len, texts)), args["device"]
+    say = lambda what, *text: print(f"  {what:9}", *text)
+    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}, level {args['level']}")
+    say("problems", f"train {args['steps'] * args['batch']:,} "
+        f"({len({p.question for p in items['train']}):,} different), val {len(items['val'])}, "
+        f"test {len(items['test'])}; no question is in two splits; seed {args['seed']}")
     floor, answer = guessing_floor(items["val"])
     if floor > 0.2:
-        say("", f"always answering {answer!r} would be right in {floor:.0%}: read every accuracy against that")
-    say("policy", f"{policy.name}: width {policy.width}, {policy.layers} layers, {policy.params / 1e6:.2f} M parameters, "
-        f"frozen, {str(dtype)[6:]} on {args['device']}; answers {form}")
+        say("", f"always answering {answer!r} is right in {floor:.0%}: read every accuracy against that")
+    size = lambda e: f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, {e.template}"
+    say("policy", f"{size(policy)}, answers {form}; frozen, {str(dtype)[6:]} on {device}")
     for e in experts:
-        known = sum(1 for _ in stored(e, args["cache"] or cache_dir() / "states"))
-        seconds = max(0, different - known) * (32 + longest / 4) * 2 * e.params / READ_SPEED[args["device"][:4].rstrip(":")]
-        say("expert", f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, asked {e.template}; {known:,} "
-            f"states cached, {different:,} wanted" + (f", about {seconds:.0f} s to read" if seconds else ""))
-    say("GRPO", f"{args['steps']} steps of {args['batch']} prompts x {args['group']} completions of at most {args['max_new']} "
-        f"tokens, temperature {args['temperature']:g}, KL {args['beta']:g} to the plain policy")
-    say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, then constant, so "
-        "that a run can be prolonged")
+        known = len(stored(e, args["cache"] or cache_dir() / "states"))
+        seconds = (32 + longest / 4) * 2 * e.params * wanted / READ_SPEED[device.split(":")[0]]
+        say("expert", f"{size(e)}; {wanted:,} states wanted, {known:,} in the cache, about {seconds:.0f} s "
+            "to read them all")
+    say("GRPO", f"{args['steps']} steps of {args['batch']} prompts x {args['group']} completions of at most "
+        f"{args['max_new']} tokens, temperature {args['temperature']:g}, KL weight {args['beta']:g}")
+    say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
+        "then constant, so that a run can be prolonged")
     table = memory_table(args, policy, experts, dtype, 32 + longest // 3)
     for what, size in table:
         say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
-    need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(args["device"])
+    need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(device)
     if need > there:
-        raise ValueError(f"the run needs about {need / 2**30:.1f} GB and {there / 2**30:.1f} GB are free (table above): "
+        raise ValueError(f"{need / 2**30:.1f} GB are needed, {there / 2**30:.1f} GB free (table above): "
                          "lower --micro, --batch, --group or --max-new, or choose a smaller policy")
 
 
@@ -213,21 +217,23 @@ def show_one(run):
     """One problem as everyone sees it."""
     p = run.items["val"][0]
     print(f"  a problem ({p.dataset}), its answer {p.answer!r}")
-    for who, text in [("policy", run.policy_text(p))] + [(e.name, run.expert_text(p, e)) for e in run.experts]:
-        print(f"    as {who} reads it: {text!r}")
+    print(f"    as the policy reads it: {run.policy_text(p)!r}")
+    for e in run.experts:
+        print(f"    as {e.name} reads it: {run.expert_text(p, e)!r}")
 
 
 def baseline(run):
     """Accuracy and well-formed share on val before training: the policy alone, then with the fresh prefix."""
     with run.policy.plain():
-        for who, router in [("the policy alone", None), ("with the fresh prefix", run.router)][:2 if run.router else 1]:
+        ways = [("the policy alone", None), ("with the fresh prefix", run.router)]
+        for who, router in ways[:2 if run.router else 1]:
             verdicts = evaluate(run, run.items["val"], router)[0]
             right = sum(v.strict for v in verdicts) / len(verdicts)
             formed = sum(v.reason in ("right", "wrong") for v in verdicts) / len(verdicts)
             print(f"  before    {who}: {right:.1%} right, {formed:.0%} well-formed (val, greedy)")
 
 
-# ----------------------------------------------------------------------------------------------- what is written down
+# -- what is written down
 def shares(attention, names):
     """Mean attention by expert, summing to 1; {} when nobody is listened to. attention (..., N)."""
     return {} if attention is None else dict(zip(names, attention.flatten(0, -2).mean(0).tolist()))
@@ -236,8 +242,8 @@ def shares(attention, names):
 def summary(run, sampled, sums, train_s):
     """One row of metrics.jsonl from one step: shares are 0 to 1, lengths in tokens, times in seconds."""
     verdicts, rewards = [v for row in sampled.verdicts for v in row], sampled.rewards.cpu()
-    names, heard = [e.name for e in run.experts], None if sampled.attention is None else sampled.attention.cpu()
-    new = int(sampled.mask.sum())
+    heard = None if sampled.attention is None else sampled.attention.cpu()
+    names, new = [e.name for e in run.experts], int(sampled.mask.sum())
     row = dict(reward=rewards.mean().item(), accuracy=sum(v.strict for v in verdicts) / len(verdicts),
                length=new / len(verdicts), clipped=sampled.truncated.float().mean().item(),
                zero_spread=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), **sums,
@@ -253,9 +259,10 @@ def summary(run, sampled, sums, train_s):
 
 def line(row):
     """A step for the reader: reward first, then who is listened to."""
-    heard = " ".join(f"{name} {share:.2f}" for name, share in row["attention"].items())
+    heard = "".join(f"{name} {share:.2f} " for name, share in row["attention"].items())
+    heard = f"hears {heard}| " if heard else ""
     wrong = next((reason for reason in row["reasons"] if reason != "right"), "nothing")
-    return (f"step {row['step']:4d} | reward {row['reward']:.3f} | {'listens ' + heard + ' | ' if heard else ''}"
+    return (f"step {row['step']:4d} | reward {row['reward']:.3f} | {heard}"
             f"clipped {row['clipped']:.0%} | zero-spread {row['zero_spread']:.0%} | KL {row['kl']:.4f} | "
             f"{row['tokens_s']:,.0f} tokens/s | amiss: {wrong}")
 
@@ -264,7 +271,8 @@ def samples(sampled, step, problems=3):
     """Rows of samples.jsonl: every completion of the step's first few problems, with its verdict."""
     for p, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:problems]:
         for text, v in zip(texts, verdicts):
-            yield dict(step=step, question=p.question, answer=p.answer, completion=text, reason=v.reason, reward=v.reward)
+            yield dict(step=step, question=p.question, answer=p.answer, completion=text, reason=v.reason,
+                       reward=v.reward)
 
 
 def append(path, rows):
@@ -293,13 +301,14 @@ def trainable(run):
     return dict(router=count(run.router), lora=count(run.policy))
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
+# -- the loop
 def train(args):
     """Build, look, learn, look again. Returns the exit code."""
     out = Path(args["out"])
     run = build(args, introduce)
-    generator = torch.Generator(args["device"]).manual_seed(args["seed"])  # sampling only: evaluation is greedy
-    optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS, args["weight_decay"])
+    generator = torch.Generator(args["device"]).manual_seed(args["seed"])  # evaluation is greedy
+    optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS,
+                               args["weight_decay"])
     state = dict(step=0, best=-1.0, skipped=0)
     if args["resume"]:
         state = checkpoint.load_last(out, run.policy, run.router, optimizer, generator) or state
@@ -331,11 +340,12 @@ def learn(run, out, optimizer, generator, state):
             # listen, sample, verify
             set_rate(optimizer, step - 1, args["warmup"])
             batch = run.batch(run.items["train"][(step - 1) * B:step * B])
-            sampled = rollout(run.policy, run.router, batch, run.tokenizer, run.verify, args["group"], args["max_new"],
-                              args["temperature"], generator)
+            sampled = rollout(run.policy, run.router, batch, run.tokenizer, run.verify, args["group"],
+                              args["max_new"], args["temperature"], generator)
             # score the same tokens with gradient, and step
             start = time.perf_counter()
-            sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"], args["max_norm"], **how)
+            sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
+                          args["max_norm"], **how)
             row = dict(step=step) | summary(run, sampled, sums, time.perf_counter() - start)
             # look
             last = step == args["steps"] or bool(asked)
@@ -348,10 +358,12 @@ def learn(run, out, optimizer, generator, state):
             bar.update()
             # keep
             better = row.get("val", -1.0) > state["best"]
-            state = dict(step=step, best=max(state["best"], row.get("val", -1.0)), skipped=state["skipped"] + sums["skipped"])
+            state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
+                         skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
             if due or last:
-                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer, generator, **state)
+                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
+                                generator, **state)
                 checkpoint.rotate(out)
                 saved = time.monotonic()
             if better:
@@ -365,13 +377,14 @@ def validate(run, step, bar):
     verdicts, texts, _ = evaluate(run, run.items["val"])
     i = step // run.args["eval_every"] % len(texts)
     accuracy, asked = sum(v.strict for v in verdicts) / len(verdicts), run.items["val"][i].question
-    bar.write(f"step {step:4d} | val {accuracy:.1%} | {asked[-50:]!r} -> {texts[i][:60]!r}: {verdicts[i].reason}")
+    bar.write(f"step {step:4d} | val {accuracy:.1%} | asked {asked[-50:]!r}, it said {texts[i][:60]!r}: "
+              f"{verdicts[i].reason}")
     return accuracy
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Ctrl-C or SIGTERM once: finish the step, save and stop (the list is no longer empty). Twice: stop at once."""
+    """Ctrl-C or SIGTERM fills the list: finish the step, save, stop. The second time it stops at once."""
     asked = []
 
     def ask(number, frame):
