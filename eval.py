@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from rewards import Problem
-from rlvr import rollout
-from run import build, evaluate
+from rewards import Problem, guessing_floor
+from rlvr import listen, rollout
+from run import build, evaluate, held_out
 
 COLOURS = (
     "#0072B2",
@@ -79,15 +79,15 @@ def silence(run, items):
     return result
 
 
-def measure(run, n, samples=0):
-    """Everything eval reports on the first n test items, as one JSON-able dict."""
-    items = run.items["test"][:n]
+def measure(run, samples=0):
+    """Everything eval reports on the run's test items, as one JSON-able dict."""
+    items = run.items["test"]
     with run.policy.plain():
         before = evaluate(run, items, None)[0]
     after, _, attention = evaluate(run, items)
     names = [e.name for e in run.experts]
     report = dict(task=run.args["task"], n=len(items), seed=run.args["seed"], collab=run.args["collab"],
-                  before=score(before), after=score(after))
+                  floor=guessing_floor(items)[0], before=score(before), after=score(after))
     b, a = by_dataset(items, before), by_dataset(items, after)
     report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
     if attention is not None:
@@ -117,7 +117,8 @@ def sample_pass(run, items, samples):
 def show(report):
     percent = lambda s: (
         f"{s['strict']:6.1%} [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}] lenient {s['lenient']:.1%}")
-    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
+    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson); "
+          f"a constant answer is right in {report['floor']:.0%}")
     print(f"  before {percent(report['before'])}\n  after  {percent(report['after'])}")
     for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
         print(f"    {d:24} n {x['n']:4d}  before {x['before']['strict']:6.1%}  after {percent(x['after'])}")
@@ -137,7 +138,7 @@ def show(report):
 def heat(ax, rows, columns, values, title, shade, fmt):
     """A labelled matrix: values[row][column], written in its cells."""
     grid = torch.tensor([[values[r][c] for c in columns] for r in rows])
-    ax.imshow(grid, cmap="Blues", vmin=0, vmax=shade, aspect="auto")
+    ax.imshow(grid.numpy(), cmap="Blues", vmin=0, vmax=shade, aspect="auto")
     ax.set_xticks(range(len(columns)), columns, rotation=20, ha="right")
     ax.set_yticks(range(len(rows)), rows)
     for i, row in enumerate(grid.tolist()):
@@ -208,7 +209,7 @@ def figure(rows, report, path):
 # -- commands
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
-    report = measure(run, run.args["test"])
+    report = measure(run)
     checkpoint.write_json(out / "eval.json", report)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     figure(rows, report, out / "run.png")
@@ -218,13 +219,16 @@ def finish(run, out):
     return 0
 
 
+@torch.no_grad()
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
-    problem = Problem(question=question, answer="", task="ask", dataset="ask", level=None, split="test",
-                      index=0, entry=None)
+    problem = Problem(question=question, answer="")
     run.prepare([problem], progress=False)
-    _, texts, attention = evaluate(run, [problem])
-    print(texts[0].strip())
+    batch = run.batch([problem])
+    context, attention = listen(run.router, batch.H)
+    tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,
+                                       run.args["max_new"], temperature=0)
+    print(run.tokenizer.decode(tokens[mask], skip_special_tokens=True).strip())
     if attention is not None:
         width = max(len(e.name) for e in run.experts)
         for expert, share in zip(run.experts, attention.mean((0, 1, 2)).tolist()):
@@ -270,12 +274,10 @@ def main(argv=None):
         if a.ask:
             ask(run, a.ask)
             return 0
-        n = a.n or (1319 if run.args["task"] == "gsm8k" else 256)
-        from rewards import problems
-
-        run.items["test"] = problems(run.args["task"], "test", n, run.args["data"], run.args["level"])
+        n = a.n or (1319 if run.args["task"] == "gsm8k" else None)
+        run.items["test"] = held_out(run.args, "test", n)
         run.prepare(run.items["test"])
-        report = measure(run, n, a.samples)
+        report = measure(run, a.samples)
         show(report)
         if a.json:
             print(json.dumps(report))

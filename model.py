@@ -203,9 +203,9 @@ class Policy(nn.Module):
     def __init__(self, config, weight, rank=8, alpha=16, neutral="zero"):
         """config: dict, see `read_config`; weight(name, optional=False) -> tensor by its Hugging Face name.
 
-        neutral: where a prefix that says nothing lies, at "zero" (paper) or at the "mean" embedding. The first
-        RMSNorm makes every vector unit-sized: near zero a fresh prefix is L random directions, which a large
-        policy shrugs off, but one that was taught to read its prefix (tiny) would take for a message.
+        neutral: where a prefix that says nothing lies: at "zero" (paper) or at the "mean" embedding. The
+        first RMSNorm makes every vector unit-sized: near zero a fresh prefix is L random directions, which a
+        large policy shrugs off, but one that was taught to read its prefix (tiny) takes for a message.
         """
         super().__init__()
         self.config, self.eps = config, config["rms_norm_eps"]

@@ -1,10 +1,10 @@
 """Where problems come from, and how an answer is verified.
 
-The verifier is the teacher: whatever it pays for is what the policy learns. It pays for one exact, well-formed
-answer; how an answer is read is in answers.py, which dataset's scorer may see it too.
+The verifier is the teacher: whatever it pays for is what the policy learns. It pays for one exact,
+well-formed answer; answers.py says how an answer is read, and when a dataset's own scorer may see it.
 
-A generated problem belongs to a split by its question's sha256, so train, val and test share no question whatever
-seeds and sizes are asked for. (Reasoning Gym's seeds do not separate: item i is drawn from Random(seed + i).)
+The sha256 of a generated question decides its split, so that train, val and test share no question, whatever
+seeds and sizes are asked for. (Reasoning Gym's seeds do not separate: item i comes from Random(seed + i).)
 Items are a pure function of (task, level, split, index): the same on every machine and in every process.
 """
 
@@ -57,10 +57,10 @@ class Verdict:
 def verify(completion, problem, form="tagged", truncated=False, format_bonus=0.0):
     """The Verdict on a completion: plain text, with the text of its stop token or without.
 
-    form "tagged": after the last </think>, exactly one <answer>...</answer> that holds nothing but the answer.
-    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit; a
-    complete block still counts, an unended first line does not. `format_bonus`, at most 0.1, is the reward of a
-    well-formed wrong answer. Raises ValueError for an unknown form or a larger bonus.
+    form "tagged": after the last </think>, exactly one <answer>...</answer> holds nothing but the answer.
+    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit;
+    a complete block still counts, an unended first line does not. `format_bonus`, at most 0.1, is the reward
+    of a well-formed wrong answer. Raises ValueError for an unknown form or a larger bonus.
     """
     if form not in ("tagged", "plain"):
         raise ValueError(f"unknown answer form {form!r}: choose tagged or plain")
@@ -90,7 +90,7 @@ def _grade_generated(text, problem):
     if reason:
         return reason
     source = _source(problem.dataset, _settings(problem.task, problem.dataset, problem.level))
-    if "score_answer" not in vars(type(source)):  # the default scorer: exact, or paid by share of the gold answer
+    if "score_answer" not in vars(type(source)):  # the default one: exact, or paid for what contains it
         return "wrong"
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # some scorers print
@@ -106,10 +106,10 @@ TINY = {  # the embedded pool's level: what the experts in tiny/ were taught
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-FAMILIES = {  # at every other level; datasets whose commonest answer is far from half of them
-    "arithmetic": ("chain_sum", "basic_arithmetic", "products", "gcd", "leg_counting"),
-    "logic": ("family_relationships", "knights_knaves", "zebra_puzzles", "aiw"),
-    "algorithmic": ("count_primes", "letter_counting", "number_sorting", "spell_backward", "base_conversion"),
+FAMILIES = {  # at every other level; a constant answer solves less than a third of any
+    "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
+    "logic": ("family_relationships", "knights_knaves", "color_cube_rotation", "aiw"),
+    "algorithmic": ("count_primes", "number_sorting", "spell_backward", "base_conversion", "caesar_cipher"),
 }
 LEVELS = {"easy": 0, "hard": 2}  # the step of the dataset's own curriculum; "default": its default parameters
 SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all their items when they are built
@@ -122,7 +122,7 @@ def _registry():
         import reasoning_gym  # noqa: F401  (fills the registry)
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ValueError(f"generated tasks need Reasoning Gym: pip install reasoning-gym ({error})") from error
+        raise ValueError(f"this task needs Reasoning Gym: pip install reasoning-gym ({error})") from error
     return DATASETS
 
 
@@ -136,13 +136,13 @@ def near(name):
     return difflib.get_close_matches(name.lower(), tasks(), n=3, cutoff=0.5)
 
 
-def _known(name):
+def known(name):
     """The name, if it is a task's; else a ValueError that says what to choose."""
     if name in REFUSED:
         raise ValueError(f"the dataset {name} is refused because {REFUSED[name]}: choose another one")
     if name != "gsm8k" and name not in FAMILIES and name not in _registry():
-        hint = f"did you mean {' or '.join(near(name))}" if near(name) else f"choose gsm8k, {', '.join(FAMILIES)}"
-        raise ValueError(f"unknown task {name!r}: {hint}, or another Reasoning Gym dataset")
+        names = " or ".join(near(name)) or "gsm8k, " + ", ".join(FAMILIES)
+        raise ValueError(f"unknown task {name!r}: choose {names}, or another Reasoning Gym dataset")
     return name
 
 
@@ -209,15 +209,15 @@ def _source(dataset, settings):
 # Splits
 
 def split_of(question):
-    """The split of a generated question, final because tiny/ is trained on it: 1/2 train, 1/4 val, 1/4 test."""
+    """The split of a generated question: 1/2 train, 1/4 val, 1/4 test; final, as tiny/ is trained on it."""
     return ("train", "train", "val", "test")[int(hashlib.sha256(question.encode()).hexdigest(), 16) % 4]
 
 
 class _Stream:
     """The distinct items of one dataset at one level, dealt to the splits in the order they are drawn.
 
-    The space counts as exhausted after max(200, 3 x distinct items) repeats in a row. That depends on nothing but
-    the draws, so what a split holds does not depend on how many items anybody asks for.
+    The space counts as exhausted after max(200, 3 x distinct items) repeats in a row. That depends on nothing
+    but the draws, so what a split holds does not depend on how many items anybody asks for.
     """
 
     def __init__(self, dataset, settings):
@@ -309,17 +309,17 @@ class TooFew(ValueError):
 def problems(task, split, n, data=None, level=None):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
-    Parts of a mix take turns. The first 10 of 1,000 are the 10. val and test hold no question twice; train starts
-    another, reshuffled epoch when it ends. `data`: where GSM8K lies (see gsm8k). `level`: easy, default, hard, tiny
-    (families), or "parameter=value,..." (datasets). Raises ValueError for an unknown task, split, level or
-    parameter and for a dataset that cannot be built, TooFew if val or test has fewer than n.
+    Parts of a mix take turns. The first 10 of 1,000 are the 10. val and test hold no question twice; train
+    starts another, reshuffled epoch when it ends. `data`: where GSM8K lies (see gsm8k). `level`: easy,
+    default, hard, tiny (families), or "parameter=value,..." (datasets). Raises ValueError for an unknown
+    task, split, level or parameter and a dataset that cannot be built, TooFew if val or test has fewer.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
-    names = [_known(name.strip()) for name in task.split("+")]
+    names = [known(name.strip()) for name in task.split("+")]
     found = list(itertools.islice(_mix([_part(name, split, data, level or "default") for name in names]), n))
     if len(found) < n:
-        raise TooFew(f"{task} has only {len(found)} distinct {split} questions at this level, {n} were asked for: "
+        raise TooFew(f"{task} has only {len(found)} distinct {split} questions at this level, not {n}: "
                      f"ask for at most {len(found)}, or choose another level", len(found))
     return found
 
@@ -377,9 +377,9 @@ def _rows(path):
             row = json.loads(line)
             question, (_, mark, gold) = row["question"].strip(), row["answer"].rpartition("####")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{path}, line {at}: write a JSON object with texts "question" and "answer"') from None
+            raise ValueError(f'{path}, line {at}: it needs JSON with texts "question" and "answer"') from None
         if not question or not mark or number(gold) is None:
-            raise ValueError(f"{path}, line {at}: give a question, and an answer that ends in #### and one number")
+            raise ValueError(f"{path}, line {at}: it needs a question, and an answer with #### and a number")
         rows.setdefault(question, gold.strip().replace(",", ""))
     if not rows:
         raise ValueError(f"{path} holds no problem: {MEND}")
@@ -389,8 +389,8 @@ def _rows(path):
 def gsm8k(data=None):
     """{split: [(question, answer)]}: test is test.jsonl, val the last 256 of train.jsonl, train the others.
 
-    `data` is a folder with both, or one file of problems: that is split as generated questions are, unless it is
-    one of the two and lies beside the other. Without `data` the official files are downloaded once.
+    `data` is a folder with both, or one file of problems: that is split as generated questions are, unless it
+    is one of the two and lies beside the other. Without `data` the official files are downloaded once.
     """
     data = Path(data).expanduser() if data else None
     if data and data.name in SHA256 and all((data.parent / name).is_file() for name in SHA256):
@@ -413,12 +413,15 @@ INSTRUCTION = "\n\nThink step by step, then give only the final answer in <answe
 def prompt(problem, template="plain", tokenizer=None, shots=(), ask=True):
     """The text a model reads; `shots` are solved training problems that stand before it.
 
-    plain: the question, and "\\nAnswer:" unless it ends in "=" (verified as "plain"). chat: the tokenizer's chat
-    template, asking for answer tags (verified as "tagged") unless `ask` is False, as for experts. auto: chat where
-    the tokenizer has a template. Raises ValueError for chat where it has none.
+    plain: the question, and "\\nAnswer:" unless it ends in "=" (verified as "plain"). chat: the tokenizer's
+    chat template, asking for answer tags (verified as "tagged") unless `ask` is False, as for experts. auto:
+    chat where the tokenizer has a template. Raises ValueError for chat where it has none, and for a shot from
+    a held-out split.
     """
     if template not in ("plain", "chat", "auto"):
         raise ValueError(f"unknown template {template!r}: choose plain, chat or auto")
+    if any(shot.split != "train" for shot in shots):
+        raise ValueError("solved examples must come from the train split: held-out ones would leak")
     chat = template != "plain" and getattr(tokenizer, "chat_template", None) is not None
     if template == "chat" and not chat:
         raise ValueError("this tokenizer has no chat template: choose --template plain")
@@ -426,14 +429,11 @@ def prompt(problem, template="plain", tokenizer=None, shots=(), ask=True):
         return "".join(f"{_plain(shot)} {shot.answer}\n\n" for shot in shots) + _plain(problem)
     turns = []
     for shot in shots:
-        turns += [_turn("user", shot.question.strip() + INSTRUCTION * ask),
-                  _turn("assistant", f"<answer>{shot.answer}</answer>" if ask else shot.answer)]
-    turns.append(_turn("user", problem.question.strip() + INSTRUCTION * ask))
+        answer = f"<answer>{shot.answer}</answer>" if ask else shot.answer
+        turns += [{"role": "user", "content": shot.question.strip() + INSTRUCTION * ask},
+                  {"role": "assistant", "content": answer}]
+    turns.append({"role": "user", "content": problem.question.strip() + INSTRUCTION * ask})
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-
-
-def _turn(role, content):
-    return {"role": role, "content": content}
 
 
 def _plain(problem):
@@ -442,9 +442,8 @@ def _plain(problem):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="what every dataset is fit for, as a table (minutes)")
-    parser.add_argument("--fitness", action="store_true", required=True, help="measure every dataset")
-    parser.add_argument("--out", default="results/fitness.md", help="the file to write")
+    parser = argparse.ArgumentParser(description="Measure which datasets are fit to train on.")
+    parser.add_argument("--fitness", action="store_true", required=True, help="measure them all (minutes)")
+    parser.add_argument("--out", default="results/fitness.md", help="the table to write")
     import fitness
-
     fitness.write(parser.parse_args().out)

@@ -13,13 +13,15 @@ import torch
 
 from experts import Expert, read
 from model import Policy, read_config
-from rewards import problems, prompt, verify
+from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, rollout
 from router import Router
 
 STATISTICS = (
     256  # training prompts that fix the mean and spread of each expert's states, however long the run is
 )
+
+USUAL = dict(val=120, test=256)
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Run:
 def ordered(args, n):
     """The first n training problems in this seed's order: shuffled in blocks, so that a longer run begins
     alike."""
-    block = max(1024, 8 * args["batch"])
+    block = max(256, 8 * args["batch"])
     n_shots, whole = args["shots"], -(-n // block) * block
     pool = problems(args["task"], "train", n_shots + whole, args["data"], args["level"])
     shots, pool = pool[:n_shots], pool[n_shots:]
@@ -98,12 +100,22 @@ def ordered(args, n):
     return pool[:n], shots
 
 
+def held_out(args, split, n=None):
+    """n problems of val or test; n not said: the usual number, or as many as a small space has."""
+    try:
+        return problems(args["task"], split, n or USUAL[split], args["data"], args["level"])
+    except TooFew as few:
+        if n or not few.available:
+            raise
+        return problems(args["task"], split, few.available, args["data"], args["level"])
+
+
 def build(args, announce=None, training=True):
     """Models, problems and expert states of a run, in the order in which a mistake is cheapest to find.
     training=False: no problem is read yet; what is wanted is named to `Run.prepare` later."""
     train_items, shots = ordered(args, max(args["steps"] * args["batch"], STATISTICS))
-    items = {s: problems(args["task"], s, args[s], args["data"], args["level"]) for s in ("val", "test")}
-    items["train"] = train_items
+    items = dict(train=train_items, val=held_out(args, "val", args["val"]),
+                 test=held_out(args, "test", args["test"]))
     how = dict(read=args["read"], layer=args["layer"], device=args["device"])
     experts = [Expert(e, **how) for e in args["experts"]]
     for i, e in enumerate(experts):  # two folders may end alike; a name is what attention is reported under
@@ -160,7 +172,8 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
     c, size, w = read_config(policy.folder), dtype.itemsize, args["router_width"]
     d, ff, layers = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
     H, K, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
-    B, G, T, micro = args["batch"], args["group"], args["max_new"], min(args["micro"] or B, B)
+    B, G, T = args["batch"], args["group"], args["max_new"]
+    micro = min(args["micro"] or B, B)
     S = prompt_tokens + args["latents"] * bool(experts)
     lora = args["rank"] * layers * (7 * d + 2 * (H + K) * D + 3 * ff)
     router = sum(e.width for e in experts) * w + 11 * w * w + w * d if experts else 0

@@ -1,4 +1,4 @@
-"""What must stay true. CPU, no downloads:   python -m pytest -q test_all.py"""
+"""What must stay true. On the CPU, without downloads:   python -m pytest -q test_all.py"""
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -6,24 +6,578 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import json
 import math
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import checkpoint
+import experts
+import rewards
+import train
+from answers import number
+from eval import main as eval_main
+from eval import pass_at, wilson
+from experts import Expert, cached, read
 from model import Policy, TokenLogprob, sample
-from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, make_optimizer, reference_logprobs, rollout,
-                  set_rate, update)
+from rewards import REASONS, Problem, TooFew, problems, prompt, verify
+from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, make_optimizer, reference_logprobs,
+                  rollout, set_rate, update)
 from router import Router
 
+torch.set_num_threads(1)  # for models this small two threads only wait for each other
+os.chdir(Path(__file__).parent)
 
-# ---------------------------------------------------------------------------------------------------------- the policy
+
+# -- rewards
+THIN, NARROW, NO_BREAK, MINUS = "\u2009", "\u202f", "\u00a0", "\u2212"
+
+ONE_NUMBER = [  # (an answer's text, the number it is)
+    ("18", 18), (" 18 ", 18), ("$18", 18), ("18$", 18), ("$ 18", 18), ("18.", 18), ("18.00", 18),
+    ("0018", 18),
+    ("+18", 18), ("-18", -18), (MINUS + "18", -18), ("-$18", -18), ("$-18", -18), (f"{MINUS}$18", -18),
+    ("1,000", 1000), ("1,234,567.50", 1234567.5), (f"1{THIN}000", 1000), (f"1{NARROW}000{NARROW}000", 10**6),
+    ("**18**", 18), ("*18*", 18), ("__18__", 18), ("***18***", 18), ("**18.**", 18), ("**$18**", 18),
+    ("$**18**", 18),
+    ("\\boxed{18}", 18), ("$\\boxed{18}$", 18), ("\\boxed{\\boxed{18}}", 18), ("\\boxed{$18}", 18),
+    ("\\boxed{18}.", 18),
+    ("\\boxed{\\$18}", 18), ("\\(18\\)", 18), ("\\( 18 \\)", 18), ("$18$", 18), ("$$18$$", 18),
+    ("**\\(18\\)**", 18),
+    ("18%", 18), ("18 %", 18), ("18\\%", 18), ("€18", 18), ("18 €", 18), ("18 dollars", 18),
+    ("18 dollars.", 18),
+    ("18 apples per day", 18), ("**18 apples**", 18), ("**18** apples", 18), ("$18 dollars", 18),
+    ("18% discount", 18),
+    (f"1{THIN}000 dollars", 1000), (f"{NO_BREAK}18{NO_BREAK}", 18), (f"{THIN}18{THIN}", 18),
+    (f"18{NO_BREAK}km", 18),
+    ("36/2", 18), ("36 / 2", 18), ("-36/2", -18), ("1,000/10", 100), ("1e3", 1000), ("1E+3", 1000),
+    ("15e-1", 1.5),
+    (".5", 0.5), ("-.5", -0.5), ("5.", 5), ("0", 0), ("-0", 0), ("\n18\n", 18), ("1e99", 10**99),
+    ("9" * 200, int("9" * 200)),
+]
+NO_NUMBER = [
+    "", " ", ".", "-", "+", "$", "%", ",", "/", "e", "e3", "1e", "1e+", "**", "****", "\\boxed{}", "\\(\\)",
+    "18 19", "18, 19",
+    "18,19", "9+9", "3-5", "3 - 5", "10-2", "2*9", "2**3", "2^3", "1,2", "1,00", "1,0000", "1000,000",
+    "0,018", ",100",
+    "1,,000", f"1,000{THIN}000", "1 000", "1.000,5", "1.8.0", "18..", "--18", "+-18", "-+18", "- 18", "18-",
+    "1/0", "1/2/3",
+    "1/", "/2", "1.5/2", "36/-2", "1 1/2", "½", "１８", "٣", "18²", "Ⅷ", "1e999999", "1e100", "1e1e1", "0x12",
+    "1_000", "inf",
+    "nan", "-inf", "Infinity", "True", "eighteen", "18 apples per day here", "18 apples per day here now",
+    "18 m2", "18km",
+    "18 thousand", "2 million", "3 dozen", "18 hundred", "18 or nineteen", "18 k", "18 plus two", "about 18",
+    "x = 18", "=18",
+    "£18", "¥18", "USD 18", "18:00", "(18)", "[18]", "{18}", "18;", "18!", "'18'", "`18`", "#18", "18\x00",
+    "\ud80018",
+    "\\frac{36}{2}", "\\boxed{18", "boxed{18}", "\\boxed{1}\\boxed{8}", "**1** **8**", "18\n19", "1\n8",
+    "1$8", "9" * 201,
+    "<b>18</b>", "18 apples-day", "18 4th", "\\[18\\]", "18)", "–18", "5 6 apples", "1e3/2", "36⁄2",
+]
+
+
+@pytest.mark.parametrize("text, value", ONE_NUMBER)
+def test_one_number(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", NO_NUMBER)
+def test_no_number(text):
+    assert number(text) is None
+
+
+GOLD18 = Problem("How many?", "18")
+TAGGED = [  # (completion, truncated, reason, lenient)
+    ("<answer>18</answer>", False, "right", True),
+    ("<think><answer>17</answer></think>It is\n<answer> **18** </answer><|im_end|>", False, "right", True),
+    ("**<answer>18</answer>**", False, "right", True), ("<answer>18</answer>, not 19", False, "right", True),
+    ("<answer>18</answer> and so", True, "right", True), ("<answer>18.1</answer>", False, "wrong", False),
+    ("<answer>36/2</answer>", False, "right", True), ("<answer>17 18</answer>", False, "not_a_number", True),
+    ("<answer>9+9</answer>", False, "not_a_number", False), ("18", False, "no_answer", True),
+    ("", False, "no_answer", False), ("<answer></answer>", False, "no_answer", False),
+    ("18</answer>", False, "no_answer", True),
+    ("<answer> \u2009</answer>", False, "no_answer", False),
+    ("<Answer>18</Answer>", False, "no_answer", True),
+    ("<answer>18</answer></think>", False, "no_answer", True), ("<answer>18", False, "unclosed", True),
+    ("<answer>18", True, "truncated", True), ("so it is 18", True, "truncated", True),
+    ("</answer>18<answer>", False, "unclosed", True),
+    ("<answer>18</answer><answer>18</answer>", False, "several", True),
+    ("<answer>1</answer><answer>18</answer>", True, "several", True),
+    ("<answer><answer>18</answer></answer>", False, "several", True),
+    ("<answer>18</answer><answer>", False, "several", True),
+    ("<answer>" + " " * 200 + "18</answer>", False, "too_long", True),
+    ("<answer>#### 18 apples were left for them</answer>", False, "not_a_number", True),
+    ("#### 18\nor is it 3?", False, "no_answer", True), ("#### 3\nno: 18", False, "no_answer", False),
+    ("\\boxed{3} \\boxed{18} 4", False, "no_answer", True),
+    ("3 + 15 = 18.\nThat is it.", False, "no_answer", True),
+    ("it was \\boxed{\\text{18}}, I think", False, "no_answer", False), ("9-18", False, "no_answer", True),
+    ("18" + " " * 2000, False, "no_answer", False),
+]
+PLAIN = [
+    ("18", False, "right"), (" 18\n", False, "right"), ("18\nQuestion: 2 + 2 =", True, "right"),
+    ("18</s>", False, "right"),
+    ("18\r\n", False, "right"), ("$18.", False, "right"), ("18", True, "truncated"), ("", False, "no_answer"),
+    ("\n18", False, "no_answer"), ("18 apples", False, "not_a_number"),
+    ("18 is the answer", False, "not_a_number"),
+    ("The answer is 18", False, "not_a_number"), ("= 18", False, "not_a_number"),
+    ("<answer>18</answer>", False, "not_a_number"),
+    ("18 19", False, "not_a_number"), ("17", False, "wrong"), ("9" * 999, False, "too_long")]
+
+
+@pytest.mark.parametrize("text, truncated, reason, lenient", TAGGED)
+def test_tagged(text, truncated, reason, lenient):
+    verdict = verify(text, GOLD18, truncated=truncated)
+    assert (verdict.reason, verdict.lenient) == (reason, lenient)
+    assert verdict.strict == (verdict.reward == 1.0) == (reason == "right")
+
+
+@pytest.mark.parametrize("text, truncated, reason", PLAIN)
+def test_plain(text, truncated, reason):
+    assert verify(text, GOLD18, "plain", truncated).reason == reason
+
+
+def test_format_bonus_is_small_and_off():
+    assert verify("<answer>17</answer>", GOLD18).reward == 0.0
+    assert verify("<answer>17</answer>", GOLD18, format_bonus=0.1).reward == 0.1
+    assert verify("<answer>x</answer>", GOLD18, format_bonus=0.1).reward == 0.0
+    assert verify("<answer>18</answer>", GOLD18, format_bonus=0.1).reward == 1.0
+    with pytest.raises(ValueError):
+        verify("", GOLD18, format_bonus=0.2)
+
+
+UNITS = ["9", "<answer>", "</answer>", "(", "[", "\\boxed{", "\\boxed{1}", "####", "</think>", "\n", " ",
+         "1,", "1 ", "**", "$",
+         THIN, "<answer>18</answer>", "1\n", "-", "\ud800", "\x00", "1e9", "not "]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_megabyte_earns_nothing(unit):
+    """Of anything. A reader that is not linear would sit here for minutes; bench.py has the milliseconds."""
+    text, generated = unit * (10**6 // len(unit)), problems("chain_sum", "train", 1)[0]
+    for problem, form, whole in ((GOLD18, "plain", text), (GOLD18, "tagged", f"<answer>{text}</answer>"),
+                                 (generated, "tagged", f"<answer>{text}</answer>"),
+                                 (generated, "tagged", text)):
+        assert not verify(whole, problem, form).strict
+
+
+def attacks(canary):
+    """What a policy might write to run code, hang a scorer, or be paid for nothing."""
+    code = f"__import__('os').system('touch {canary}')"
+    return [code, f"[{code}]", f"({code}, 1)", f"[x for x in [{code}]]", f"1 if {code} else 2",
+            f"open('{canary}','w')",
+            f"(lambda: {code})()", "9**9**9", "9**9**9**9", "(x+1)**1000", "x**9**9", "factorial(10**9)",
+            "1e999999999",
+            "1e-999999999", "-1e999", "9" * 5000, "9" * 64, "-" * 60 + "1", "not " * 2000 + "P",
+            "~" * 2000 + "P", "¬" * 60 + "A",
+            "(" * 2000 + "1" + ")" * 2000, "[" * 64, "{\"a\":" * 5000, "[" + "9" * 5000 + "]", "F+999999999",
+            "R999999999",
+            "nan", "NaN", "inf", "-inf", "[NaN]", "nan+nanj", "nanj", "Infinity", "\x00", "\ud800",
+            "\udfff\ud800", "None", "null",
+            "true", "[]", "{}", "[[]]", '{"a": 1}', '"text"', "[1, 2]", "[[1]]", "hello world", "0",
+            "(P ∨ Q)", "-1", ""]
+
+
+@pytest.fixture(scope="module")
+def usable():
+    """A few items of every dataset that is not refused and quick to make."""
+    slow = {"jugs", "futoshiki", "sokoban", "zebra_puzzles", "puzzle24", "rearc", "arc_agi", "acre"}
+    return {name: problems(name, "train", 2) for name in rewards.tasks()[4:] if name not in slow}
+
+
+def test_gold_is_right_and_attacks_are_not(usable, tmp_path):
+    canary = tmp_path / "canary"
+    for name, items in usable.items():
+        for item in items:
+            gold = item.answer.strip()
+            assert not gold or verify(f"<answer>\n {item.answer}\n</answer>", item).strict, name
+            for attack in attacks(canary):
+                verdict = verify(f"<answer>{attack}</answer>", item)
+                assert verdict.reason in rewards.REASONS
+                is_gold = gold and (attack.casefold() == gold.casefold() or number(attack) == number(gold))
+                assert not verdict.strict or is_gold, (name, attack, gold)
+    assert not canary.exists()
+
+
+HOLES = [  # (dataset, metadata, gold answer, an answer that the dataset's own scorer would pay for)
+    ("time_intervals", {"task_type": "time"}, "03:22:03", "03:22:00"),
+    ("word_sorting", {"sorted_words": ["a", "b"]}, "a, b", "a, b, c"),
+    ("spell_backward", {}, "abcdefghij", "abcdefghijk"), ("letter_jumble", {}, "a b c", "a b c d"),
+    ("game_of_life_halting", {}, "True", "False"),
+    ("number_sorting", {"direction": "ascending"}, "[1, 3]", "[2, 2]"),
+    ("number_sorting", {"direction": "ascending"}, "[1, 3]", '["nan", "nan"]'),
+    ("coin_flip", {}, "0.00005", "0"),
+    ("puzzle24", {"numbers": [1, 2, 3, 4]}, "4*3*2*1", "8*3*1*1"),
+    ("puzzle24", {"numbers": [1, 2, 3, 4]}, "4*3*2*1", "6*4"),
+    ("countdown", {"numbers": [5, 5], "target": 10}, "5 + 5", "5 + 5 + 0"),
+    ("polynomial_equations", {}, "1.0", "x, 1.0"),
+    ("complex_arithmetic", {"result": (1.0, 2.0)}, "1.0 + 2.0i", "nan"), ("chain_sum", {}, "156", "1,5,6"),
+    ("gsm_symbolic", {}, "18", "18 19"), ("calendar_arithmetic", {"task": "count_days"}, "700", "701"),
+    ("rush_hour", {"board_config": "o"}, "", "F+1000000000"), ("quantum_lock", {}, "A → B", "A quick cab"),
+    ("knights_knaves", {}, "Zoey is a hero, and Al is a knave.", "Zoey is a hero, Al is a knave, junk"),
+    ("tower_of_hanoi", {}, "Move disk 1 from Peg 1 to Peg 3", "$Move disk 1 from Peg 1 to Peg 3"),
+    ("caesar_cipher", {}, "A" * 200, "A" * 201), ("emoji_mystery", {}, "a" * 200, "a" * 199 + "b"),
+]
+
+
+@pytest.mark.parametrize("dataset, metadata, gold, answer", HOLES)
+def test_holes_are_closed(dataset, metadata, gold, answer):
+    item = Problem("q", gold, dataset, dataset, entry={"question": "q", "answer": gold, "metadata": metadata})
+    assert not verify(f"<answer>{answer}</answer>", item).strict
+
+
+OTHER_RIGHT = [  # another answer than the gold one that is right too
+    ("puzzle24", {"numbers": [1, 2, 3, 4]}, "4*3*2*1", "(1 + 2 + 3)*4"),
+    ("puzzle24", {"numbers": [8, 8, 3, 3]}, "x", "8/(3-8/3)"),
+    ("countdown", {"numbers": [5, 7], "target": 12}, "5 + 7", "7+5"),
+    ("countdown", {"numbers": [5, 7], "target": 2}, "7 - 5", "-5 + 7"),
+    ("n_queens", {"valid_answers": ["Q _", "_ Q"]}, "Q _", "_ Q"), ("chain_sum", {}, "1156", "+1,156.00"),
+    ("family_relationships", {}, "aunt", "Aunt"),
+    ("number_sorting", {"direction": "ascending"}, "['1', '3.0']", "[1, 3]"),
+    ("number_sorting", {"direction": "ascending"}, "['1', '3.0']", '["1", "3"]'),
+    ("complex_arithmetic", {"result": (1.0, 2.0)}, "1.0 + 2.0i", "1+2i"), ("gsm_symbolic", {}, "18", "$18"),
+]
+
+
+@pytest.mark.parametrize("dataset, metadata, gold, answer", OTHER_RIGHT)
+def test_other_right_answers(dataset, metadata, gold, answer):
+    item = Problem("q", gold, dataset, dataset, entry={"question": "q", "answer": gold, "metadata": metadata})
+    assert verify(f"<answer>{answer}</answer>", item).strict
+
+
+def test_every_reason_occurs():
+    factor = Problem("q", "2 × 3", "prime_factorization", "prime_factorization",
+                     entry={"answer": "2 × 3", "metadata": {}})
+    seen = {row[2] for row in TAGGED} | {verify("<answer>9**9</answer>", factor).reason}
+    assert seen | {verify("<answer>two</answer>", factor).reason} == set(rewards.REASONS)
+
+
+SPLIT_SETS = ["chain_sum", "count_primes", "gcd", "leg_counting", "aiw", "basic_arithmetic", "products",
+              "letter_counting",
+              "spell_backward", "base_conversion", "count_bits", "family_relationships", "knights_knaves",
+              "syllogism",
+              "self_reference", "number_sorting", "time_intervals", "caesar_cipher", "binary_alternation",
+              "maze",
+              "lcm", "fraction_simplification", "coin_flip", "arithmetic", "arithmetic+algorithmic"]
+
+
+@pytest.mark.parametrize("task", SPLIT_SETS)
+def test_splits_are_disjoint(task):
+    held, n = {}, 40
+    for split in ("val", "test"):
+        try:
+            items = problems(task, split, n)
+        except TooFew as error:
+            items = problems(task, split, error.available)
+        held[split] = {item.question for item in items}
+        assert len(held[split]) == len(items) and all(rewards.split_of(q) == split for q in held[split])
+    train = [item.question for item in problems(task, "train", 200)]
+    assert not held["val"] & held["test"] and not (held["val"] | held["test"]) & set(train)
+    assert train[:10] == [item.question for item in problems(task, "train", 10)]
+
+
+def test_a_small_space_says_how_many_there_are():
+    level = "min_terms=2,max_terms=2,min_digits=1,max_digits=1,allow_negation=false"
+    with pytest.raises(TooFew, match="distinct val questions") as error:
+        problems("chain_sum", "val", 10**6, level=level)
+    assert len(problems("chain_sum", "val", error.value.available, level=level)) < 100
+    items = [item.question for item in problems("chain_sum", "train", 500, level=level)]
+    distinct = len(set(items))
+    first, second = items[:distinct], items[distinct:2 * distinct]
+    assert first != second and set(first) == set(second)
+
+
+def test_a_mix_is_even_and_in_turn():
+    items = problems("arithmetic+logic+algorithmic", "train", 9, level="tiny")
+    assert [item.task for item in items] == ["arithmetic", "logic", "algorithmic"] * 3
+    assert [item.index for item in items] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [item.dataset for item in items[:3]] == ["chain_sum", "family_relationships", "count_primes"]
+    shared = problems("chain_sum+arithmetic", "val", 60)
+    assert len({item.question for item in shared}) == 60
+
+
+BAD = [  # (arguments of problems, what the message says)
+    (("chain_summ", "train", 1), "chain_sum"), (("gsm8", "train", 1), "gsm8k"),
+    (("", "train", 1), "unknown task"),
+    (("arithmetic+nope", "train", 1), "nope"), (("simple_integration", "train", 1), "execute"),
+    (("composite", "val", 1), "refused"),
+    (("ransom_note", "val", 1), "PYTHONHASHSEED"), (("chain_sum", "dev", 1), "train, val, test"),
+    (("chain_sum", "train", 1, None, "impossible"), "easy, default, hard"),
+    (("chain_sum", "train", 1, None, "terms=2"), "min_terms"),
+    (("chain_sum", "train", 1, None, "min_terms=two"), "int"),
+    (("chain_sum", "train", 1, None, "min_terms=9"), "cannot be built"),
+    (("chain_sum", "train", 1, None, "seed=3"), "min_terms"),
+    (("arithmetic", "train", 1, None, "min_terms=2"), "tiny"),
+    (("gsm8k", "train", 1, "/nowhere"), "--data"),
+]
+
+
+@pytest.mark.parametrize("arguments, says", BAD)
+def test_bad_input_says_the_mend(arguments, says):
+    with pytest.raises(ValueError, match=says) as error:
+        problems(*arguments)
+    assert "\n" not in str(error.value)
+
+
+def write_gsm8k(folder, train=20, test=6):
+    for name, n in (("train", train), ("test", test)):
+        rows = ({"question": f"{name} {i}?", "answer": f"so\n#### {i + 1},000"} for i in range(n))
+        lines = map(json.dumps, rows)
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_gsm8k_files(tmp_path):
+    write_gsm8k(tmp_path)
+    train, _, test = (problems("gsm8k", *of, tmp_path) for of in (("train", 40), ("val", 5), ("test", 6)))
+    asked = [p.question for p in train]
+    assert asked[:15] == [f"train {i}?" for i in range(15)] and sorted(asked[15:30]) == sorted(asked[:15])
+    assert test[2].answer == "3000" and verify("<answer>$3,000.00</answer>", test[2]).strict
+    assert problems("gsm8k", "test", 6, tmp_path / "test.jsonl") == test  # beside its sister: the folder
+    (tmp_path / "test.jsonl").rename(tmp_path / "mine.jsonl")
+    one_each = [problems("gsm8k", split, 1, tmp_path / "mine.jsonl")[0] for split in rewards.SPLITS]
+    assert len(set(one_each)) == 3
+    with pytest.raises(TooFew):
+        problems("gsm8k", "test", 7, tmp_path / "mine.jsonl")
+
+
+@pytest.mark.parametrize("line",
+                                  ["{", "3", '{"question": "q"}', '{"question": "q", "answer": "18"}', "null",
+                                   "[]",
+                                  '{"question": 3, "answer": "#### 1"}',
+                                  '{"question": "q", "answer": "#### one"}'])
+def test_a_wrong_line_is_named(tmp_path, line):
+    write_gsm8k(tmp_path)
+    with open(tmp_path / "test.jsonl", "a") as file:
+        file.write("\n" + line)
+    with pytest.raises(ValueError, match="test.jsonl, line 8"):
+        problems("gsm8k", "train", 1, tmp_path)
+
+
+class Templated:
+    chat_template = "yes"
+
+    def apply_chat_template(self, turns, tokenize, add_generation_prompt):
+        return "".join(f"<{turn['role']}>{turn['content']}" for turn in turns) + "<assistant>"
+
+
+def test_prompts():
+    sum_, count = Problem("2 + 3 =", "5"), Problem(" How many? ", "4")
+    assert prompt(sum_) == "2 + 3 =" and prompt(count) == "How many?\nAnswer:"
+    assert prompt(count, shots=[sum_]) == "2 + 3 = 5\n\nHow many?\nAnswer:"
+    assert prompt(sum_, "auto") == "2 + 3 ="
+    assert prompt(sum_, "chat", Templated(), ask=False) == "<user>2 + 3 =<assistant>"
+    chat = prompt(count, "auto", Templated(), shots=[sum_])
+    assert chat.count("<answer>...</answer>") == 2 and "<assistant><answer>5</answer><user>How many?" in chat
+    with pytest.raises(ValueError, match="plain"):
+        prompt(sum_, "chat")
+    with pytest.raises(ValueError, match="train"):
+        prompt(sum_, shots=[Problem("1 + 1 =", "2", split="val")])
+
+
+def test_guessing_floor():
+    assert rewards.guessing_floor([Problem("q", a) for a in ("yes", "no", "yes", "yes")]) == (0.75, "yes")
+    assert rewards.guessing_floor([]) == (0.0, "")
+
+
+# -- experts
+WORDS = [f"w{i}" for i in range(40)]
+TEXTS = [" ".join(WORDS[(7 * i + j) % 40] for j in range(3 + 5 * i % 11)) for i in range(9)]
+SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+             num_key_value_heads=1, max_position_embeddings=32)
+KINDS = dict(llama=transformers.LlamaConfig, qwen2=transformers.Qwen2Config, bert=transformers.BertConfig,
+             neox=transformers.GPTNeoXConfig)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("N_MUSKETEERS_CACHE", str(tmp_path / "cache"))
+
+
+def make_expert(folder, kind="llama", seed=0, chat=False, **sizes):
+    """A random model with a word-level tokenizer, saved as an ordinary Hugging Face folder; its path."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if kind == "bert":
+        words.post_processor = processors.TemplateProcessing(
+            "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
+    if chat:
+        tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = transformers.AutoModel.from_config(KINDS[kind](**SIZES | sizes))
+    for p in model.parameters(): # larger than usual, so that every token matters to a state
+        torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_is_that_of_the_text_alone(tmp_path, kind):
+    expert = Expert(make_expert(tmp_path / "m", kind))
+    model = transformers.AutoModel.from_pretrained(expert.folder).eval()
+    for i in (0, 5):                                        # one text, no padding, by transformers alone
+        ids = expert.tokenizer(TEXTS[i], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True)
+        for expert.layer, hidden in enumerate(out.hidden_states):
+            wanted = {"last": hidden[:, -1], "first": hidden[:, 0], "mean": hidden.mean(1)}
+            for expert.read, want in wanted.items():
+                states = expert.states(TEXTS)[[i]]          # ragged and padded, in one batch
+                torch.testing.assert_close(states, want, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(states, expert.states([TEXTS[i]]), atol=1e-5, rtol=1e-5)
+
+
+def test_padding_widths_and_dtype(tmp_path):
+    pair = [Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))]
+    H = read(pair, [TEXTS, TEXTS[::-1]], progress=False)
+    assert H.shape == (len(TEXTS), 2, 24) and H.dtype == torch.float32 and not H[:, 0, 16:].any()
+    torch.testing.assert_close(H[:, 0, :16], pair[0].states(TEXTS))
+    torch.testing.assert_close(H[:, 1], pair[1].states(TEXTS[::-1]))
+    half = Expert(pair[0].source, dtype="bfloat16")
+    assert read([half], [TEXTS], progress=False).dtype == torch.bfloat16 and half.row_bytes == 2 * 16 + 32
+
+
+def test_cache_hit_reads_nothing(tmp_path, monkeypatch):
+    expert = Expert(make_expert(tmp_path / "m"))
+    first = read([expert], [TEXTS], progress=False)
+    assert expert.model is None and cached(expert, TEXTS + ["w1 w2"]) == len(TEXTS)
+    monkeypatch.setattr(Expert, "load", lambda self: pytest.fail("a cached text was read again"))
+    again = Expert(expert.source)
+    assert torch.equal(read([again], [TEXTS[::-1] * 2], progress=False), first.flip(0).repeat(2, 1, 1))
+    assert "tokenizer" not in vars(again)                   # a warm start does not even load the tokenizer
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "bit in states", "bit in header"])
+def test_damaged_shard_is_read_again(tmp_path, damage):
+    expert = Expert(make_expert(tmp_path / "m"))
+    first = read([expert], [TEXTS], progress=False)
+    [shard] = (experts.cache_dir() / "states").glob("*/*.safetensors")
+    data = bytearray(shard.read_bytes())
+    if damage.startswith("bit"):
+        data[-3 if "states" in damage else 12] ^= 4
+    shard.write_bytes(dict(cut=data[:len(data) // 2], empty=b"").get(damage, data))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert torch.equal(read([expert], [TEXTS], progress=False), first)
+    assert cached(expert, TEXTS) == len(TEXTS)
+
+
+def test_interrupted_read_continues(tmp_path, monkeypatch):
+    expert, seen, whole = Expert(make_expert(tmp_path / "m")), [], Expert.forward
+
+    def forward(self, ids):
+        if len(seen) == 3 and not resumed:
+            raise KeyboardInterrupt
+        seen.append(len(ids))
+        return whole(self, ids)
+
+    monkeypatch.setattr(Expert, "forward", forward)
+    monkeypatch.setitem(experts.TOKENS, "cpu", 1)           # one text a batch
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        read([expert], [TEXTS], progress=False)
+    assert expert.model is None and cached(expert, TEXTS) == 3
+    resumed, seen[:] = True, []
+    H = read([expert], [TEXTS], progress=False)
+    assert sum(seen) == len(TEXTS) - 3
+    torch.testing.assert_close(H[:, 0], expert.states(TEXTS))
+
+
+def test_shards_as_it_goes_and_a_full_disk(tmp_path, monkeypatch):
+    expert = Expert(make_expert(tmp_path / "m"))
+    monkeypatch.setitem(experts.TOKENS, "cpu", 1)
+    monkeypatch.setattr(experts, "SHARD_SECONDS", 0)
+    first = read([expert], [TEXTS], tmp_path / "states", progress=False)
+    assert len(list((tmp_path / "states").glob("*/*.safetensors"))) == len(TEXTS)
+    (tmp_path / "file").write_text("no folder can be made in here")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert torch.equal(read([expert], [TEXTS], tmp_path / "file", progress=False), first)
+
+
+def test_fingerprint_is_what_decides_a_state(tmp_path):
+    folder = make_expert(tmp_path / "m", chat=True)
+    kinds = [dict(), dict(read="first"), dict(layer=1), dict(dtype="bfloat16"), dict(template="plain")]
+    prints = [Expert(folder, **kind).fingerprint for kind in kinds]
+    assert prints[0] == Expert(folder, layer=3, template="chat").fingerprint      # the same, said otherwise
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    weights["norm.weight"][0] += 1
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    prints.append(Expert(folder).fingerprint)
+    (tmp_path / "m" / "chat_template.jinja").write_text("another")
+    prints.append(Expert(folder).fingerprint)
+    assert len(set(prints)) == len(prints) == 7
+
+
+def test_hub_snapshot_by_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda repo, revision, **_: make_expert(tmp_path / f"{repo.replace('/', '-')}-{revision}"))
+    expert = Expert("org/name@abc")
+    assert (expert.name, expert.revision) == ("name", "org-name-abc")
+    assert len(expert.fingerprint) == 64 and expert.fingerprint != Expert(expert.folder).fingerprint
+
+
+def edit(folder, name, change):
+    path = os.path.join(folder, name)
+    with open(path) as file:
+        value = json.load(file)
+    change(value)
+    with open(path, "w") as file:
+        json.dump(value, file)
+
+
+def drop_layer(folder):
+    path = os.path.join(folder, "model.safetensors")
+    save_file({key: value for key, value in load_file(path).items() if "layers.1." not in key}, path)
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda f: os.remove(f + "/model.safetensors"), "no safetensors weights"),
+    (lambda f: os.truncate(f + "/model.safetensors", 900), "damaged"),
+    (lambda f: os.remove(f + "/config.json"), "config.json"),
+    (lambda f: os.truncate(f + "/config.json", 9), "damaged"),
+    (lambda f: os.remove(f + "/tokenizer.json"), "tokenizer"),
+    (lambda f: edit(f, "config.json", lambda c: c.update(hidden_size=10**9)), "width"),
+    (lambda f: edit(f, "config.json", lambda c: c.update(vocab_size=10**12)), "cannot be loaded"),
+    (lambda f: edit(f, "config.json", lambda c: c.update(model_type="unheard")), "unheard"),
+    (lambda f: edit(f, "config.json", lambda c: c.update(is_encoder_decoder=True)), "encoder"),
+    (lambda f: edit(f, "config.json", lambda c: c.update(model_type="x", auto_map=dict(AutoModel="x.Y"))),
+     "load"),
+    (drop_layer, "not in its files"),
+])
+def test_damaged_model_is_one_sentence(tmp_path, harm, message):
+    folder = make_expert(tmp_path / "m")
+    harm(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        Expert(folder).states(TEXTS)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path, monkeypatch):
+    folder = make_expert(tmp_path / "m")
+    for wrong, message in ((dict(layer=4), "layers 0 to 3"), (dict(template="chat"), "chat template"),
+                           (dict(read="middle"), "middle"), (dict(dtype="int8"), "int8")):
+        with pytest.raises(ValueError, match=message):
+            Expert(folder, **wrong)
+    with pytest.raises(ValueError, match="33 tokens .* 32"):
+        read([Expert(folder)], [["w1 " * 33]], progress=False)
+    with pytest.raises(ValueError, match="0 tokens"):
+        Expert(folder).states([""])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("no/such-model", str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match="is no folder"):
+            Expert(name)
+
+
+# -- the policy
 def make_policy(folder, kind="llama", **settings):
     """A random Hugging Face model of the given family, saved to `folder`, and the model itself."""
     import transformers as tf
     name = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3")[kind]
-    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                  num_attention_heads=4,
                   num_key_value_heads=2, head_dim=16 if kind == "qwen3" else 8, max_position_embeddings=128,
                   eos_token_id=1, bos_token_id=0) | settings
     torch.manual_seed(0)
@@ -51,7 +605,8 @@ def wake_lora(policy):
 
 
 def example(prefix=True, seed=0):
-    """Three prompts of different lengths, padded; two completions each, one of them short; a prefix or None."""
+    """Three prompts of different lengths, padded; two completions each, one of them short; a prefix or
+    None."""
     g = torch.Generator().manual_seed(seed)
     tokens, lengths = torch.randint(2, 300, (3, 9), generator=g), torch.tensor([9, 5, 7])
     answer, mask = torch.randint(2, 300, (3, 2, 6), generator=g), torch.ones(3, 2, 6, dtype=torch.bool)
@@ -97,8 +652,8 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
             for b in range(3):
                 for g in range(2):
                     n = int(mask[b, g].sum())
-                    want = twin_logprobs(policy, hf, tokens[b, :lengths[b]], None if prefix is None else prefix[b],
-                                         answer[b, g, :n], 0.7)
+                    before = None if prefix is None else prefix[b]
+                    want = twin_logprobs(policy, hf, tokens[b, :lengths[b]], before, answer[b, g, :n], 0.7)
                     torch.testing.assert_close(got[b, g, :n], want, atol=1e-4, rtol=1e-4)
 
 
@@ -110,7 +665,8 @@ def test_cached_decoding_equals_the_full_forward(small):
         got, mask = policy.generate(policy.prefill(tokens, lengths, prefix), 2, 8, temperature=0)
         assert torch.equal(got[:, 0], got[:, 1])
         for b in range(3):
-            x = torch.cat((policy.neutral + policy.spread * prefix[b], hf.get_input_embeddings()(tokens[b, :lengths[b]])))
+            prompt_embeddings = hf.get_input_embeddings()(tokens[b, :lengths[b]])
+            x = torch.cat((policy.neutral + policy.spread * prefix[b], prompt_embeddings))
             for t in range(int(mask[b, 0].sum())):
                 best = hf(inputs_embeds=x[None]).logits[0, -1].argmax()
                 assert best == got[b, 0, t]
@@ -122,7 +678,8 @@ def test_completion_ends_with_its_stop_token(small):
     policy, _ = small
     tokens, lengths, prefix, *_ = example()
     stop, policy.stop = policy.stop, torch.arange(0, 300, 4)  # a quarter of all tokens: completions end early
-    got, mask = policy.generate(policy.prefill(tokens, lengths, prefix), 16, 12, 1.0, torch.Generator().manual_seed(0))
+    cache, generator = policy.prefill(tokens, lengths, prefix), torch.Generator().manual_seed(0)
+    got, mask = policy.generate(cache, 16, 12, 1.0, generator)
     for row, m in zip(got.flatten(0, 1).tolist(), mask.flatten(0, 1).tolist()):
         n = next((i + 1 for i, t in enumerate(row) if t % 4 == 0), len(row))
         assert m == [True] * n + [False] * (len(row) - n)
@@ -148,17 +705,18 @@ def test_shared_prefill_equals_plain_copies(small):
     shared, d_shared = grads(policy), prefix.grad.clone()
     prefix.grad = None
     copy = lambda t: t.repeat_interleave(2, 0)
-    logp2, _ = policy.logprobs(policy.prefill(copy(tokens), copy(lengths), copy(prefix)), answer.flatten(0, 1)[:, None],
-                               mask.flatten(0, 1)[:, None])
+    cache = policy.prefill(copy(tokens), copy(lengths), copy(prefix))
+    logp2, _ = policy.logprobs(cache, answer.flatten(0, 1)[:, None], mask.flatten(0, 1)[:, None])
     (logp2 * weight.flatten(0, 1)[:, None]).sum().backward()
     torch.testing.assert_close(logp2.view_as(logp), logp, atol=1e-5, rtol=1e-5)
     for a, b in zip(shared + [d_shared], grads(policy) + [prefix.grad]):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+        assert (a - b).norm() < 1e-5 * b.norm()
     assert d_shared.abs().max() > 1e-3  # the prefix is learned from, through the cached keys and values
 
 
 def test_token_logprobs_equal_autograd():
-    """The chunked log-probability, its gradient and the entropy against log_softmax over the whole vocabulary."""
+    """The chunked log-probability, its gradient and the entropy against log_softmax over the whole
+    vocabulary."""
     h = torch.randn(37, 16, dtype=torch.float32, requires_grad=True)
     w, y, up = torch.randn(70, 16), torch.randint(0, 70, (37,)), torch.randn(37)
     logp, entropy = TokenLogprob.apply(h, w, y, 0.6, 8)
@@ -173,7 +731,8 @@ def test_token_logprobs_equal_autograd():
 
 
 def test_sampler_draws_from_the_softmax():
-    """Frequencies of 200,000 draws; impossible tokens never; temperature 0 is argmax; equal seeds, equal draws."""
+    """Frequencies of 200,000 draws; impossible tokens never; temperature 0 is argmax; equal seeds, equal
+    draws."""
     z = torch.randn(300)
     z[::3] = -torch.inf
     draw = lambda seed: sample(z.expand(40_000, -1), 0.8, torch.Generator().manual_seed(seed))
@@ -196,7 +755,7 @@ def test_policy_refuses_what_it_cannot_run(tmp_path, change, word):
         Policy.load(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- the router
+# -- the router
 WIDTHS = (5, 12, 8)
 
 
@@ -218,9 +777,9 @@ def test_fused_projection_equals_a_loop_over_experts():
     router, H = make_router(), states()
     router.standardise(states(64, seed=1))
     C, A = router(H)
-    E = torch.stack([((H[:, i, :w] - router.mean[i, :w]) * router.gain[i, :w]).clamp(-10, 10) @ router.project[i, :w]
-                     + router.identity[i] for i, w in enumerate(WIDTHS)], 1)
-    E = router.norm_in(E)
+    x = [(H[:, i, :w] - router.mean[i, :w]) * router.gain[i, :w] for i, w in enumerate(WIDTHS)]
+    E = [x[i].clamp(-10, 10) @ router.project[i, :w] + router.identity[i] for i, w in enumerate(WIDTHS)]
+    E = router.norm_in(torch.stack(E, 1))
     k, v = router.to_kv(E).chunk(2, -1)
     q = router.to_q(router.norm_latent(router.latents))
     heads = lambda x: x.unflatten(-1, (2, 8)).transpose(-3, -2)
@@ -265,7 +824,8 @@ def test_standardised_states_have_zero_mean_and_unit_spread():
     H[:, 0, 5:] = 0
     router.standardise(H)
     x = (H - router.mean) * router.gain
-    assert x.mean(0).abs().max() < 1e-5 and (x[:, 1].std(0) - 1).abs().max() < 1e-4 and (x[:, 0, 5:] == 0).all()
+    assert x.mean(0).abs().max() < 1e-5 and (x[:, 1].std(0) - 1).abs().max() < 1e-4
+    assert (x[:, 0, 5:] == 0).all()
 
 
 def test_router_works_under_autocast():
@@ -274,7 +834,7 @@ def test_router_works_under_autocast():
     assert torch.isfinite(C).all() and A.dtype == torch.float32
 
 
-# --------------------------------------------------------------------------------------------------------------- GRPO
+# -- GRPO
 def test_advantages_by_hand():
     r = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     got = advantages(r)
@@ -284,7 +844,8 @@ def test_advantages_by_hand():
 
 
 def test_grpo_loss_by_hand():
-    """Two tokens, one masked; ratio 1.5 clipped to 1.2 without gradient; then k3 = e^x - x - 1 at x = ln 2."""
+    """Two tokens, one masked; ratio 1.5 clipped to 1.2 without gradient; then k3 = e^x - x - 1 at x = ln
+    2."""
     ln = math.log
     logp = torch.tensor([[[ln(0.3), -9.0]]], requires_grad=True)
     old, mask = torch.tensor([[[ln(0.2), -1.0]]]), torch.tensor([[[True, False]]])
@@ -292,7 +853,7 @@ def test_grpo_loss_by_hand():
     loss = grpo_loss(logp, old, None, up, mask, 1)
     loss.backward()
     assert abs(loss.item() + 1.2) < 1e-6 and (logp.grad == 0).all()
-    assert abs(grpo_loss(logp, old, None, down, mask, 1).item() - 1.5) < 1e-6  # a bad one is not clipped from above
+    assert abs(grpo_loss(logp, old, None, down, mask, 1).item() - 1.5) < 1e-6  # not clipped
     assert abs(grpo_loss(logp, old, None, up, mask, 1, clip=(0.2, 0.6)).item() + 1.5) < 1e-6  # clip-higher
     ref = torch.tensor([[[ln(0.6), 0.0]]])
     got = grpo_loss(logp, logp.detach(), ref, up, mask, 2, beta=0.1)
@@ -320,8 +881,8 @@ def test_micro_batches_change_nothing(small, dr):
         found.append((grads(policy, router), sums))
     for g, sums in found[1:]:
         for a, b in zip(g, found[0][0]):
-            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
-        assert all(abs(sums[k] - found[0][1][k]) < 1e-5 for k in sums)
+            assert (a - b).norm() < 1e-4 * b.norm() + 1e-8
+        assert sums == pytest.approx(found[0][1], rel=1e-4, abs=1e-6)
 
 
 def test_router_learns_through_the_training_forward(small):
@@ -332,7 +893,8 @@ def test_router_learns_through_the_training_forward(small):
 
 
 def test_reference_is_the_plain_policy(small):
-    """LoRA off and prefix off: what transformers gives for the bare prompt; and `plain` leaves LoRA as it was."""
+    """LoRA off and prefix off: what transformers gives for the bare prompt; and `plain` leaves LoRA as it
+    was."""
     policy, hf = small
     tokens, lengths, _, answer, mask = example(prefix=False)
     batch = Batch(["a", "b", "c"], tokens, lengths, None)
@@ -392,9 +954,10 @@ class Says:
 
 
 def test_listening_is_learned_when_it_is_the_only_way(tmp_path):
-    """Every prompt is the same; the answer stands in the state of expert 1 of 3. Alone, one answer in four is right."""
+    """Every prompt is the same; the answer stands in the state of expert 1 of 3. Alone, one answer in four is
+    right."""
     make_policy(tmp_path, vocab_size=12, num_hidden_layers=2)
-    policy, router = Policy.load(tmp_path), make_router(start=0.1)
+    policy, router = Policy.load(tmp_path, neutral="mean"), make_router(start=0.1)
     optimizer = make_optimizer(policy, router, 5e-3, 1e-2, (0.9, 0.98), 0.0)
     generator = torch.Generator().manual_seed(0)
     Verdict = namedtuple("Verdict", "reward")
@@ -406,16 +969,18 @@ def test_listening_is_learned_when_it_is_the_only_way(tmp_path):
         H[:, 1] = F.one_hot(answers, 12).float() * 4
         batch = Batch(answers.tolist(), torch.full((16, 3), 7), torch.full((16,), 3), H)
         sampled = rollout(policy, router, batch, Says(), verify, 8, 1, 1.0, generator)
-        update(policy, router, batch, sampled, optimizer, micro=16, **HOW | dict(temperature=1.0, max_new=1, beta=0.0))
+        update(policy, router, batch, sampled, optimizer, micro=16,
+               **HOW | dict(temperature=1.0, max_new=1, beta=0.0))
         mean = 0.9 * mean + 0.1 * sampled.rewards.mean().item()
     assert mean > 0.8
     assert sampled.attention[..., 1].mean() > 0.4
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -- checkpoints
 def test_checkpoint_comes_back_whole_and_damage_is_found(tmp_path, small):
     policy, router, batch, sampled = step_example(small)
-    optimizer, generator = make_optimizer(policy, router, 1e-3, 1e-3, (0.9, 0.98), 0.0), torch.Generator().manual_seed(3)
+    optimizer = make_optimizer(policy, router, 1e-3, 1e-3, (0.9, 0.98), 0.0)
+    generator = torch.Generator().manual_seed(3)
     update(policy, router, batch, sampled, optimizer, micro=3, **HOW)
     where = (policy, router, optimizer, generator)
     checkpoint.save(tmp_path / "step-000001.safetensors", *where, step=1)
@@ -433,3 +998,122 @@ def test_checkpoint_comes_back_whole_and_damage_is_found(tmp_path, small):
     assert all(torch.equal(a, b) for a, b in zip(kept, router.parameters()))
     with pytest.raises(ValueError, match="other models"):
         checkpoint.load(tmp_path / "step-000001.safetensors", policy, make_router(dim=32))
+
+
+# -- the loop, on the embedded pool
+QUICK = "--batch 6 --group 4 --val 12 --test 12 --eval-every 5 --save-every 5".split()
+NAMES = {"reward", "accuracy", "length", "clipped", "zero_spread", "kl", "entropy", "grad_norm"}
+
+
+def run_train(out, *more):
+    return train.main([*QUICK, "--out", str(out), *map(str, more)])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of ten steps of the default command, made small; the embedded pool, its own cache of
+    states."""
+    folder = tmp_path_factory.mktemp("run")
+    os.environ["N_MUSKETEERS_CACHE"] = str(folder / "cache")
+    assert run_train(folder / "ten", "--steps", 10) == 0
+    yield folder / "ten"
+    del os.environ["N_MUSKETEERS_CACHE"]
+
+
+def rows(out, name="metrics.jsonl"):
+    return [json.loads(x) for x in (out / name).read_text().splitlines()]
+
+
+TIMES = ("gen_s", "train_s", "tokens_s")
+
+
+def test_a_run_writes_down_what_it_did(finished):
+    """Every row has the fixed metric names, shares lie between 0 and 1, attention sums to 1."""
+    assert {p.name for p in finished.iterdir()} >= {"config.json", "eval.json", "run.png", "best.safetensors"}
+    assert [r["step"] for r in rows(finished)] == list(range(1, 11))
+    for r in rows(finished):
+        assert set(r) >= NAMES | set(TIMES)
+        assert all(0 <= r[k] <= 1 for k in ("reward", "accuracy", "clipped", "zero_spread"))
+        assert set(r["attention"]) == {"arithmetic", "logic", "algorithmic"}
+        assert sum(r["attention"].values()) == pytest.approx(1, abs=1e-5) and sum(r["reasons"].values()) == 24
+    assert all("val" in r for r in rows(finished) if r["step"] % 5 == 0)
+    assert {s["reason"] for s in rows(finished, "samples.jsonl")} <= set(REASONS)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["args"]["task"] == "arithmetic+logic+algorithmic" and config["versions"]["torch"]
+
+
+def test_five_and_five_steps_equal_ten(finished, tmp_path):
+    """Stopped at 5 and resumed to 10: the same weights, moments, generator and metrics, bit for bit."""
+    assert run_train(tmp_path / "two", "--steps", 5) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "two"), "--steps", "10"]) == 0
+    name = "step-000010.safetensors"
+    one, two = (load_file(folder / name) for folder in (finished, tmp_path / "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    strip = lambda out: [{k: v for k, v in r.items() if k not in TIMES} for r in rows(out)]
+    assert strip(finished) == strip(tmp_path / "two")
+
+
+def test_resuming_a_finished_run_leaves_it_alone(finished, capsys):
+    before = (finished / "metrics.jsonl").read_text()
+    assert train.main(["--resume", "--out", str(finished)]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_eval_reports_the_run(finished, capsys):
+    """The JSON is the last line, agrees with the report at the end of training, and pass@1 <= pass@2."""
+    assert eval_main([str(finished), "--n", "12", "--samples", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    kept = json.loads((finished / "eval.json").read_text())
+    assert report["after"] == kept["after"] and report["before"] == kept["before"] and report["n"] == 12
+    low, high = report["after"]["ci95"]
+    assert 0 <= low <= report["after"]["strict"] <= high <= 1
+    assert report["pass_at"]["1"] <= report["pass_at"]["2"]
+    assert set(report["silenced"]) == {"arithmetic", "logic", "algorithmic"}
+
+
+def test_ask_shows_who_was_listened_to(finished, capsys):
+    assert eval_main([str(finished), "--ask", "State the final answer: 1 + 2 + 3 + 4 ="]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("arithmetic", "logic", "algorithmic"))
+
+
+def test_single_has_no_experts_and_the_same_lora(finished, tmp_path):
+    """--collab single is the same run without router: same problems, same first LoRA weights."""
+    assert run_train(tmp_path / "single", "--steps", 1, "--collab", "single") == 0
+    assert rows(tmp_path / "single")[0]["attention"] == {}
+    kept = load_file(tmp_path / "single" / "step-000001.safetensors")
+    assert not any(k.startswith("router") for k in kept)
+    questions = lambda out: {s["question"] for s in rows(out, "samples.jsonl") if s["step"] == 1}
+    assert questions(tmp_path / "single") == questions(finished)
+
+
+def test_wilson_and_pass_at_k_by_hand():
+    assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == 0.0
+    assert [pass_at(k, 4, 1) for k in (1, 2, 4)] == [0.25, 0.5, 1.0] and pass_at(2, 4, 0) == 0.0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("--task chain_sun", "chain_sum"), ("--task gsm8k", "--pool small"), ("--experts", "--experts"),
+    ("--group 0", "--group"), ("--batch 0", "--batch"), ("--policy tiny/policy", "--experts"),
+    ("--policy nowhere/at/all --collab single", "nowhere/at/all"), ("--level terms=3", "level"),
+    ("--task gsm8k --data nowhere --pool tiny", "nowhere"), ("--temperature 0", "temperature"),
+    ("--template chat", "--template"), ("--device cuda", "--device"), ("--resume", "--out"),
+    ("--layer 9", "layers"),
+    ("--max-new 600", "window"), ("--experts tiny/none", "tiny/none"), ("--group 100000000", "GB")])
+def test_a_mistake_gets_one_sentence(arguments, words, tmp_path, capsys, monkeypatch):
+    """Exit code 2, the mend named, no traceback, and nothing half-written."""
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    small = [] if "--batch" in arguments else ["--batch", "2"]
+    assert train.main(["--steps", "1", "--val", "2", "--test", "2", *small, *out, *arguments.split()]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0] and not (tmp_path / "run").exists()
+
+
+def test_out_of_another_run_is_refused(finished, capsys):
+    assert run_train(finished, "--steps", 3) == 2 and "--resume" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(finished), "--seed", "7"]) == 2
+    assert "seed" in capsys.readouterr().err

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import checkpoint
 from eval import finish
 from experts import POOLS, cache_dir, stored
-from rewards import guessing_floor
+from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
 from run import build, evaluate, free_memory, memory_table
 
@@ -89,8 +89,8 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("max_norm", 1.0, float, "gradient clip (usual)")],
     "the run": [
         ("eval_every", 25, int, "steps between validations"),
-        ("val", 120, int, "validation problems"),
-        ("test", 256, int, "held-out problems for before and after (the paper's number, most likely)"),
+        ("val", None, int, "validation problems (120, or as many as there are)"),
+        ("test", None, int, "held-out problems (256, most likely the paper's, or as many as there are)"),
         ("out", None, str, "folder of the run (runs/<task>-<time>)"),
         ("resume", False, bool, "go on with the run in --out; its settings are remembered"),
         ("save_every", 0, int, "steps between checkpoints (0: one a minute)"),
@@ -121,9 +121,12 @@ def resolve(given):
     if args["resume"]:
         return remembered(args, given)
     args["device"] = pick_device(args["device"])
-    if args["pool"] is None and not (args["policy"] or args["experts"]):
+    if args["pool"] is None and args["policy"] is None:
         args["pool"] = pick_pool(args)
-    for name, value in asdict(POOLS[args["pool"] or "small"]).items():  # small's suit one's own models
+    defaults = asdict(POOLS[args["pool"] or "small"])  # small's suit one's own policy, not its experts
+    if args["pool"] is None:
+        defaults["experts"] = ()
+    for name, value in defaults.items():
         args[name] = value if args[name] is None else args[name]
     if args["collab"] == "soft" and not args["experts"]:
         raise ValueError("--collab soft needs someone to listen to: name --experts, or use --collab single")
@@ -131,7 +134,7 @@ def resolve(given):
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
     args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
     for name, least in LEAST.items():
-        if args[name] < least:
+        if args[name] is not None and args[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
     if args["temperature"] <= 0:
         raise ValueError("--temperature must be above 0: a group of equal greedy completions teaches nothing")
@@ -169,6 +172,8 @@ def pick_pool(args):
     made_for = POOLS["tiny"].task.split("+")
     if args["task"] is None:
         return "tiny"
+    for name in args["task"].split("+"):
+        known(name)
     if args["device"] == "cuda" and torch.cuda.get_device_properties(0).total_memory > PAPER_BYTES:
         return "paper"
     if set(args["task"].split("+")) <= set(made_for):
@@ -190,7 +195,7 @@ def introduce(args, items, experts, policy, form, dtype):
     say("problems", f"train {args['steps'] * args['batch']:,} "
         f"({len({p.question for p in items['train']}):,} different), val {len(items['val'])}, "
         f"test {len(items['test'])}; no question is in two splits; seed {args['seed']}")
-    floor, answer = guessing_floor(items["val"])
+    floor, answer = guessing_floor(items["train"])
     if floor > 0.2:
         say("", f"always answering {answer!r} is right in {floor:.0%}: read every accuracy against that")
     size = lambda e: f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, {e.template}"

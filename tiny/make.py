@@ -1,0 +1,300 @@
+"""
+The embedded pool, made from nothing: three small specialists, and a policy that knows form but no answers.
+
+    python tiny/make.py                 all four, two trainings at a time: under 15 minutes on two cores
+    python tiny/make.py arithmetic      one of them: arithmetic, logic, algorithmic or policy
+    python tiny/make.py report          make nothing, measure what lies here and put it in README.md
+
+All is learned from train items of the level "tiny" (rewards.py), seeded, and saved as Hugging Face folders.
+A specialist is a language model of "<plain prompt> <answer>" for its own family, so its state at the prompt's
+last token is the one that says the answer: that state is what the router reads.
+
+The policy is taught the FORM of answers, never a solution: its targets are random answers of the right kind.
+Most of its items carry that random answer as a NOTE, eight vectors before the prompt in embedding space, and
+the target is what the note says. A large language model copies from its context anyway; this one is taught
+to, so that reinforcement can teach within minutes whose words to put into the note. It cannot have learned
+any answer here, nor which expert knows what: no expert takes part in teaching it.
+"""
+import argparse
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from rewards import problems, prompt
+
+FAMILIES = ("arithmetic", "logic", "algorithmic")
+SPECIAL, (UNK_ID, PAD_ID, EOS_ID) = ("<unk>", "<pad>", "<eos>"), range(3)
+# Experts: whole numbers, runs of small-letter words, single signs: short questions, any answer ONE token.
+WORDS = r"-?\d+|[a-z]+(?:[- ][a-z]+)*|[A-Z][a-z]*|[^\w\s]"
+# Policy: a space belongs to what follows (as in GPT-2), so decoding gives the text back; digits are single.
+PIECES = r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?\d|\s| ?[^\w\s]"
+# Different architectures, widths and depths on purpose: the router must cope with that. `lm` is the weight of
+# predicting the question too: it helps the logic expert to find out that names are to be matched.
+MADE = {
+    "arithmetic": dict(model="llama", width=128, layers=3, mlp=384, items=25_000, steps=1500, lm=0.0),
+    "logic": dict(model="mistral", width=160, layers=3, mlp=320, items=50_000, steps=800, lm=0.3),
+    "algorithmic": dict(model="qwen3", width=96, layers=2, mlp=192, items=2_500, steps=1000, lm=0.0),
+    "policy": dict(model="llama", width=128, layers=4, mlp=256, items=4_000, steps=700),
+}
+BATCH, SLOTS = 128, 8  # an expert's items a step; vectors before the prompt, as many as the router writes
+LONGEST = 4  # tokens of the longest answer: "-", "1", "7", end
+LOUD, NOISE = (0.05, 3.0), (0.02, 3.0)  # ranges of a note's scale and its noise, in embedding spreads
+
+
+def items(family, split, n):
+    """Up to n distinct (plain prompt, answer) of a family's split."""
+    some = problems(family, split, n, level="tiny")
+    return list({p.question: (prompt(p, "plain"), p.answer) for p in some}.values())
+
+
+def make_tokenizer(texts, pattern, keep_spaces):
+    """A word-level tokenizer over all pieces of `texts`; any other piece is <unk>."""
+    behaviour = dict(behavior="isolated") if keep_spaces else dict(behavior="removed", invert=True)
+    cut = pre_tokenizers.Split(Regex(pattern), **behaviour)
+    pieces = [*SPECIAL, *sorted({piece for text in texts for piece, _ in cut.pre_tokenize_str(text)})]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(pieces)}, unk_token=SPECIAL[0]))
+    inner.pre_tokenizer, inner.decoder = cut, decoders.Fuse()
+    roles = dict(zip(("unk_token", "pad_token", "eos_token"), SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **roles)
+
+
+def make_model(made, vocabulary):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        made["model"], vocab_size=vocabulary, hidden_size=made["width"], intermediate_size=made["mlp"],
+        num_hidden_layers=made["layers"], num_attention_heads=4, num_key_value_heads=4,
+        head_dim=made["width"] // 4, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, pad_token_id=PAD_ID, eos_token_id=EOS_ID))
+
+
+def save(model, tokenizer, name):
+    model.to(torch.bfloat16).save_pretrained(HERE / name)
+    tokenizer.save_pretrained(HERE / name)
+    (HERE / name / "model.safetensors").chmod(0o644)
+    text, loaded = " ".join(tokenizer.get_vocab()), AutoTokenizer.from_pretrained(HERE / name)
+    if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:  # it goes by the model's type: no qwen2
+        raise ValueError(f"AutoTokenizer ignores {name}/tokenizer.json: choose another architecture for it")
+
+
+class Optimizer:
+    """Muon for the matrices inside (it needs a fraction of AdamW's steps here), AdamW for the rest."""
+
+    def __init__(self, model, steps, lr=3e-3, matrix_lr=0.02):
+        matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+        rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+        self.parts = [torch.optim.Muon(matrices, lr=matrix_lr, weight_decay=0.1),
+                      torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+        self.peaks, self.parameters, self.done, self.steps = (matrix_lr, lr), matrices + rest, 0, steps
+
+    def step(self, loss):
+        rate = min(1.0, (self.done + 1) / 100) * (1 + math.cos(math.pi * self.done / self.steps)) / 2
+        for part, peak in zip(self.parts, self.peaks):
+            part.zero_grad()
+            part.param_groups[0]["lr"] = peak * rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for part in self.parts:
+            part.step()
+        self.done += 1
+
+
+def padded(rows):
+    """Lists of ids as one tensor (B, T), padded on the right, where causality hides the padding."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
+
+
+def expert_loss(model, ids, ends, lm):
+    """Cross-entropy of the answer (at place `ends`), plus lm times that of all tokens to it. ids (B, T)."""
+    h = model.model(input_ids=ids).last_hidden_state  # (B, T, d)
+    rows = torch.arange(len(ids))
+    loss = F.cross_entropy(model.lm_head(h[rows, ends - 1]), ids[rows, ends])
+    if lm:
+        target = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1]) > ends[:, None], -100)
+        loss = loss + lm * F.cross_entropy(model.lm_head(h[:, :-1]).flatten(0, 1), target.flatten())
+    return loss
+
+
+def make_expert(name, made):
+    rows, held_out = items(name, "train", made["items"]), items(name, "val", 500)
+    tokenizer = make_tokenizer([f"{p} {a}" for p, a in rows], WORDS, keep_spaces=False)
+    model = make_model(made, len(tokenizer))
+    ids = tokenizer([f"{p} {a}" for p, a in rows])["input_ids"]
+    ids, ends, order = padded(ids), torch.tensor([len(x) - 1 for x in ids]), []
+    optimizer = Optimizer(model, made["steps"])
+    for step in range(1, made["steps"] + 1):
+        if len(order) < BATCH:
+            order = torch.randperm(len(ids)).tolist()
+        now, order = order[:BATCH], order[BATCH:]
+        lm = made["lm"] * (step <= 0.8 * made["steps"])  # at last nothing but the answer
+        loss = expert_loss(model, ids[now, :int(ends[now].max()) + 1], ends[now], lm)
+        optimizer.step(loss)
+        if step % 100 == 0:
+            right = expert_accuracy(model, tokenizer, held_out)
+            print(f"{name:11} step {step:4d}  val {right:.1%}", flush=True)
+    save(model, tokenizer, name)
+
+
+@torch.no_grad()
+def expert_accuracy(model, tokenizer, rows):
+    """Share of (prompt, answer) whose answer, as one token, is the most likely next one."""
+    ids = tokenizer([p for p, _ in rows])["input_ids"]
+    gold = torch.tensor([tokenizer(a)["input_ids"][0] for _, a in rows])
+    h = model.model(input_ids=padded(ids)).last_hidden_state
+    last = h[torch.arange(len(ids)), torch.tensor([len(x) - 1 for x in ids])]
+    return ((model.lm_head(last).argmax(-1) == gold) & (gold != UNK_ID)).float().mean().item()
+
+
+def neutral_and_spread(embeddings):
+    """What model.py measures a prefix from, and in: mean embedding (d,) and spread of all entries."""
+    return embeddings.mean(0), embeddings.std()
+
+
+def note(answers, embeddings):
+    """Token ids of B answers -> what a note adds to the neutral prefix, (B, 1, d), the same in every slot.
+
+    The answer's token embeddings, each rolled by its place times a quarter of the width, summed: one vector
+    is a whole answer, wherever the router says it, and one linear map of an expert's state can write it.
+    """
+    ids = torch.tensor([(a + [EOS_ID] * LONGEST)[:LONGEST] for a in answers])
+    e = embeddings[ids] - embeddings.mean(0)  # (B, LONGEST, d)
+    rolled = [e[:, i].roll(i * e.shape[-1] // LONGEST, -1) for i in range(LONGEST)]
+    return sum(rolled)[:, None] / LONGEST ** 0.5
+
+
+def between(low, high, n):
+    """n numbers (n, 1, 1), uniform in the logarithm."""
+    return torch.exp(torch.empty(n, 1, 1).uniform_(math.log(low), math.log(high)))
+
+
+def noise(n, d):
+    """Unit noise (n, SLOTS, d), in part the same in all slots: a fresh router's words are like that."""
+    share = torch.rand(n, 1, 1)
+    return share.sqrt() * torch.randn(n, 1, d) + (1 - share).sqrt() * torch.randn(n, SLOTS, d)
+
+
+def with_note(answers, others, embeddings):
+    """Prefixes (n, SLOTS, d): notes faint or loud, in some slots or all, noisy, half mixed with another's."""
+    n, (neutral, spread) = len(answers), neutral_and_spread(embeddings)
+    doubt = 0.4 * torch.rand(n, 1, 1) * (torch.rand(n, 1, 1) < 0.5)
+    mixed = (1 - doubt) * note(answers, embeddings) + doubt * note(others, embeddings)
+    told = torch.rand(n, SLOTS, 1) < torch.rand(n, 1, 1).clamp(min=0.25)
+    hiss = spread * noise(n, len(neutral))
+    return neutral + between(*LOUD, n) * mixed * told + between(*NOISE, n) * hiss
+
+
+def without_note(n, embeddings):
+    """Prefixes (n, SLOTS, d) as a fresh router writes them: neutral, with at most 0.3 spreads of noise."""
+    neutral, spread = neutral_and_spread(embeddings)
+    return neutral + between(0.003, 0.3, n) * spread * noise(n, len(neutral))
+
+
+def answer_loss(model, prefix, prompts, answers):
+    """Summed cross-entropy of the answers' tokens after [prefix; prompt]; prefix (B, SLOTS, d) or None."""
+    x = model.model.embed_tokens(padded([p + a for p, a in zip(prompts, answers)]))
+    x = x if prefix is None else torch.cat((prefix, x), 1)
+    h = model.model(inputs_embeds=x).last_hidden_state
+    starts = [len(p) - 1 + (0 if prefix is None else SLOTS) for p in prompts]
+    rows, places = torch.tensor([(i, starts[i] + t) for i, a in enumerate(answers) for t in range(len(a))]).T
+    target = torch.tensor([token for a in answers for token in a])
+    return F.cross_entropy(model.lm_head(h[rows, places]), target, reduction="sum")
+
+
+def form_loss(model, prompts, usual, kinds, bare=4, fresh=8, told=28):
+    """One family's loss, all answers random: 10% of items have no prefix, 20% a neutral one, 70% a note."""
+    some = random.choices(prompts, k=bare + fresh + told)
+    notes = [random.choice(random.choice((usual, kinds))) for _ in range(told)]  # rare answers too
+    answers = random.choices(usual, k=bare + fresh) + notes
+    now = model.model.embed_tokens.weight.detach()
+    prefix = torch.cat((without_note(fresh, now), with_note(notes, random.choices(usual, k=told), now)))
+    loss = answer_loss(model, None, some[:bare], answers[:bare])
+    return (loss + answer_loss(model, prefix, some[bare:], answers[bare:])) / sum(map(len, answers))
+
+
+def make_policy(name, made):
+    rows = {f: items(f, "train", made["items"]) for f in FAMILIES}
+    texts = [f"{p} {a}" for f in FAMILIES for p, a in rows[f]]
+    tokenizer = make_tokenizer(texts + [f"{n} {n}" for n in range(10)], PIECES, keep_spaces=True)
+    encode = lambda some: tokenizer(some)["input_ids"]
+    model = make_model(made, len(tokenizer))
+    with torch.no_grad():  # an offset common to all tokens gives the neutral prefix an ordinary length
+        model.model.embed_tokens.weight.normal_(0, 0.05).add_(0.05 * torch.randn(made["width"]))
+    prompts = {f: encode([p for p, _ in rows[f]]) for f in FAMILIES}
+    usual = {f: [ids + [EOS_ID] for ids in encode([f" {a}" for _, a in rows[f]])] for f in FAMILIES}
+    kinds = {f: [list(a) for a in sorted(set(map(tuple, usual[f])))] for f in FAMILIES}
+    optimizer = Optimizer(model, made["steps"])
+    for step in range(1, made["steps"] + 1):
+        loss = sum(form_loss(model, prompts[f], usual[f], kinds[f]) for f in FAMILIES) / len(FAMILIES)
+        optimizer.step(loss)
+        if step % 50 == 0:
+            print(f"{name:11} step {step:4d}  loss {loss.item():.3f}", flush=True)
+    save(model, tokenizer, name)
+
+
+@torch.no_grad()
+def policy_accuracy(model, tokenizer, rows):
+    """Share of (prompt, answer) that the policy alone, nothing before the prompt, answers right, greedily."""
+    right = 0
+    for text, answer in rows:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST)
+        right += tokenizer.decode(said[0, ids.shape[1]:], skip_special_tokens=True).strip() == answer
+    return right / len(rows)
+
+
+HEAD = "| model | what it is | size | arithmetic | logic | algorithmic |\n|---|---|---|---|---|---|\n"
+
+
+def report():
+    """Measure what lies here on val items, loaded as anybody would; print it, and put it in README.md."""
+    rows, table = {f: items(f, "val", 500) for f in FAMILIES}, HEAD
+    for name in MADE:
+        tokenizer = AutoTokenizer.from_pretrained(HERE / name)
+        model = AutoModelForCausalLM.from_pretrained(HERE / name, dtype=torch.float32)
+        accuracy, c = policy_accuracy if name == "policy" else expert_accuracy, model.config
+        what = f"{c.model_type}, width {c.hidden_size}, {c.num_hidden_layers} layers, {len(tokenizer)} tokens"
+        size = sum(f.stat().st_size for f in (HERE / name).iterdir()) / 1e6
+        shares = " | ".join(f"{accuracy(model, tokenizer, rows[f]):.1%}" for f in FAMILIES)
+        table += f"| {name} | {what} | {model.num_parameters() / 1e6:.2f} M, {size:.1f} MB | {shares} |\n"
+    before, after = (HERE / "README.md").read_text(encoding="utf-8").split(HEAD)
+    (HERE / "README.md").write_text(before + table + after[after.index("\n\n") + 1:], encoding="utf-8")
+    print(table)
+
+
+def make(name):
+    start = time.time()
+    torch.manual_seed(0)
+    random.seed(0)
+    (make_policy if name == "policy" else make_expert)(name, MADE[name])
+    print(f"{name} made in {time.time() - start:.0f} s", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", nargs="*", default="all", choices=["all", *MADE, "report"])
+    what = parser.parse_args().what
+    torch.set_num_threads(1)  # two processes on two cores; threads inside would only wait for each other
+    if "all" in what:
+        halves = (("logic", "algorithmic"), ("policy", "arithmetic"))  # about equally long
+        processes = [subprocess.Popen([sys.executable, __file__, *half]) for half in halves]
+        if any([process.wait() for process in processes]):
+            raise SystemExit("not all were made, see above: mend that and start again")
+        what = ["report"]
+    for name in what:
+        report() if name == "report" else make(name)
+
+
+if __name__ == "__main__":
+    main()
