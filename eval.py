@@ -6,6 +6,7 @@ was worth.
     intervals
     python eval.py runs/NAME --samples 8                and pass@k
     python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
+    python eval.py runs/A runs/B runs/C --table         finished runs side by side, seeds put together
 
 "Before" is the policy alone: LoRA off and prefix off. Attention shows who was listened to; it is no proof
 that it mattered. So each expert is also silenced (its attention set to exactly 0, the others' renormalised)
@@ -19,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -235,6 +237,26 @@ def ask(run, question):
             print(f"  {expert.name:{width}} {'█' * round(40 * share)} {share:.2f}")
 
 
+def table(folders):
+    """Markdown, a row for every (task, collab): accuracies as mean ± population deviation over seeds."""
+    groups = {}
+    for folder in folders:
+        if not (Path(folder) / "eval.json").exists():
+            raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
+        report = json.loads((Path(folder) / "eval.json").read_text())
+        groups.setdefault((report["task"], report["collab"]), []).append(report)
+    spread = lambda x: f"{100 * statistics.mean(x):.1f} ± {100 * statistics.pstdev(x):.1f}"
+    lines = ["| task | collaboration | seeds | n | before | after | by dataset, after |", "|---" * 7 + "|"]
+    for (task, collab), reports in groups.items():
+        seeds = ", ".join(str(r["seed"]) for r in reports)
+        before, after = (spread([r[when]["strict"] for r in reports]) for when in ("before", "after"))
+        parts = [f"{d} {spread([r['by_dataset'][d]['after']['strict'] for r in reports])}"
+                 for d in reports[0]["by_dataset"]]
+        n = reports[0]["n"]
+        lines.append(f"| {task} | {collab} | {seeds} | {n} | {before} | {after} | {', '.join(parts)} |")
+    return "\n".join(lines)
+
+
 def load(folder, best=False):
     """The run in `folder` with its last (or best) checkpoint in place; raises ValueError with the mend."""
     folder = Path(folder)
@@ -254,7 +276,8 @@ def load(folder, best=False):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", help="folder of a run, as train.py --out wrote it")
+    p.add_argument("run", nargs="+", help="folder of a run, as train.py --out wrote it; several for --table")
+    p.add_argument("--table", action="store_true", help="a Markdown table of finished runs")
     p.add_argument("--n", type=int, help="test problems (256; gsm8k: all 1,319)")
     p.add_argument(
         "--best", action="store_true", help="the checkpoint that was best on validation, not the last")
@@ -270,7 +293,10 @@ def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
         a = parser().parse_args(argv)
-        run = load(a.run, a.best)
+        if a.table:
+            print(table(a.run))
+            return 0
+        run = load(a.run[0], a.best)
         if a.ask:
             ask(run, a.ask)
             return 0

@@ -377,7 +377,8 @@ def read_missing(expert, texts, folder, progress):
     rows, fresh, since = {}, {}, time.monotonic()
     try:
         expert.load()
-        with tqdm(total=len(keys), desc=f"{expert.name} reads", unit="text", disable=not progress) as bar:
+        quiet = None if progress else True              # None: no bar in a log file either
+        with tqdm(total=len(keys), desc=f"{expert.name} reads", unit="text", disable=quiet) as bar:
             for places, states in expert.batches(ids):
                 fresh |= zip([keys[i] for i in places], states.to(expert.dtype))
                 bar.update(len(places))

@@ -6,8 +6,10 @@ cheapest to find (problems, then configurations, then weights), `Run.batch` make
 for the policy, and `evaluate` has them answered greedily.
 """
 
+import os
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -17,11 +19,8 @@ from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, rollout
 from router import Router
 
-STATISTICS = (
-    256  # training prompts that fix the mean and spread of each expert's states, however long the run is
-)
-
-USUAL = dict(val=120, test=256)
+STATISTICS = 256  # training prompts that fix each expert's mean and spread, however long the run is
+USUAL = dict(val=120, test=256)  # held-out problems when nobody says how many
 
 
 @dataclass
@@ -134,7 +133,8 @@ def build(args, announce=None, training=True):
     router = None
     if experts:
         router = Router([e.width for e in experts], policy.config["hidden_size"], args["latents"],
-                        args["router_heads"], args["router_width"], args["router_temperature"])
+                        args["router_heads"], args["router_width"], args["router_temperature"],
+                        start=0.02 if args["neutral"] == "mean" else 0.5)
         router.to(args["device"])
     if form == "plain":
         policy.stop = torch.tensor(line_ends(itself.tokenizer, policy.stop.tolist()), device=args["device"])
@@ -187,6 +187,16 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
             ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),
             ("largest expert, only while reading",
              max((e.params * e.dtype.itemsize for e in experts), default=0))]
+
+
+def used_memory(device):
+    """MB that the run holds now: of the GPU's memory, else resident; 0 where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_reserved() / 2**20
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    except OSError:
+        return 0.0
 
 
 def free_memory(device):

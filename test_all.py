@@ -828,6 +828,14 @@ def test_standardised_states_have_zero_mean_and_unit_spread():
     assert (x[:, 0, 5:] == 0).all()
 
 
+def test_router_is_one_graph():
+    """torch.compile finds nothing that it would have to leave to Python, with a mask and without."""
+    router, H, mask = make_router(), states(), torch.tensor([True, False, True])
+    compiled = torch.compile(router, backend="eager", fullgraph=True)
+    for more in ((), (mask,)):
+        torch.testing.assert_close(compiled(H, *more), router(H, *more))
+
+
 def test_router_works_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         C, A = make_router()(states())
@@ -1024,7 +1032,7 @@ def rows(out, name="metrics.jsonl"):
     return [json.loads(x) for x in (out / name).read_text().splitlines()]
 
 
-TIMES = ("gen_s", "train_s", "tokens_s")
+TIMES = ("gen_s", "train_s", "tokens_s", "memory_mb")
 
 
 def test_a_run_writes_down_what_it_did(finished):

@@ -38,7 +38,7 @@ from eval import finish
 from experts import POOLS, cache_dir, stored
 from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
-from run import build, evaluate, free_memory, memory_table
+from run import build, evaluate, free_memory, memory_table, used_memory
 
 BETAS = (0.9, 0.98)
 
@@ -253,6 +253,7 @@ def summary(run, sampled, sums, train_s):
                length=new / len(verdicts), clipped=sampled.truncated.float().mean().item(),
                zero_spread=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), **sums,
                gen_s=sampled.seconds, train_s=train_s, tokens_s=new / sampled.seconds,
+               memory_mb=used_memory(run.args["device"]),
                attention=shares(heard, names), reward_by={}, attention_by={},
                reasons=dict(Counter(v.reason for v in verdicts).most_common()))
     for dataset in sorted({p.dataset for p in sampled.problems}):
