@@ -157,6 +157,23 @@ def smooth(values, width=10):
             for i in range(len(values))]
 
 
+def listening(rows, names):
+    """(label, share a step) to plot: for one dataset every expert; for several, of each the expert that it
+    listened to most in the last ten steps (a step without that dataset repeats the share before)."""
+    datasets = list(dict.fromkeys(d for r in rows for d in r["attention_by"]))
+    if len(datasets) == 1:
+        return [(name, [r["attention"][name] for r in rows]) for name in names]
+    lines = []
+    for d in datasets:
+        mean = {n: sum(r["attention_by"].get(d, {}).get(n, 0) for r in rows[-10:]) for n in names}
+        best, shares = max(mean, key=mean.get), []
+        for r in rows:
+            before = shares[-1] if shares else 1 / len(names)
+            shares.append(r["attention_by"].get(d, {}).get(best, before))
+        lines.append((f"{d}: {best}", shares))
+    return lines
+
+
 def figure(rows, report, path):
     """One picture of a run: what it learned, whom it listened to, by family, and what silencing each expert
     costs."""
@@ -192,18 +209,18 @@ def figure(rows, report, path):
     ax.legend(fontsize=8, loc="upper left")
     if names:
         ax = axes[0, 1]
-        for i, n in enumerate(names):
-            ax.plot(steps, smooth([r["attention"][n] for r in rows]), color=COLOURS[i % 8], label=n)
+        for i, (label, shares) in enumerate(listening(rows, names)):
+            ax.plot(steps, smooth(shares), color=COLOURS[i % 8], label=label)
         ax.axhline(1 / len(names), color="grey", ls=":", label="even split")
         ax.set(xlabel="step", ylabel="share of attention", ylim=(0, 1))
-        ax.set_title("who is listened to, all problems", fontsize=10)
-        ax.legend(fontsize=8, loc="upper left")
+        ax.set_title("who is listened to (training, mean of 10 steps)", fontsize=10)
+        ax.legend(fontsize=8, loc="lower right")
     if matrices:
         families, after = list(report["attention_by"]), report["by_dataset"]
         heat(axes[1, 0], families, names, report["attention_by"], "attention by family (test)", 1.0, ".2f")
         lost = {d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
                 for d in families}
-        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 60.0, ".0f")
+        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 100.0, ".0f")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

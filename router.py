@@ -90,7 +90,10 @@ class Router(nn.Module):
             H = H.masked_fill(~mask[..., None], 0.0)
         H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
         E = self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)  # (B, N, dim)
+        return self.attend(E, mask)
 
+    def attend(self, E, mask=None):
+        """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., heads, n, dim / heads)
         q = split(self.to_q(self.norm_latent(self.latents)))  # (heads, L, ·): the same for every prompt
         k, v = map(split, self.to_kv(E).chunk(2, -1))  # (B, heads, N, ·)

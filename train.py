@@ -191,9 +191,11 @@ def introduce(args, items, experts, policy, form, dtype):
     texts = [p.question for split in items.values() for p in split]
     wanted, longest, device = len(set(texts)), max(map(len, texts)), args["device"]
     say = lambda what, *text: print(f"  {what:9}", *text)
-    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}, level {args['level']}")
-    say("problems", f"train {args['steps'] * args['batch']:,} "
-        f"({len({p.question for p in items['train']}):,} different), val {len(items['val'])}, "
+    level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
+    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}{level}")
+    used = items["train"][:args["steps"] * args["batch"]]
+    say("problems", f"train {len(used):,} ({len({p.question for p in used}):,} different), "
+        f"val {len(items['val'])}, "
         f"test {len(items['test'])}; no question is in two splits; seed {args['seed']}")
     floor, answer = guessing_floor(items["train"])
     if floor > 0.2:

@@ -225,7 +225,7 @@ def form_loss(model, prompts, usual, kinds, bare=4, fresh=8, told=28):
 
 def make_policy(name, made):
     rows = {f: items(f, "train", made["items"]) for f in FAMILIES}
-    texts = [text for f in FAMILIES for p, a in rows[f] for text in (f"{p} {a}", a)]
+    texts = [f"{p} {a}" for f in FAMILIES for p, a in rows[f]]
     tokenizer = make_tokenizer(texts + [f"{n} {n}" for n in range(10)], PIECES, keep_spaces=True)
     encode = lambda some: tokenizer(some)["input_ids"]
     model = make_model(made, len(tokenizer))
