@@ -9,6 +9,7 @@ Every figure is a ratio of two things measured in turn in one run, so that it ho
 drifts. Medians of the rounds are given with their least and greatest. Peaks of memory are above what was
 resident before, each in a process of its own.
 """
+
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,8 +31,8 @@ import torch.nn.functional as F
 
 BARS = dict(rollout_ratio=">= 3", rollout_limit_share=">= 0.6", gradient_time_ratio=">= 1.7",
             gradient_memory_share="<= 0.6", logprob_time_share="<= 1.15", logprob_memory_share="<= 0.25",
-            router_ratio_n8=">= 2", router_ratio_wide=">= 0.9", start_s="<= 8", experts_8_over_1_step="<= 1.05",
-            verify_ms_64="<= 20")
+            router_ratio_n8=">= 2", router_ratio_wide=">= 0.9", start_s="<= 8",
+            experts_8_over_1_step="<= 1.05", verify_ms_64="<= 20")
 
 
 def alternate(rounds, *functions):
@@ -55,16 +56,18 @@ def ratio(a, b):
 def smol(folder):
     """A random model of SmolLM2-135M's shape: its speed is the real one's."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048, eos_token_id=0,
-                         bos_token_id=None, tie_word_embeddings=True, rope_parameters=dict(rope_type="default",
-                                                                                           rope_theta=100000.0))
+                         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2048,
+                         eos_token_id=0, bos_token_id=None, tie_word_embeddings=True,
+                         rope_parameters=dict(rope_type="default", rope_theta=100000.0))
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def load(folder):
     from model import Policy
+
     policy = Policy.load(folder, dtype=torch.bfloat16)
     policy.stop = torch.tensor([-1])  # nothing stops early: both sides write every token
     return policy
@@ -78,6 +81,7 @@ def texts(n, length):
 def bench_rollout(folder, size):
     """Ours, generate with eager and with sdpa attention, and the matrix products alone, end to end."""
     from transformers import AutoModelForCausalLM
+
     policy, (tokens, lengths), new = load(folder), texts(size["prompts"], 128), size["new"]
     generator, rows = torch.Generator().manual_seed(0), size["prompts"] * 8
 
@@ -86,10 +90,11 @@ def bench_rollout(folder, size):
             policy.generate(policy.prefill(tokens, lengths), 8, new, 1.0, generator)
 
     def theirs(attention):
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=attention).eval()
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16, attn_implementation=attention).eval()
         ids = tokens.repeat_interleave(8, 0)
-        how = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new, min_new_tokens=new,
-                   pad_token_id=0, attention_mask=torch.ones_like(ids))
+        how = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new,
+                   min_new_tokens=new, pad_token_id=0, attention_mask=torch.ones_like(ids))
         return lambda: hf.generate(ids, **how)
 
     weights = [m.weight for m in policy.adapters()] + [policy.head]
@@ -99,14 +104,17 @@ def bench_rollout(folder, size):
             for n, times in ((rows, new), (size["prompts"] * 128, 1)):
                 x = {w.shape[1]: torch.zeros(n, w.shape[1], dtype=w.dtype) for w in weights}
                 for _ in range(times):
-                    for w in weights if times > 1 else weights[:-1]:  # a prompt meets the head once, not everywhere
+                    for w in (
+                        weights if times > 1 else weights[:-1]
+                    ):  # a prompt meets the head once, not everywhere
                         F.linear(x[w.shape[1]], w)
 
     mine, eager, sdpa, limit = alternate(size["rounds"], ours, theirs("eager"), theirs("sdpa"), products)
     faster = min((eager, sdpa), key=statistics.median)
-    print(f"  tokens a second: ours {rows * new / statistics.median(mine):,.0f}, generate (eager) "
-          f"{rows * new / statistics.median(eager):,.0f}, (sdpa) {rows * new / statistics.median(sdpa):,.0f}, "
-          f"matrix products alone {rows * new / statistics.median(limit):,.0f}")
+    print(
+        f"  tokens a second: ours {rows * new / statistics.median(mine):,.0f}, generate (eager) "
+        f"{rows * new / statistics.median(eager):,.0f}, (sdpa) {rows * new / statistics.median(sdpa):,.0f}, "
+        f"matrix products alone {rows * new / statistics.median(limit):,.0f}")
     return dict(rollout_ratio=ratio(faster, mine), rollout_limit_share=ratio(limit, mine))
 
 
@@ -124,15 +132,18 @@ def scoring(folder, prompts, group, new, copies):
         logp, _ = policy.logprobs(policy.prefill(tokens, lengths), answers, mask)
         (logp.sum() / logp.numel()).backward()
         policy.zero_grad(set_to_none=True)
+
     return run
 
 
 def head(whole, n=2048):
     """Log-probabilities of n tokens with gradient: in chunks, or from the whole (n, V)."""
     from model import TokenLogprob
+
     g = torch.Generator().manual_seed(0)
     w = (torch.randn(49152, 576, generator=g) * 0.05).bfloat16()
-    h, y = torch.randn(n, 576, generator=g).bfloat16().requires_grad_(), torch.randint(0, 49152, (n,), generator=g)
+    h, y = (torch.randn(n, 576, generator=g).bfloat16().requires_grad_(),
+            torch.randint(0, 49152, (n,), generator=g))
 
     def run():
         if whole:
@@ -141,18 +152,19 @@ def head(whole, n=2048):
             logp, _ = TokenLogprob.apply(h, w, y, 1.0, 128)
         logp.sum().backward()
         h.grad = None
+
     return run
 
 
 MEASURED = {"shared": lambda a: scoring(a.model, a.prompts, 8, a.new, False),
-            "copies": lambda a: scoring(a.model, a.prompts, 8, a.new, True),
-            "chunks": lambda a: head(False), "whole": lambda a: head(True)}
+            "copies": lambda a: scoring(a.model, a.prompts, 8, a.new, True), "chunks": lambda a: head(False),
+            "whole": lambda a: head(True)}
 
 
 def peak(what, folder, size):
     """MB that one run of MEASURED[what] takes above what was resident before it, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", what, "--model", str(folder), "--prompts", str(size["prompts"]),
-               "--new", str(size["new"])]
+    command = [sys.executable, __file__, "--peak", what, "--model", str(folder), "--prompts",
+               str(size["prompts"]), "--new", str(size["new"])]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -184,17 +196,22 @@ class Loop(nn.Module):
     def __init__(self, router, widths):
         super().__init__()
         self.router, self.widths = router, widths
-        self.parts = nn.ParameterList(nn.Parameter(p[:w].detach().clone()) for p, w in zip(router.project, widths))
+        self.parts = nn.ParameterList(
+            nn.Parameter(p[:w].detach().clone()) for p, w in zip(router.project, widths))
 
     def forward(self, states):
         r = self.router
-        E = torch.stack([((h - r.mean[i, :w]) * r.gain[i, :w]).clamp(-10, 10) @ p + r.identity[i]
-                         for i, (h, w, p) in enumerate(zip(states, self.widths, self.parts))], 1)
+        E = torch.stack(
+            [((h - r.mean[i, :w]) * r.gain[i, :w]).clamp(-10, 10) @ p + r.identity[i]
+             for i, (h, w, p) in enumerate(zip(states, self.widths, self.parts))],
+            1,
+        )
         return r.attend(r.norm_in(E))
 
 
 def bench_router(rounds=20):
     from router import Router
+
     result = {}
     for key, widths, dim in (("router_ratio_n8", [64, 72, 80, 88, 96, 104, 112, 128], 64),
                              ("router_ratio_wide", [384, 576, 640, 768, 896, 1024, 1536, 2048], 512)):
@@ -211,6 +228,7 @@ def bench_router(rounds=20):
 
 def bench_verify():
     from rewards import Problem, verify
+
     problem = Problem("How many?", "18")
     answers = [f"<think>{'so ' * 40}{i} and {2 * i}</think>It is <answer>{i}</answer>" for i in range(64)]
     (times,) = alternate(20, lambda: [verify(text, problem) for text in answers])
@@ -225,8 +243,8 @@ def bench_steps():
         os.environ["N_MUSKETEERS_CACHE"] = out
         tiny = [str(here / "tiny" / e) for e in ("arithmetic", "logic", "algorithmic")]
         for name, experts in (("warm", tiny), ("start", tiny), ("one", tiny[:1]), ("eight", (tiny * 3)[:8])):
-            command = [sys.executable, str(here / "train.py"), "--out", f"{out}/{name}", "--steps", "30", "--val", "1",
-                       "--test", "1", "--eval-every", "30", "--experts", *experts]
+            command = [sys.executable, str(here / "train.py"), "--out", f"{out}/{name}", "--steps", "30",
+                       "--val", "1", "--test", "1", "--eval-every", "30", "--experts", *experts]
             start = time.time()
             subprocess.run(command, check=True, capture_output=True, cwd=here)
             rows = [json.loads(x) for x in (Path(out) / name / "metrics.jsonl").read_text().splitlines()]
@@ -260,8 +278,9 @@ def main(argv=None):
                        gradient=lambda: bench_gradient(model, size))
         for name in a.only or benches:
             figures |= benches[name]()
-    where = dict(python=platform.python_version(), machine=platform.machine(), threads=torch.get_num_threads(),
-                 torch=version("torch"), transformers=version("transformers"), command=" ".join(sys.argv))
+    where = dict(python=platform.python_version(), machine=platform.machine(),
+                 threads=torch.get_num_threads(), torch=version("torch"),
+                 transformers=version("transformers"), command=" ".join(sys.argv))
     print("\n| figure | median | least | greatest | bar |\n|---|---|---|---|---|")
     for key, (median, low, high) in figures.items():
         print(f"| {key} | {median:.3g} | {low:.3g} | {high:.3g} | {BARS[key]} |")

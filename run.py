@@ -6,6 +6,8 @@ cheapest to find (problems, then configurations, then weights), `Run.batch` make
 for the policy, and `evaluate` has them answered greedily.
 """
 
+import contextlib
+import ctypes
 import os
 import random
 from dataclasses import dataclass, field
@@ -197,6 +199,12 @@ def used_memory(device):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     except OSError:
         return 0.0
+
+
+def trim_memory():
+    """Give freed memory back to the system: glibc keeps it in fragments, and a long run looks like a leak."""
+    with contextlib.suppress(OSError, AttributeError):  # not on this system
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_memory(device):

@@ -1,12 +1,11 @@
 """
 n-Musketeers, end to end: a policy learns by reinforcement to listen to frozen experts. Read it top to bottom.
 
-    python train.py                                     the embedded pool on its three families: minutes on a
-    laptop
-    python train.py --collab single                     the same policy without experts, all else equal
-    python train.py --task gsm8k                        the paper's pool, on a GPU that holds it
-    python train.py --task chain_sum --policy DIR_OR_HUB_NAME --experts A B C --template plain
-    python train.py --resume --out runs/NAME            go on after a stop
+    python train.py                            the embedded pool on its three families: minutes on a laptop
+    python train.py --collab single            the same policy without experts, all else equal
+    python train.py --task gsm8k               the paper's pool, on a GPU that holds it
+    python train.py --task chain_sum --policy FOLDER_OR_HUB_NAME --experts A B C --template plain
+    python train.py --resume --out runs/NAME   go on after a stop
 
 Deliberately different from textbook GRPO, each with its reason where it happens: the prompt is run once for
 its whole group, sampling and scoring alike; tokens are normalised over the whole step; the rate is constant
@@ -38,7 +37,7 @@ from eval import finish
 from experts import POOLS, cache_dir, stored
 from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
-from run import build, evaluate, free_memory, memory_table, used_memory
+from run import build, evaluate, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
 
@@ -340,7 +339,7 @@ def train(args):
 
 def learn(run, out, optimizer, generator, state):
     """Steps state["step"] + 1 to args["steps"]. Returns True if it was asked to stop before the end."""
-    args, B, saved = run.args, run.args["batch"], time.monotonic()
+    args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
     with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"], disable=None) as bar:
@@ -354,8 +353,12 @@ def learn(run, out, optimizer, generator, state):
             start = time.perf_counter()
             sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
                           args["max_norm"], **how)
-            row = dict(step=step) | summary(run, sampled, sums, time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            if time.monotonic() - trimmed > 10:  # seldom: a trimmed heap has to be paged in again
+                trim_memory()
+                trimmed = time.monotonic()
             # look
+            row = dict(step=step) | summary(run, sampled, sums, seconds)
             last = step == args["steps"] or bool(asked)
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
@@ -415,6 +418,9 @@ def main(argv=None):
     except ValueError as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ntrain.py: stopped; the last checkpoint and the states read so far are kept", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
