@@ -220,7 +220,7 @@ def figure(rows, report, path):
         heat(axes[1, 0], families, names, report["attention_by"], "attention by family (test)", 1.0, ".2f")
         lost = {d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
                 for d in families}
-        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 100.0, ".0f")
+        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 100.0, "z.0f")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 

@@ -58,11 +58,12 @@ class LoRALinear(nn.Module):
         return self.A.to(self.weight.dtype), (self.scale * b).to(self.weight.dtype)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        rows = x.flatten(0, -2)  # (n, in)
+        y = F.linear(rows, self.weight, self.bias)  # (n, out)
         if self.on:
             a, b = self.pair()
-            y = y + F.linear(F.linear(x, a), b)
-        return y
+            y = torch.addmm(y, rows @ a.T, b.T)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def rotate(x, cos, sin):
@@ -279,8 +280,8 @@ class Policy(nn.Module):
 
         def attend(q, k, v):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
-            cache.keys.append(k)
-            cache.values.append(v)
+            cache.keys.append(k.contiguous())  # every later token's products would copy them again
+            cache.values.append(v.contiguous())
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
         cos, sin = self.cos[: x.shape[1], None], self.sin[: x.shape[1], None]

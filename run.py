@@ -191,6 +191,16 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
              max((e.params * e.dtype.itemsize for e in experts), default=0))]
 
 
+def fitting_micro(args, policy, experts, dtype, prompt_tokens):
+    """The most prompts a micro-batch, halving from all, whose estimate leaves a fifth of the memory free."""
+    micro, room = args["batch"], 0.8 * free_memory(args["device"])
+    rest = (policy, experts, dtype, prompt_tokens)
+    need = lambda: sum(n for _, n in memory_table(args | dict(micro=micro), *rest)[:-1])
+    while micro > 1 and need() > room:
+        micro = -(-micro // 2)
+    return micro
+
+
 def used_memory(device):
     """MB that the run holds now: of the GPU's memory, else resident; 0 where the system does not tell."""
     if device.startswith("cuda"):

@@ -37,7 +37,7 @@ from eval import finish
 from experts import POOLS, cache_dir, stored
 from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
-from run import build, evaluate, free_memory, memory_table, trim_memory, used_memory
+from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
 
@@ -79,7 +79,7 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("clip_high", 0.2, float, "how far the ratio may rise; more than --clip-low is DAPO's clip-higher"),
         ("dr", False, bool, "Dr. GRPO: no division by the group's spread, constant normaliser"),
         ("epochs", 1, int, "optimiser steps on each rollout (1: on-policy)"),
-        ("micro", 0, int, "prompts a micro-batch of the gradient pass, 0 for all; bounds memory only")],
+        ("micro", 0, int, "prompts a micro-batch of the gradient pass (0: as fit); bounds memory only")],
     "optimiser: AdamW, betas 0.9 and 0.98 (a shorter memory than 0.999 suits runs of some hundred steps)": [
         ("lr", POOL, float, "of LoRA (1e-4: paper)"),
         ("router_lr", POOL, float, "of the router (1e-4: paper)"),
@@ -210,6 +210,7 @@ def introduce(args, items, experts, policy, form, dtype):
         f"{args['max_new']} tokens, temperature {args['temperature']:g}, KL weight {args['beta']:g}")
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
+    args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, 32 + longest // 3)
     table = memory_table(args, policy, experts, dtype, 32 + longest // 3)
     for what, size in table:
         say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
