@@ -80,6 +80,7 @@ class Block(nn.Module):
     def __init__(self, config, weight, rank, alpha):
         super().__init__()
         self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
+        self.H, self.K = config["num_attention_heads"], config["num_key_value_heads"]
 
         def linear(*names):
             biases = [weight(f"{n}.bias", optional=True) for n in names]
@@ -93,17 +94,19 @@ class Block(nn.Module):
                              ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")):
             value = weight(f"{theirs}.weight", optional=theirs.startswith("self_attn"))
             self.register_buffer(ours, value, persistent=False)
-        self.sizes = [config["num_attention_heads"] * self.D] + [config["num_key_value_heads"] * self.D] * 2
 
     def norm(self, x, weight):
-        return x if weight is None else F.rms_norm(x, (x.shape[-1],), weight, self.eps)
+        return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
     def forward(self, x, cos, sin, attend):
         """x (..., T, d); cos, sin broadcast to (..., T, 1, D / 2); attend(q, k, v), each (..., T, heads,
         D)."""
-        q, k, v = self.qkv(self.norm(x, self.norm1)).split(self.sizes, -1)
-        q, k, v = (t.unflatten(-1, (-1, self.D)) for t in (q, k, v))  # (..., T, heads, D)
-        q, k = rotate(self.norm(q, self.q_norm), cos, sin), rotate(self.norm(k, self.k_norm), cos, sin)
+        heads = self.qkv(self.norm(x, self.norm1)).unflatten(-1, (-1, self.D))  # (..., T, H + 2 K, D)
+        qk, v = heads.split((self.H + self.K, self.K), -2)
+        if self.q_norm is not None:
+            q, k = qk.split((self.H, self.K), -2)
+            qk = torch.cat((self.norm(q, self.q_norm), self.norm(k, self.k_norm)), -2)
+        q, k = rotate(qk, cos, sin).split((self.H, self.K), -2)
         x = x + self.o(attend(q, k, v).flatten(-2))
         gate, up = self.gate_up(self.norm(x, self.norm2)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -112,27 +115,31 @@ class Block(nn.Module):
 @dataclass
 class Prefill:
     """What a prompt leaves behind: per layer keys and values (B, K, S, D); the hidden state after the last
-    real token (B, d), before the final norm; the number of real positions, prefix included (B,)."""
+    real token (B, d), before the final norm; the number of real positions, prefix included (B,); which
+    positions are padding (B, 1, 1, 1, S), or None where all prompts are equally long."""
 
     keys: list
     values: list
     last: torch.Tensor
     lengths: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 def attend_group(q, k_own, v_own, k_shared, v_shared, hidden):
     """Attention of G continuations to their shared prompt and each to its own tokens, as one softmax.
 
     q (B, G, T, H, D); k_own, v_own (B, K, G, t, D) with t >= T; k_shared, v_shared (B, K, S, D);
-    hidden (B, 1, 1, 1, S) True where a shared position is padding. Own tokens are causal: query i of T stands
-    at own position t - T + i. The G * R * T queries of a prompt meet its keys in ONE matrix product: no copy
-    of the prompt's keys is made for the group. Returns (B, G, T, H, D).
+    hidden (B, 1, 1, 1, S) True where a shared position is padding, or None where none is. Own tokens are
+    causal: query i of T stands at own position t - T + i. The G * R * T queries of a prompt meet its keys in
+    ONE matrix product: no copy of the prompt's keys is made for the group. Returns (B, G, T, H, D).
     """
     B, G, T, H, D = q.shape
     K, S, t = k_shared.shape[1], k_shared.shape[2], k_own.shape[3]
     q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
     shared = q.reshape(B, K, -1, D) @ k_shared.transpose(-1, -2)  # (B, K, G R T, S)
-    shared = shared.view(B, K, G, -1, S).masked_fill(hidden, -torch.inf)
+    shared = shared.view(B, K, G, -1, S)
+    if hidden is not None:
+        shared = shared.masked_fill(hidden, -torch.inf)
     own = q.reshape(B, K, G, -1, D) @ k_own.transpose(-1, -2)  # (B, K, G, R T, t)
     if T > 1:
         later = torch.ones(T, t, dtype=torch.bool, device=q.device).triu(t - T + 1)
@@ -276,7 +283,9 @@ class Policy(nn.Module):
         if prefix is not None:
             x = torch.cat(((self.neutral + self.spread * prefix).to(x.dtype), x), 1)  # (B, S, d)
             lengths = lengths + prefix.shape[1]
-        cache = Prefill([], [], None, lengths)
+        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (B, S)
+        hidden = padding[:, None, None, None] if bool(padding.any()) else None
+        cache = Prefill([], [], None, lengths, hidden)
 
         def attend(q, k, v):
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
@@ -296,14 +305,12 @@ class Policy(nn.Module):
         ahead = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
         positions = (cache.lengths[:, None] + ahead)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
-        S = cache.keys[0].shape[2]
-        hidden = (torch.arange(S, device=tokens.device) >= cache.lengths[:, None])[:, None, None, None]
         x = F.embedding(tokens, self.embed)
         for i, block in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
                 k, v = own(i, k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4))  # (B, K, G, T, D)
-                return attend_group(q, k, v, cache.keys[i], cache.values[i], hidden)
+                return attend_group(q, k, v, cache.keys[i], cache.values[i], cache.hidden)
 
             x = block(x, cos, sin, attend)
         return x
