@@ -125,24 +125,31 @@ class Prefill:
     hidden: torch.Tensor | None
 
 
-def attend_group(q, k_own, v_own, k_shared, v_shared, hidden):
+def bucket(n):
+    """n rounded up to a power of two, above 16 to a multiple of 16, above 128 of 64. Libraries prepare a
+    kernel for every new shape (some 100 kB each on a CPU in bf16) and keep it: with few shapes neither time
+    nor memory creeps up."""
+    step = 16 if n <= 128 else 64
+    return 1 << (n - 1).bit_length() if n <= 16 else -(-n // step) * step
+
+
+def attend_group(q, k_own, v_own, later, k_shared, v_shared, hidden):
     """Attention of G continuations to their shared prompt and each to its own tokens, as one softmax.
 
-    q (B, G, T, H, D); k_own, v_own (B, K, G, t, D) with t >= T; k_shared, v_shared (B, K, S, D);
-    hidden (B, 1, 1, 1, S) True where a shared position is padding, or None where none is. Own tokens are
-    causal: query i of T stands at own position t - T + i. The G * R * T queries of a prompt meet its keys in
-    ONE matrix product: no copy of the prompt's keys is made for the group. Returns (B, G, T, H, D).
+    q (B, G, T, H, D); k_own, v_own (B, K, G, t, D); later (T, t) True where an own token lies ahead of the
+    query; k_shared, v_shared (B, K, S, D); hidden (B, 1, 1, 1, S) True where a shared position is padding.
+    later and hidden may be None where there is nothing to hide. The G * R * T queries of a prompt meet its
+    keys in ONE matrix product: no copy of the prompt's keys is made for the group. Returns (B, G, T, H, D).
     """
     B, G, T, H, D = q.shape
-    K, S, t = k_shared.shape[1], k_shared.shape[2], k_own.shape[3]
+    K, S = k_shared.shape[1:3]
     q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
     shared = q.reshape(B, K, -1, D) @ k_shared.transpose(-1, -2)  # (B, K, G R T, S)
     shared = shared.view(B, K, G, -1, S)
     if hidden is not None:
         shared = shared.masked_fill(hidden, -torch.inf)
     own = q.reshape(B, K, G, -1, D) @ k_own.transpose(-1, -2)  # (B, K, G, R T, t)
-    if T > 1:
-        later = torch.ones(T, t, dtype=torch.bool, device=q.device).triu(t - T + 1)
+    if later is not None:
         own = own.unflatten(3, (-1, T)).masked_fill(later, -torch.inf).flatten(3, 4)
     p = torch.cat((shared, own), -1).softmax(-1)  # (B, K, G, R T, S + t), accumulated in fp32 by itself
     y = (p[..., :S].reshape(B, K, -1, S) @ v_shared).view(B, K, G, -1, D) + p[..., S:] @ v_own
@@ -228,7 +235,8 @@ class Policy(nn.Module):
 
         self.blocks = nn.ModuleList(
             Block(config, layer(i), rank, alpha) for i in range(config["num_hidden_layers"]))
-        angles = torch.outer(torch.arange(config["window"]).float(), config["inv_freq"])  # (window, D / 2)
+        reach = config["window"] + 64  # padding of a bucket may lie beyond the window, real tokens never do
+        angles = torch.outer(torch.arange(reach).float(), config["inv_freq"])  # (reach, D / 2)
         self.register_buffer("cos", (angles.cos() * config["rope_scale"]).to(embed.dtype), persistent=False)
         self.register_buffer("sin", (angles.sin() * config["rope_scale"]).to(embed.dtype), persistent=False)
         # A prefix is measured from a neutral vector, in units of the embeddings' spread.
@@ -299,18 +307,20 @@ class Policy(nn.Module):
         cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return cache
 
-    def _continue(self, tokens, cache, start, own):
+    def _continue(self, tokens, cache, start, reach, own):
         """Hidden states (B, G, T, d) of continuation tokens (B, G, T) at places start..start+T-1 after the
-        prompt. own(layer, k, v) -> the layer's own keys and values so far, each (B, K, G, t, D)."""
-        ahead = torch.arange(start, start + tokens.shape[-1], device=tokens.device)
-        positions = (cache.lengths[:, None] + ahead)[:, None, :, None]  # (B, 1, T, 1)
+        prompt. own(layer, k, v) -> the layer's own keys and values, each (B, K, G, reach, D)."""
+        T, places = tokens.shape[-1], torch.arange(reach, device=tokens.device)
+        now = places[start:start + T]
+        later = None if reach == start + 1 else places > now[:, None]  # (T, reach)
+        positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
         for i, block in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
                 k, v = own(i, k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4))  # (B, K, G, T, D)
-                return attend_group(q, k, v, cache.keys[i], cache.values[i], cache.hidden)
+                return attend_group(q, k, v, later, cache.keys[i], cache.values[i], cache.hidden)
 
             x = block(x, cos, sin, attend)
         return x
@@ -321,10 +331,10 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
         """Sample `group` completions of every prompt in `cache`. Returns tokens (B, G, T) and mask (B, G, T),
-        True up to and including the first stop token; T <= max_new is where the longest completion ended."""
+        True up to and including the first stop token; T <= max_new is where the longest ended, in buckets."""
         B, S, K, D = len(cache.last), *cache.keys[0].shape[2:0:-1], self.config["head_dim"]
-        shape = (len(self.blocks), 2, B, K, group, max_new, D)
-        memory = torch.empty(shape, dtype=self.embed.dtype, device=self.embed.device)  # written in place
+        shape = (len(self.blocks), 2, B, K, group, bucket(max_new), D)
+        memory = torch.zeros(shape, dtype=self.embed.dtype, device=self.embed.device)  # written in place
         tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
         alive = torch.ones(B, group, dtype=torch.bool, device=self.embed.device)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
@@ -339,12 +349,14 @@ class Policy(nn.Module):
                 if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
                     break
 
-                def own(i, k, v, t=t):
-                    memory[i, 0, :, :, :, t : t + 1], memory[i, 1, :, :, :, t : t + 1] = k, v
-                    return memory[i, 0, :, :, :, : t + 1], memory[i, 1, :, :, :, : t + 1]
+                reach = bucket(t + 1)
 
-                h = self._continue(tokens[..., t : t + 1], cache, t, own)[:, :, 0]
-        longest = int(mask.sum(-1).max())
+                def own(i, k, v, t=t, reach=reach):
+                    memory[i, 0, :, :, :, t:t + 1], memory[i, 1, :, :, :, t:t + 1] = k, v
+                    return memory[i, 0, :, :, :, :reach], memory[i, 1, :, :, :, :reach]
+
+                h = self._continue(tokens[..., t:t + 1], cache, t, reach, own)[:, :, 0]
+        longest = min(max_new, bucket(int(mask.sum(-1).max())))
         return tokens[..., :longest], mask[..., :longest]
 
     def logprobs(self, cache, tokens, mask, temperature=1.0, chunk=256):
@@ -353,7 +365,7 @@ class Policy(nn.Module):
         Zero where mask is False."""
         h = cache.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # predicts the first token
         if tokens.shape[-1] > 1:
-            rest = self._continue(tokens[..., :-1], cache, 0, lambda i, k, v: (k, v))
+            rest = self._continue(tokens[..., :-1], cache, 0, tokens.shape[-1] - 1, lambda i, k, v: (k, v))
             h = torch.cat((h, rest), 2)  # (B, G, T, d)
         h = F.rms_norm(h[mask], (h.shape[-1],), self.norm, self.eps)  # (n, d): no padding meets the head
         logp, entropy = TokenLogprob.apply(h, self.head, tokens[mask], temperature, chunk)

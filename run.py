@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from experts import Expert, read
-from model import Policy, read_config
+from model import Policy, bucket, read_config
 from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, rollout
 from router import Router
@@ -47,7 +47,7 @@ class Run:
         device = self.policy.embed.device
         ids = [self.ids[p.question] for p in some]
         lengths = torch.tensor([len(x) for x in ids])
-        tokens = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long)
+        tokens = torch.zeros(len(ids), bucket(int(lengths.max())), dtype=torch.long)
         for row, x in zip(tokens, ids):
             row[: len(x)] = torch.tensor(x)
         H = None if self.H is None else self.H[[self.rows[p.question] for p in some]]
