@@ -9,13 +9,14 @@ or written anywhere.
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as dump
+
+from experts import write_whole
 
 
 def digest(tensors):
@@ -28,23 +29,8 @@ def digest(tensors):
     return h.hexdigest()
 
 
-def write_aside(path, write):
-    """Call write(temporary path), sync it to disk, then rename it to `path`: atomic on every local file
-    system."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        with open(aside, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def write_json(path, value):
-    write_aside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+    write_whole(Path(path), (json.dumps(value, indent=1) + "\n").encode())
 
 
 def trainable(policy, router):
@@ -64,7 +50,7 @@ def save(path, policy, router, optimizer=None, generator=None, **state):
     if generator is not None:
         tensors["generator"] = generator.get_state()
     header = dict(state=json.dumps(state), sha256=digest(tensors))
-    write_aside(path, lambda p: save_file(tensors, p, metadata=header))
+    write_whole(Path(path), dump(tensors, metadata=header))
 
 
 def load(path, policy, router, optimizer=None, generator=None):
@@ -112,10 +98,12 @@ def rotate(folder, keep=2):
 
 def load_last(folder, *where):
     """Load the newest checkpoint that is whole, saying so when one had to be passed over. None when there is
-    none."""
+    none; ValueError when there are some and none can be loaded."""
     for path in last(folder):
         try:
             return load(path, *where)
         except ValueError as e:
             warnings.warn(f"{e}; falling back to the checkpoint before it")
+    if last(folder):
+        raise ValueError(f"no checkpoint in {folder} can be loaded, see above: start anew with another --out")
     return None

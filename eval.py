@@ -112,7 +112,7 @@ def sample_pass(run, items, samples):
         out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
                       samples, run.args["max_new"], run.args["temperature"], generator)
         right += [sum(v.strict for v in row) for row in out.verdicts]
-    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
+    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
     return {k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks}
 
 
@@ -220,7 +220,7 @@ def figure(rows, report, path):
         heat(axes[1, 0], families, names, report["attention_by"], "attention by family (test)", 1.0, ".2f")
         lost = {d: {e: 100 * (after[d]["after"]["strict"] - report["silenced"][e][d]) for e in names}
                 for d in families}
-        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 100.0, "z.0f")
+        heat(axes[1, 1], families, names, lost, "points lost when an expert is silenced (test)", 100, "z.0f")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
@@ -313,21 +313,26 @@ def main(argv=None):
         if a.table:
             print(table(a.run))
             return 0
+        if len(a.run) > 1 or (a.n is not None and a.n < 1) or a.samples < 0:
+            raise ValueError("one run at a time without --table; --n is at least 1 and --samples at least 0")
         run = load(a.run[0], a.best)
-        if a.ask:
+        if a.ask is not None:
             ask(run, a.ask)
             return 0
-        n = a.n or (1319 if run.args["task"] == "gsm8k" else None)
-        run.items["test"] = held_out(run.args, "test", n)
+        run.items["test"] = held_out(run.args, "test", a.n, whole=True)
         run.prepare(run.items["test"])
         report = measure(run, a.samples)
         show(report)
         if a.json:
             print(json.dumps(report))
         return 0
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         return 2
+    except SystemExit as e:  # argparse has said what is wrong
+        return e.code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -258,7 +258,6 @@ class Policy(nn.Module):
 
         source = Expert(name)
         config = read_config(source.folder)
-        source.params  # fetches the weights of a hub model, refuses a folder without any
         files = {}
         for path in weight_files(source.folder):
             f = safe_open(path, framework="pt", device=str(device))

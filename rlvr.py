@@ -160,7 +160,7 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
 
     A step whose gradient is not finite is skipped and counted, never applied: one NaN in a weight ends a run.
     """
-    old, first = None, None
+    old, first, skipped = None, None, 0
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for _ in range(epochs):
         optimizer.zero_grad(set_to_none=True)
@@ -169,8 +169,9 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()
-        first = first or sums | dict(grad_norm=norm.item(), skipped=int(not finite))
-    return first
+        skipped += not finite
+        first = first or sums | dict(grad_norm=norm.item())
+    return first | dict(skipped=skipped)
 
 
 def make_optimizer(policy, router, lr, router_lr, betas, weight_decay):

@@ -63,8 +63,7 @@ class Run:
         return prompt(problem, template, self.tokenizer, shots=self.shots)
 
     def expert_text(self, problem, expert):
-        tokenizer = expert.tokenizer if expert.template == "chat" else None
-        return prompt(problem, expert.template, tokenizer, ask=False) + self.args["cue"]
+        return expert_prompt(problem, expert, self.args["cue"])
 
     def prepare(self, some, progress=True):
         """Tokenise and have the experts read these problems, as far as that has not been done."""
@@ -87,13 +86,21 @@ class Run:
             self.H = H if self.H is None else torch.cat((self.H, H))
 
 
+def expert_prompt(problem, expert, cue=""):
+    """What an expert is asked: the bare question in its own template, and the cue."""
+    tokenizer = expert.tokenizer if expert.template == "chat" else None
+    return prompt(problem, expert.template, tokenizer, ask=False) + cue
+
+
 def ordered(args, n):
     """The first n training problems in this seed's order: shuffled in blocks, so that a longer run begins
     alike."""
     block = max(256, 8 * args["batch"])
     n_shots, whole = args["shots"], -(-n // block) * block
-    pool = problems(args["task"], "train", n_shots + whole, args["data"], args["level"])
-    shots, pool = pool[:n_shots], pool[n_shots:]
+    pool = problems(args["task"], "train", n_shots + whole + block, args["data"], args["level"])
+    shots = pool[:n_shots]
+    shown = {p.question for p in shots}  # an epoch later they would come back, their answer in the prompt
+    pool = [p for p in pool if p.question not in shown]
     for start in range(0, len(pool), block):
         part = pool[start:start + block]
         random.Random(f"{args['seed']} {start}").shuffle(part)
@@ -101,10 +108,12 @@ def ordered(args, n):
     return pool[:n], shots
 
 
-def held_out(args, split, n=None):
-    """n problems of val or test; n not said: the usual number, or as many as a small space has."""
+def held_out(args, split, n=None, whole=False):
+    """n problems of val or test; n not said: the usual number, or as many as a small space has. whole: of a
+    test file all, where there is one."""
+    usual = 1319 if split == "test" and args["task"] == "gsm8k" and whole else USUAL[split]
     try:
-        return problems(args["task"], split, n or USUAL[split], args["data"], args["level"])
+        return problems(args["task"], split, n or usual, args["data"], args["level"])
     except TooFew as few:
         if n or not few.available:
             raise
@@ -128,7 +137,7 @@ def build(args, announce=None, training=True):
         dtype = "bfloat16" if itself.params >= 50e6 else "float32"
     dtype = getattr(torch, dtype)
     if announce:
-        announce(args, items, experts, itself, form, dtype)
+        announce(args, items, experts, itself, form, dtype, lambda p, e: expert_prompt(p, e, args["cue"]))
 
     torch.manual_seed(args["seed"])
     policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])

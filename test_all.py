@@ -65,7 +65,8 @@ NO_NUMBER = [
     "0,018", ",100",
     "1,,000", f"1,000{THIN}000", "1 000", "1.000,5", "1.8.0", "18..", "--18", "+-18", "-+18", "- 18", "18-",
     "1/0", "1/2/3",
-    "1/", "/2", "1.5/2", "36/-2", "1 1/2", "½", "１８", "٣", "18²", "Ⅷ", "1e999999", "1e100", "1e1e1", "0x12",
+    "1/", "/2", "1.5/2", "36/-2", "1 1/2", "½", "１８", "٣",
+    "18²", "Ⅷ", "1e999999", "1e100", "1e1e1", "0x12",
     "1_000", "inf",
     "nan", "-inf", "Infinity", "True", "eighteen", "18 apples per day here", "18 apples per day here now",
     "18 m2", "18km",
@@ -513,7 +514,8 @@ def test_fingerprint_is_what_decides_a_state(tmp_path):
 
 def test_hub_snapshot_by_its_commit(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda repo, revision, **_: make_expert(tmp_path / f"{repo.replace('/', '-')}-{revision}"))
+                         lambda repo, revision, **_: make_expert(
+                             tmp_path / f"{repo.replace('/', '-')}-{revision}"))
     expert = Expert("org/name@abc")
     assert (expert.name, expert.revision) == ("name", "org-name-abc")
     assert len(expert.fingerprint) == 64 and expert.fingerprint != Expert(expert.folder).fingerprint

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import checkpoint
 from eval import finish
-from experts import POOLS, cache_dir, stored
+from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
 from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
@@ -97,8 +97,9 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("seed", 0, int, "of weights, order of problems and sampling"),
         ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
-LEAST = dict(batch=1, group=1, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
-             shots=0, micro=0, save_every=0, warmup=0)
+LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
+             shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
+             weight_decay=0)
 
 
 def parser():
@@ -135,22 +136,30 @@ def resolve(given):
     for name, least in LEAST.items():
         if args[name] is not None and args[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
-    if args["temperature"] <= 0:
-        raise ValueError("--temperature must be above 0: a group of equal greedy completions teaches nothing")
+    for name in ("temperature", "router_temperature", "lr", "router_lr"):
+        if not args[name] > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
     if args["rank"] == 0 and args["collab"] == "single":
         raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-    if (Path(args["out"]) / "config.json").exists():
-        raise ValueError(f"{args['out']} holds a run: choose another --out, or --resume --out {args['out']}")
+    out = Path(args["out"])
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise ValueError(f"{out} cannot be a folder, there is a file of that name: choose another --out")
     return args
 
 
 def remembered(args, given):
     """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
-    config = Path(args["out"] or ".") / "config.json"
-    if not args["out"] or not config.exists():
+    path = Path(args["out"] or ".") / "config.json"
+    if not args["out"] or not path.exists():
         raise ValueError("--resume needs --out with the folder of a run that was started before")
-    saved, free = json.loads(config.read_text())["args"], ("steps", "resume", "out")
+    try:
+        saved, free = args | given | json.loads(path.read_text())["args"], ("steps", "resume", "out")
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
+    pick_device(saved["device"])
     changed = sorted(k for k in given if k not in free and given[k] != saved[k])
     if changed:
         raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
@@ -161,7 +170,9 @@ def pick_device(name):
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
         return next(d for d in ("cuda", "mps", "cpu") if there[d])
-    if not there.get(name.split(":")[0]):
+    kind, _, index = name.partition(":")
+    valid = not index or (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
+    if not there.get(kind) or not valid:
         raise ValueError(f"there is no {name} here: use --device {' or '.join(d for d in there if there[d])}")
     return name
 
@@ -185,10 +196,10 @@ def pick_pool(args):
 READ_SPEED = dict(cpu=3e11, mps=3e12, cuda=1e14)  # floating-point operations a second, a cautious guess
 
 
-def introduce(args, items, experts, policy, form, dtype):
+def introduce(args, items, experts, policy, form, dtype, ask):
     """Say what the run is about to do before any weight is loaded, and refuse it when memory will not do."""
-    texts = [p.question for split in items.values() for p in split]
-    wanted, longest, device = len(set(texts)), max(map(len, texts)), args["device"]
+    different = {p.question: p for split in items.values() for p in split}
+    wanted, longest, device = len(different), max(map(len, different)), args["device"]
     say = lambda what, *text: print(f"  {what:9}", *text)
     level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
     print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}{level}")
@@ -202,16 +213,18 @@ def introduce(args, items, experts, policy, form, dtype):
     size = lambda e: f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, {e.template}"
     say("policy", f"{size(policy)}, answers {form}; frozen, {str(dtype)[6:]} on {device}")
     for e in experts:
-        known = len(stored(e, args["cache"] or cache_dir() / "states"))
-        seconds = (32 + longest / 4) * 2 * e.params * wanted / READ_SPEED[device.split(":")[0]]
-        say("expert", f"{size(e)}; {wanted:,} states wanted, {known:,} in the cache, about {seconds:.0f} s "
-            "to read them all")
+        missing = wanted - cached(e, [ask(p, e) for p in different.values()], args["cache"])
+        seconds = (32 + longest / 4) * 2 * e.params * missing / READ_SPEED[device.split(":")[0]]
+        say("expert", f"{size(e)}; of {wanted:,} prompts {wanted - missing:,} are cached"
+            + (f", {missing:,} to be read in about {seconds:.0f} s" if missing else ""))
     say("GRPO", f"{args['steps']} steps of {args['batch']} prompts x {args['group']} completions of at most "
-        f"{args['max_new']} tokens, temperature {args['temperature']:g}, KL weight {args['beta']:g}")
+        f"{args['max_new']} tokens; temperature {args['temperature']:g}: the ratio is the policy's own; "
+        f"KL weight {args['beta']:g} holds it to the plain policy")
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
-    args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, 32 + longest // 3)
-    table = memory_table(args, policy, experts, dtype, 32 + longest // 3)
+    tokens = (32 + longest // 3) * (1 + args["shots"])
+    args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, tokens)
+    table = memory_table(args, policy, experts, dtype, tokens)
     for what, size in table:
         say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
     need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(device)
@@ -291,8 +304,11 @@ def append(path, rows):
 def trim(path, step):
     """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
     if path.exists():
-        kept = [x for x in path.read_text().splitlines() if x.endswith("}") and json.loads(x)["step"] <= step]
-        checkpoint.write_aside(path, lambda p: p.write_text("".join(x + "\n" for x in kept)))
+        kept = []
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
+                kept += [text] if json.loads(text)["step"] <= step else []
+        write_whole(path, "".join(text + "\n" for text in kept).encode())
 
 
 def config(run):
@@ -324,7 +340,7 @@ def train(args):
               "  no checkpoint was written before the stop: starting again from the beginning")
     if state["step"] >= args["steps"]:
         print(f"  nothing is left to do: raise --steps to go on, or see python eval.py {out}")
-        return 0
+        return 0 if (out / "eval.json").exists() else finish(run, out)
     print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**trainable(run)))
     if state["step"] == 0:
         show_one(run)
@@ -360,7 +376,7 @@ def learn(run, out, optimizer, generator, state):
                 trimmed = time.monotonic()
             # look
             row = dict(step=step) | summary(run, sampled, sums, seconds)
-            last = step == args["steps"] or bool(asked)
+            last = step == args["steps"]
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
             append(out / "metrics.jsonl", [row])
@@ -373,15 +389,17 @@ def learn(run, out, optimizer, generator, state):
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
                          skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
-            if due or last:
+            stop = bool(asked)  # read once: a signal may come at any moment
+            if due or last or stop:
                 checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
                                 generator, **state)
                 checkpoint.rotate(out)
                 saved = time.monotonic()
             if better:
                 checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
-            if asked:
-                return step < args["steps"]
+            if stop and not last:
+                return True
+    return False
 
 
 def validate(run, step, bar):
@@ -416,9 +434,11 @@ def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
         return train(resolve(vars(parser().parse_args(argv))))
-    except ValueError as e:
+    except (ValueError, OSError) as e:  # OSError: a disk that is full, a folder that may not be written
         print(f"train.py: {e}", file=sys.stderr)
         return 2
+    except SystemExit as e:  # argparse has said what is wrong
+        return e.code
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; the last checkpoint and the states read so far are kept", file=sys.stderr)
         return 130
