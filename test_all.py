@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
 import math
+import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from rewards import REASONS, Problem, TooFew, problems, prompt, verify
 from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, make_optimizer, reference_logprobs,
                   rollout, set_rate, update)
 from router import Router
+from run import ordered
 
 torch.set_num_threads(1)  # for models this small two threads only wait for each other
 os.chdir(Path(__file__).parent)
@@ -1061,6 +1064,38 @@ def test_five_and_five_steps_equal_ten(finished, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
     strip = lambda out: [{k: v for k, v in r.items() if k not in TIMES} for r in rows(out)]
     assert strip(finished) == strip(tmp_path / "two")
+
+
+def test_a_stop_during_validation_loses_nothing(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C at the worst moment: the step is saved, and the resumed run is the undisturbed one."""
+    def interrupted(run, step, bar, validate=train.validate):
+        os.kill(os.getpid(), signal.SIGINT)
+        return validate(run, step, bar)
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "validate", interrupted)
+        assert run_train(tmp_path / "run", "--steps", 10) == 0
+    assert "go on with" in capsys.readouterr().out and len(rows(tmp_path / "run")) == 5
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    one, two = (load_file(folder / "step-000010.safetensors") for folder in (finished, tmp_path / "run"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_whose_checkpoints_are_damaged_is_not_started_over(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run").glob("step-*"):
+        path.write_bytes(path.read_bytes()[:-3])
+    with pytest.warns(UserWarning):
+        assert train.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "12"]) == 2
+    assert "--out" in capsys.readouterr().err and len(rows(tmp_path / "run")) == 10
+
+
+def test_shots_are_not_trained_on():
+    """Not even when a small dataset comes round again: the answer would stand in the prompt."""
+    args = dict(task="algorithmic", level="tiny", data=None, shots=2, batch=36, seed=0)
+    items, shots = ordered(args, 7200)
+    assert len(items) == 7200 and len(shots) == 2
+    assert not {p.question for p in items} & {p.question for p in shots}
 
 
 def test_resuming_a_finished_run_leaves_it_alone(finished, capsys):
