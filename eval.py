@@ -31,16 +31,7 @@ from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, held_out
 
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-)  # Okabe and Ito
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
 
 
 def wilson(right, n, z=1.96):
@@ -117,8 +108,8 @@ def sample_pass(run, items, samples):
 
 
 def show(report):
-    percent = lambda s: (
-        f"{s['strict']:6.1%} [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}] lenient {s['lenient']:.1%}")
+    interval = lambda s: f"[{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}]"
+    percent = lambda s: f"{s['strict']:6.1%} {interval(s)} lenient {s['lenient']:.1%}"
     print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson); "
           f"a constant answer is right in {report['floor']:.0%}")
     print(f"  before {percent(report['before'])}\n  after  {percent(report['after'])}")
@@ -128,12 +119,9 @@ def show(report):
         print(f"  pass@{k} {value:.1%}")
     for d, heard in report.get("attention_by", {}).items():
         cost = {e: x[d] - report["by_dataset"][d]["after"]["strict"] for e, x in report["silenced"].items()}
-        print(
-            f"  {d}: listens to "
-            + ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
-            + ("; silenced, " + ", ".join(f"{e} {100 * c:+.0f}" for e, c in cost.items()) + " points" if cost
-               else "")
-        )
+        listens = ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
+        silenced = ", ".join(f"{e} {100 * c:+z.0f}" for e, c in cost.items())
+        print(f"  {d}: listens to {listens}" + (f"; silenced, {silenced} points" if cost else ""))
 
 
 # -- the picture
@@ -145,16 +133,15 @@ def heat(ax, rows, columns, values, title, shade, fmt):
     ax.set_yticks(range(len(rows)), rows)
     for i, row in enumerate(grid.tolist()):
         for j, v in enumerate(row):
-            ax.text(
-                j, i, format(v, fmt), ha="center", va="center", color="white" if v > 0.6 * shade else "black")
+            colour = "white" if v > 0.6 * shade else "black"
+            ax.text(j, i, format(v, fmt), ha="center", va="center", color=colour)
     ax.set_title(title, fontsize=10)
     ax.set_xlabel("expert")
 
 
 def smooth(values, width=10):
     """Trailing mean over at most `width` values."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / len(values[max(0, i + 1 - width) : i + 1])
-            for i in range(len(values))]
+    return [statistics.mean(values[max(0, i + 1 - width):i + 1]) for i in range(len(values))]
 
 
 def listening(rows, names):
@@ -193,17 +180,9 @@ def figure(rows, report, path):
     val = [(r["step"], r["val"]) for r in rows if "val" in r]
     ax.plot(*zip(*val), "o-", color=COLOURS[5], markersize=4, label="accuracy on validation problems, greedy")
     ax.axhline(report["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
-    ax.errorbar(
-        [steps[-1]],
-        [report["after"]["strict"]],
-        color="black",
-        marker="s",
-        capsize=3,
-        ls="none",
-        yerr=[[report["after"]["strict"] - report["after"]["ci95"][0]],
-              [report["after"]["ci95"][1] - report["after"]["strict"]]],
-        label=f"after (test, n = {report['n']}, 95%)",
-    )
+    after, (low, high) = report["after"]["strict"], report["after"]["ci95"]
+    ax.errorbar([steps[-1]], [after], yerr=[[after - low], [high - after]], color="black", marker="s",
+                capsize=3, ls="none", label=f"after (test, n = {report['n']}, 95%)")
     ax.set(xlabel="step", ylabel="share right", ylim=(0, 1))
     ax.set_title(f"{report['collab']} on {report['task']}, seed {report['seed']}", fontsize=10)
     ax.legend(fontsize=8, loc="upper left")

@@ -14,9 +14,7 @@ after its warm-up. Not here: a value network, top-p, a replay buffer, a trainer 
 
 import os
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # before torch: a busy neighbour must not make two threads crawl
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy neighbour makes two threads crawl
 
 import argparse
 import contextlib
@@ -41,8 +39,7 @@ from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_
 
 BETAS = (0.9, 0.98)
 
-# ----------------------------------------------------------------------------------------------------
-# arguments
+# -- arguments
 PAPER_BYTES = 22e9  # a GPU for the paper's pool: policy 6.2 GB, one expert at a time, the gradient pass
 POOL = None  # the default is the pool's, which suits its size (experts.POOLS)
 SETTINGS = {  # group: [(name, default, type or choices, help with the reason for the default)]
