@@ -407,7 +407,7 @@ def gsm8k(data=None):
 
 # Prompts
 
-INSTRUCTION = "\n\nThink step by step, then give only the final answer in <answer>...</answer>."
+INSTRUCTION = "\n\nThink briefly, then give only the final answer in <answer>...</answer>."
 
 
 def prompt(problem, template="plain", tokenizer=None, shots=(), ask=True):
