@@ -366,8 +366,10 @@ class Policy(nn.Module):
         if tokens.shape[-1] > 1:
             rest = self._continue(tokens[..., :-1], cache, 0, tokens.shape[-1] - 1, lambda i, k, v: (k, v))
             h = torch.cat((h, rest), 2)  # (B, G, T, d)
-        h = F.rms_norm(h[mask], (h.shape[-1],), self.norm, self.eps)  # (n, d): no padding meets the head
-        logp, entropy = TokenLogprob.apply(h, self.head, tokens[mask], temperature, chunk)
+        h, targets = h[mask], tokens[mask]  # (n, d), (n,): no padding meets the head, but for the bucket's
+        more = bucket(len(h)) - len(h)
+        h = F.rms_norm(F.pad(h, (0, 0, 0, more)), (h.shape[-1],), self.norm, self.eps)
+        logp, entropy = TokenLogprob.apply(h, self.head, F.pad(targets, (0, more)), temperature, chunk)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
