@@ -182,7 +182,7 @@ REFUSED = {
 
 
 def exact(text, gold, metadata):
-    """The scorer would eval() the answer, or pay for a near miss; it is not asked."""
+    """The scorer would execute the answer, or pay for a near miss; it is not asked."""
     return "right" if text in metadata.get("valid_answers", ()) else "wrong"  # gold itself was paid before
 
 

@@ -331,7 +331,7 @@ class Policy(nn.Module):
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
         """Sample `group` completions of every prompt in `cache`. Returns tokens (B, G, T) and mask (B, G, T),
         True up to and including the first stop token; T <= max_new is where the longest ended, in buckets."""
-        B, S, K, D = len(cache.last), *cache.keys[0].shape[2:0:-1], self.config["head_dim"]
+        B, K, _, D = cache.keys[0].shape
         shape = (len(self.blocks), 2, B, K, group, bucket(max_new), D)
         memory = torch.zeros(shape, dtype=self.embed.dtype, device=self.embed.device)  # written in place
         tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
