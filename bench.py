@@ -190,38 +190,37 @@ def bench_head(folder, size):
     return dict(logprob_time_share=ratio(chunks, whole), logprob_memory_share=(memory, memory, memory))
 
 
-class Loop(nn.Module):
-    """The router with its one einsum written as a loop over experts, each with its own projection."""
-
-    def __init__(self, router, widths):
-        super().__init__()
-        self.router, self.widths = router, widths
-        self.parts = nn.ParameterList(
-            nn.Parameter(p[:w].detach().clone()) for p, w in zip(router.project, widths))
-
-    def forward(self, states):
-        r = self.router
-        E = torch.stack(
-            [((h - r.mean[i, :w]) * r.gain[i, :w]).clamp(-10, 10) @ p + r.identity[i]
-             for i, (h, w, p) in enumerate(zip(states, self.widths, self.parts))],
-            1,
-        )
-        return r.attend(r.norm_in(E))
+def loop_over_experts(router, parts, weights):
+    """What `Router.embed` does, expert by expert: parts[i] (B, D_i), weights[i] (D_i, dim)."""
+    owned = [router.owner == i for i in range(len(parts))]
+    gains, shifts = ([t[o].flatten()[:len(w)] for o, w in zip(owned, weights)]
+                     for t in (router.gain, router.shift))
+    return lambda: torch.stack([(h * g + s).clamp(-10, 10) @ w + e for h, g, s, w, e in
+                                zip(parts, gains, shifts, weights, router.identity)], 1)
 
 
 def bench_router(rounds=20):
+    """The projection of eight experts of different widths, forward and backward; the attention after it is
+    the same either way, and its share is shown."""
     from router import Router
 
     result = {}
     for key, widths, dim in (("router_ratio_n8", [64, 72, 80, 88, 96, 104, 112, 128], 64),
                              ("router_ratio_wide", [384, 576, 640, 768, 896, 1024, 1536, 2048], 512)):
-        router = Router(widths, 576, heads=4, dim=dim)
-        H = torch.zeros(32, 8, max(widths))
+        router, H = Router(widths, 576, dim=dim), torch.zeros(32, 8, max(widths))
         for i, w in enumerate(widths):
             H[:, i, :w] = torch.randn(32, w)
-        loop, parts = Loop(router, widths), [H[:, i, :w].clone() for i, w in enumerate(widths)]
-        many = lambda f: lambda: [f()[0].sum().backward() for _ in range(20)]
-        a, b = alternate(rounds, many(lambda: loop(parts)), many(lambda: router(H)))
+        weights = [nn.Parameter(torch.randn(w, dim)) for w in widths]
+        loop = loop_over_experts(router, [H[:, i, :w].clone() for i, w in enumerate(widths)], weights)
+        out = torch.randn(32, 8, dim)
+
+        def many(project):
+            for _ in range(20):
+                for p in (*weights, *router.parameters()):
+                    p.grad = None
+                (project() * out).sum().backward()
+
+        a, b = alternate(rounds, lambda: many(loop), lambda: many(lambda: router.embed(H)))
         result[key] = ratio(a, b)
     return result
 

@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
         bias = None if biases[0] is None else torch.cat(biases)
         self.register_buffer("bias", bias, persistent=False)
-        self.scale, self.on, self.frozen_pair = alpha / max(rank, 1), rank > 0, None
+        self.scale, self.on, self.merged = alpha / max(rank, 1), rank > 0, None
         if rank:  # fp32 masters: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
             a = torch.randn(rank * len(weights), self.weight.shape[1]) / math.sqrt(self.weight.shape[1])
             self.A = nn.Parameter(a)
@@ -52,15 +52,13 @@ class LoRALinear(nn.Module):
 
     def pair(self):
         """A (n r, in) and the block-diagonal scale * B (out, n r), in the dtype of the weights."""
-        if self.frozen_pair is not None:
-            return self.frozen_pair
         b = self.B[0] if len(self.B) == 1 else torch.block_diag(*self.B)
         return self.A.to(self.weight.dtype), (self.scale * b).to(self.weight.dtype)
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (n, in)
-        y = F.linear(rows, self.weight, self.bias)  # (n, out)
-        if self.on:
+        y = F.linear(rows, self.weight if self.merged is None else self.merged, self.bias)  # (n, out)
+        if self.on and self.merged is None:
             a, b = self.pair()
             y = torch.addmm(y, rows @ a.T, b.T)
         return y.unflatten(0, x.shape[:-1])
@@ -194,18 +192,23 @@ def sample(logits, temperature, generator=None):
 
     Inverse transform on two levels: blocks of the vocabulary first, then a token inside the block. It needs
     one uniform number a row and one pass over V, where torch.multinomial needs V exponential draws (half of a
-    decode step here).
+    decode step here). On a CPU a few rows at a time: their probabilities stay in its cache.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    block = 256
-    z = F.pad(logits, (0, -logits.shape[-1] % block), value=-torch.inf).float()
-    p = (z - z.amax(-1, keepdim=True)).div_(temperature).exp_().unflatten(-1, (-1, block))  # (n, blocks, 256)
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    rows = len(logits) if logits.is_cuda else 16
+    return torch.cat([_draw(z, temperature, part) for z, part in zip(logits.split(rows), u.split(rows))])
+
+
+def _draw(logits, temperature, u, block=256):
+    """The token at which the summed probability of logits (n, V) passes the share u (n, 1)."""
+    p = torch.softmax(logits.float() / temperature, -1)
+    p = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))  # (n, blocks, 256)
     mass = p.sum(-1)
     edges = mass.cumsum(-1)  # (n, blocks)
-    u = torch.rand(len(z), 1, generator=generator, device=z.device) * edges[:, -1:]
     below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
-    u = below(u, edges[:, -1:])
+    u = below(u * edges[:, -1:], edges[:, -1:])
     b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
     inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
     rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
@@ -332,14 +335,14 @@ class Policy(nn.Module):
         """Sample `group` completions of every prompt in `cache`. Returns tokens (B, G, T) and mask (B, G, T),
         True up to and including the first stop token; T <= max_new is where the longest ended, in buckets."""
         B, K, _, D = cache.keys[0].shape
-        shape = (len(self.blocks), 2, B, K, group, bucket(max_new), D)
-        memory = torch.zeros(shape, dtype=self.embed.dtype, device=self.embed.device)  # written in place
+        empty = torch.empty(2, B, K, group, 0, D, dtype=self.embed.dtype, device=self.embed.device)
+        memory = [empty] * len(self.blocks)  # own keys and values, written in place
         tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
         alive = torch.ones(B, group, dtype=torch.bool, device=self.embed.device)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         h = cache.last[:, None].expand(-1, group, -1)
         check = 8 if self.embed.is_cuda else 1  # asking a GPU whether all are done makes it wait
-        with self.frozen_lora():
+        with self.merged():
             for t in range(max_new):
                 token = sample(self.logits(h).flatten(0, 1), temperature, generator).view(B, group)
                 mask[..., t] = alive
@@ -348,11 +351,13 @@ class Policy(nn.Module):
                 if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
                     break
 
-                reach = bucket(t + 1)
+                reach = bucket(max(16, t + 1))  # as far as it is written and little more: products want it dense
 
                 def own(i, k, v, t=t, reach=reach):
-                    memory[i, 0, :, :, :, t:t + 1], memory[i, 1, :, :, :, t:t + 1] = k, v
-                    return memory[i, 0, :, :, :, :reach], memory[i, 1, :, :, :, :reach]
+                    if memory[i].shape[4] < reach:
+                        memory[i] = F.pad(memory[i], (0, 0, 0, reach - memory[i].shape[4]))
+                    memory[i][0, ..., t:t + 1, :], memory[i][1, ..., t:t + 1, :] = k, v
+                    return memory[i]
 
                 h = self._continue(tokens[..., t:t + 1], cache, t, reach, own)[:, :, 0]
         longest = min(max_new, bucket(int(mask.sum(-1).max())))
@@ -391,16 +396,18 @@ class Policy(nn.Module):
                 m.on = on
 
     @contextlib.contextmanager
-    def frozen_lora(self):
-        """While sampling the adapters do not change: cast and lay them out once, not once a token."""
+    def merged(self):
+        """While sampling the adapters do not change: W + scale * B A once, in a copy, not two thin products a
+        layer and token (a sixth of a decode step here). The copy is rounded like W itself."""
         adapters = [m for m in self.adapters() if m.on]
         try:
             for m in adapters:
-                m.frozen_pair = m.pair()
+                a, b = m.pair()
+                m.merged = torch.addmm(m.weight, b, a)
             yield
         finally:
             for m in adapters:
-                m.frozen_pair = None
+                m.merged = None
 
 
 def read_config(folder):

@@ -16,9 +16,9 @@ Nothing else in this project decides whom to listen to: the experts are frozen a
 at what. The attention A is therefore something one can watch; `Router.forward` returns it with the context
 tokens.
 
-Widths differ between experts. Their states are padded with zeros to the widest and stacked, (B, N, D); the
-projection weights are stacked likewise, (N, D, dim). The padding multiplies to nothing, and there is no loop
-over experts.
+Widths differ between experts. Their states are padded with zeros to the widest and stacked, (B, N, D). The
+projection is cut into M slices of one width w, each belonging to one expert, (M, w, dim), so that padding
+meets no weight: one batched product projects everything, and there is no loop over experts.
 """
 
 import math
@@ -44,14 +44,21 @@ class Router(nn.Module):
         if dim % heads:
             raise ValueError(f"the router's width {dim} must be a multiple of its {heads} heads")
         self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
-        N, D = len(widths), max(widths)
-        real = torch.arange(D) < torch.tensor(widths)[:, None]  # (N, D) False: no such dimension
-        self.register_buffer("real", real, persistent=False)
-        self.register_buffer("mean", torch.zeros(N, D))
+        D = max(widths)
+        w = max(math.gcd(*widths), min(128, D))  # one slice an expert where widths are equal or all small
+        slices = torch.tensor([-(-n // w) for n in widths])  # (N,)
+        owner = torch.arange(len(widths)).repeat_interleave(slices)  # (M,) whose slice it is
+        first = torch.arange(len(owner)) - (slices.cumsum(0) - slices)[owner]  # (M,) its place in the state
+        place = first[:, None] * w + torch.arange(w)  # (M, w)
+        real = place < torch.tensor(widths)[owner, None]  # False: no such dimension, it weighs nothing
+        columns = (owner[:, None] * D + place.clamp(max=D - 1)).flatten()
+        for name, value in (("owner", owner), ("real", real), ("columns", columns)):
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("shift", torch.zeros(len(owner), w))
         self.register_buffer("gain", real.float())
-        fan_in = real.sum(1)[:, None, None]
-        self.project = nn.Parameter(torch.randn(N, D, dim) * real[..., None] / fan_in.sqrt())
-        self.identity = nn.Parameter(torch.randn(N, dim) * 0.02)  # who speaks, apart from what is said
+        fan_in = torch.tensor(widths)[owner, None, None]
+        self.project = nn.Parameter(torch.randn(len(owner), w, dim) * real[..., None] / fan_in.sqrt())
+        self.identity = nn.Parameter(torch.randn(len(widths), dim) * 0.02)  # who speaks, apart from what is said
         self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
         self.norm_in, self.norm_latent, self.norm_mlp, self.norm_out = (nn.LayerNorm(dim) for _ in range(4))
         self.to_q = nn.Linear(dim, dim, bias=False)
@@ -71,9 +78,14 @@ class Router(nn.Module):
         differs between prompts, the part worth reading, is small beside them. Kept with the weights; not
         trained. Our choice.
         """
-        self.mean.copy_(H.mean(0))
-        spread = H.std(0) if len(H) > 1 else torch.ones_like(H[0])
-        self.gain.copy_(self.real / spread.clamp(min=1e-6 + 0.01 * spread.amax(1, keepdim=True)))
+        spread, mean = (torch.std_mean(H, 0) if len(H) > 1 else (torch.ones_like(H[0]), H[0]))  # (N, D)
+        gain = 1 / spread.clamp(min=1e-6 + 0.01 * spread.amax(1, keepdim=True))
+        self.gain.copy_(self.cut(gain) * self.real)
+        self.shift.copy_(self.cut(-mean * gain) * self.real)
+
+    def cut(self, H):
+        """Expert states (..., N, D), padding and all, to slices (..., M, w)."""
+        return H.flatten(-2)[..., self.columns].unflatten(-1, self.real.shape)
 
     def forward(self, H, mask=None):
         """H (B, N, D) expert states, zero beyond an expert's width; mask (B, N) or (N,), True where the
@@ -87,9 +99,20 @@ class Router(nn.Module):
         if mask is not None:  # its states may hold anything, NaN too
             mask = mask.expand(B, N)
             H = H.masked_fill(~mask[..., None], 0.0)
-        H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
-        E = self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)  # (B, N, dim)
-        return self.attend(E, mask)
+        return self.attend(self.norm_in(self.embed(H)), mask)
+
+    def embed(self, H):
+        """States (B, N, D) standardised and each projected by its own weights: (B, N, dim).
+
+        The einsum bnd,ndk->bnk over all experts at once, as one kernel together with what is added to it.
+        """
+        alone = len(self.project) == len(self.identity)  # every expert is one slice
+        H = H if alone else self.cut(H)
+        H = torch.addcmul(self.shift, H.to(self.gain.dtype), self.gain).clamp_(-10, 10)  # (B, M, w)
+        if alone:
+            return torch.baddbmm(self.identity[:, None], H.transpose(0, 1), self.project).transpose(0, 1)
+        parts = torch.bmm(H.transpose(0, 1), self.project)  # (M, B, dim)
+        return self.identity[:, None].expand(-1, len(H), -1).index_add(0, self.owner, parts).transpose(0, 1)
 
     def attend(self, E, mask=None):
         """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""

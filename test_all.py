@@ -764,26 +764,29 @@ def test_policy_refuses_what_it_cannot_run(tmp_path, change, word):
 WIDTHS = (5, 12, 8)
 
 
-def states(n=4, seed=0):
-    """States (n, 3, 12), zero beyond each expert's width."""
-    H = torch.randn(n, 3, 12, generator=torch.Generator().manual_seed(seed))
-    for i, w in enumerate(WIDTHS):
+def states(n=4, seed=0, widths=WIDTHS):
+    """States (n, N, D), zero beyond each expert's width."""
+    H = torch.randn(n, len(widths), max(widths), generator=torch.Generator().manual_seed(seed))
+    for i, w in enumerate(widths):
         H[:, i, w:] = 0
     return H
 
 
-def make_router(**settings):
+def make_router(widths=WIDTHS, **settings):
     torch.manual_seed(0)
-    return Router(WIDTHS, 32, **dict(latents=4, heads=2, dim=16, start=1.0) | settings)
+    return Router(widths, 32, **dict(latents=4, heads=2, dim=16, start=1.0) | settings)
 
 
-def test_fused_projection_equals_a_loop_over_experts():
-    """All of the router, written once more with a loop, unpadded states and torch's own attention."""
-    router, H = make_router(), states()
-    router.standardise(states(64, seed=1))
+@pytest.mark.parametrize("widths", [WIDTHS, [8, 8], [130, 300, 257], [256, 512]])
+def test_fused_projection_equals_a_loop_over_experts(widths):
+    """All of the router, written once more with a loop, unpadded states and torch's own attention; narrow
+    experts are a slice each, wide ones several, some with a rest."""
+    router, H = make_router(widths), states(widths=widths)
+    router.standardise(states(64, seed=1, widths=widths))
     C, A = router(H)
-    x = [(H[:, i, :w] - router.mean[i, :w]) * router.gain[i, :w] for i, w in enumerate(WIDTHS)]
-    E = [x[i].clamp(-10, 10) @ router.project[i, :w] + router.identity[i] for i, w in enumerate(WIDTHS)]
+    of = lambda t, i, w: t[router.owner == i].flatten(0, 1)[:w]  # what slices hold of expert i
+    x = [H[:, i, :w] * of(router.gain, i, w) + of(router.shift, i, w) for i, w in enumerate(widths)]
+    E = [x[i].clamp(-10, 10) @ of(router.project, i, w) + router.identity[i] for i, w in enumerate(widths)]
     E = router.norm_in(torch.stack(E, 1))
     k, v = router.to_kv(E).chunk(2, -1)
     q = router.to_q(router.norm_latent(router.latents))
@@ -828,7 +831,7 @@ def test_standardised_states_have_zero_mean_and_unit_spread():
     router, H = make_router(), states(500) * 3 + 5
     H[:, 0, 5:] = 0
     router.standardise(H)
-    x = (H - router.mean) * router.gain
+    x = H * router.gain + router.shift
     assert x.mean(0).abs().max() < 1e-5 and (x[:, 1].std(0) - 1).abs().max() < 1e-4
     assert (x[:, 0, 5:] == 0).all()
 
