@@ -45,7 +45,7 @@ def trainable(policy, router):
 def save(path, policy, router, optimizer=None, generator=None, **state):
     """Write a checkpoint; `state` is anything JSON can hold (step, best, ...). All ranks call, one writes."""
     generators = [] if generator is None else ranks.gather(generator.get_state())
-    if ranks.rank():
+    if ranks.RANK:
         return
     tensors = {k: t.detach().cpu().contiguous() for k, t in trainable(policy, router).items()}
     if optimizer is not None:

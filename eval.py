@@ -209,7 +209,7 @@ def figure(rows, report, path):
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
     report = measure(run)
-    if ranks.rank():
+    if ranks.RANK:
         return 0
     checkpoint.write_json(out / "eval.json", report)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]

@@ -5,8 +5,8 @@ More than one device: every rank runs the same program, each step on its own sha
 
 Every rank holds the whole policy and the router. Between them travel, each step, one sum of the gradients
 of LoRA and router and what was sampled (for the metrics), and once what the experts made of each prompt. Sums
-are the same on all ranks bit for bit, hence so are the weights. A program started without torchrun is one
-rank of one, opens no process group, and nothing in here does anything.
+are the same on all ranks bit for bit, hence so are the weights. Started without torchrun a program is rank 0
+of 1: no process group is opened, and nothing in here does anything.
 
 torchrun ends all ranks when one dies; who waits for another longer than $N_MUSKETEERS_TIMEOUT minutes (30)
 gives up.
@@ -19,104 +19,72 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-
-def world():
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if world() > 1 else 0
+RANK, WORLD = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 @contextlib.contextmanager
 def started():
-    """Meet the other ranks and, at a good end, part. Only the first prints: the others say what it says."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    """Meet the other ranks, and part at the end. Only rank 0 prints: the others would say the same."""
+    if WORLD == 1:
         yield
         return
     patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
-    with open(os.devnull, "w") as nowhere:
-        with contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-            yield
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+        yield
     dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def meeting():
-    """Around whatever waits for the others: a rank that is gone gives one sentence."""
-    try:
-        yield
-    except RuntimeError as e:       # gloo and nccl raise nothing more precise
-        raise ConnectionError("another rank is gone, it may have said why; the last checkpoint is kept: go "
-                              f"on with --resume ({str(e).splitlines()[0]})") from e
-
-
 def take(device):
-    """Make "cuda" mean this rank's own GPU. Raises ValueError where a rank cannot have one."""
-    if world() > 1 and device not in ("cpu", "cuda"):
-        raise ValueError(f"{device} is one device for {world()} ranks: use --device cuda (each takes its own)"
-                         " or cpu")
-    if world() > 1 and device == "cuda":
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise ValueError(f"there are {there} GPUs here: use --nproc_per_node={there}, or --device cpu")
+    """Make "cuda" mean this rank's own GPU. Raises ValueError where it cannot have one."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if WORLD > 1 and device != "cpu" and (device != "cuda" or local >= torch.cuda.device_count()):
+        raise ValueError(f"{device} is not a device for each of {WORLD} ranks: use a lower --nproc_per_node, "
+                         "with --device cuda every rank takes one GPU; or --device cpu")
+    if WORLD > 1 and device == "cuda":
         torch.cuda.set_device(local)
 
 
 def share(items):
     """This rank's part of a list; the ranks' parts in a row are the list, and differ by one at most."""
-    n, r, w = len(items), rank(), world()
-    return items[n * r // w:n * (r + 1) // w]
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
 
 
-@meeting()
+def meet(collective, *args, **how):
+    """Do what all ranks do together. Raises ConnectionError where one of them does not come."""
+    try:
+        if WORLD > 1:
+            collective(*args, **how)
+    except RuntimeError as e:  # gloo and nccl have no kind of their own for this
+        raise ConnectionError("another rank is gone, see what it said; go on from the last checkpoint with "
+                              f"--resume ({str(e).splitlines()[0]})") from e
+
+
 def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank. Tensors must be on the CPU."""
-    values = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(values, value)
+    """[value of rank 0, value of rank 1, ...] on every rank; its tensors must be on the CPU."""
+    values = [value] * WORLD
+    meet(dist.all_gather_object, values, value)
     return values
 
 
-@meeting()
 def total(*numbers):
-    """Each number, summed over the ranks: a list of floats."""
+    """Each number summed over the ranks, a list of floats."""
     sums = torch.tensor(numbers, dtype=torch.float64)
-    if world() > 1:
-        dist.all_reduce(sums)
+    meet(dist.all_reduce, sums)
     return sums.tolist()
 
 
-@meeting()
 def add_up(parameters, weight):
     """Every gradient becomes the sum over the ranks of weight x gradient: one flat tensor, one all-reduce."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if world() > 1:
+    grads = [p.grad for p in parameters if WORLD > 1 and p.grad is not None]
+    if grads:
         flat = torch.cat([g.flatten() for g in grads]) * weight
-        dist.all_reduce(flat)
+        meet(dist.all_reduce, flat)
         for g, new in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(new.view_as(g))
 
 
-@meeting()
 def same(tensors):
-    """Every tensor becomes the first rank's."""
-    for t in tensors if world() > 1 else ():
-        dist.broadcast(t.detach(), src=0)
-
-
-def first(f, *args):
-    """f(*args), called by the first rank alone, on all; what it refuses (ValueError, OSError), it says."""
-    answer, refused = None, None
-    if rank() == 0:
-        try:
-            answer = f(*args)
-        except (ValueError, OSError) as e:
-            refused = e
-    answer, failed = gather((answer, refused is not None))[0]
-    if refused:
-        raise refused
-    if failed:
-        raise SystemExit(2)
-    return answer
+    """Every tensor becomes that of rank 0."""
+    for t in tensors:
+        meet(dist.broadcast, t.detach(), src=0)

@@ -85,21 +85,18 @@ def rollout(policy, router, batch, tokenizer, verify, group, max_new, temperatur
 
 
 def join(parts):
-    """The Rollouts of all ranks (`parts`: this one's) as one on the CPU, to be counted and shown: shorter
-    completions padded at their end, `seconds` those of the slowest."""
-    on_cpu = [{k: v.cpu() if torch.is_tensor(v) else v for k, v in vars(p).items()} for p in parts]
-    columns = {}
-    for part in sum(ranks.gather(on_cpu), []):
-        for k, v in part.items():
-            columns.setdefault(k, []).append(v)
+    """The Rollouts of all ranks (`parts`: this one's) as one, on the CPU, to be counted and shown:
+    completions padded to the longest, `seconds` those of rank 0."""
+    send = lambda v: v.cpu() if torch.is_tensor(v) else v
+    parts = sum(ranks.gather([[send(v) for v in vars(p).values()] for p in parts]), [])
 
     def one(values):
         if torch.is_tensor(values[0]):
             width = max(v.shape[-1] for v in values)
             return torch.cat([F.pad(v, (0, width - v.shape[-1])) for v in values])
-        return sum(values, []) if isinstance(values[0], list) else max(values, key=lambda v: v or 0)
+        return sum(values, []) if isinstance(values[0], list) else values[0]
 
-    return Rollout(**{k: one(values) for k, values in columns.items()})
+    return Rollout(*map(one, zip(*parts)))
 
 
 def advantages(rewards, scale=True):

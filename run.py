@@ -82,7 +82,7 @@ class Run:
             self.ids[p.question] = ids
         if self.experts:
             texts = [[self.expert_text(p, e) for p in ranks.share(fresh)] for e in self.experts]
-            progress = progress and not ranks.rank()
+            progress = progress and not ranks.RANK
             H = torch.cat(ranks.gather(read(self.experts, texts, self.args["cache"], progress)))
             self.rows |= {p.question: len(self.rows) + i for i, p in enumerate(fresh)}
             self.H = H if self.H is None else torch.cat((self.H, H))

@@ -25,7 +25,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
@@ -143,9 +142,10 @@ def resolve(given):
     if args["rank"] == 0 and args["collab"] == "single":
         raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-    if args["batch"] < ranks.world():
-        raise ValueError(f"--batch {args['batch']} gives {ranks.world()} ranks not a prompt each: raise it")
-    args["ranks"] = ranks.world()
+    args["out"] = ranks.gather(args["out"])[0]  # clocks differ
+    if args["batch"] < ranks.WORLD:
+        raise ValueError(f"--batch {args['batch']} gives {ranks.WORLD} ranks not a prompt each: raise it")
+    args["ranks"] = ranks.WORLD
     out = Path(args["out"])
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
@@ -164,9 +164,9 @@ def remembered(args, given):
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
     pick_device(saved["device"])
-    if saved["ranks"] != ranks.world():
-        raise ValueError(f"the run has {saved['ranks']} ranks, each with random numbers of its own: resume it on "
-                         f"as many (torchrun --nproc_per_node={saved['ranks']}), not on {ranks.world()}")
+    if saved["ranks"] != ranks.WORLD:
+        raise ValueError(f"{path.parent} is a run on {saved['ranks']} ranks, each with random numbers of its "
+                         f"own: resume it on as many, not on {ranks.WORLD}")
     free = ("steps", "resume", "out", "log")
     changed = sorted(k for k in given if k not in free and given[k] != saved[k])
     if changed:
@@ -231,7 +231,7 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
     tokens = (32 + longest // 3) * (1 + args["shots"])
-    mine = args | dict(batch=-(-args["batch"] // ranks.world()))  # memory is that of one rank
+    mine = args | dict(batch=-(-args["batch"] // ranks.WORLD))  # memory is that of one rank
     mine["micro"] = args["micro"] = args["micro"] or fitting_micro(mine, policy, experts, dtype, tokens)
     table = memory_table(mine, policy, experts, dtype, tokens)
     for what, size in table:
@@ -317,26 +317,24 @@ def numbers(row, prefix=""):
 
 
 def tracker(args):
-    """A function that sends a row where --log says, files in --out. ValueError if that is not installed."""
-    kind = args["log"]
-    if kind == "none" or ranks.rank():
+    """A function that sends a row of metrics where --log says. Raises ValueError if that is not installed."""
+    if args["log"] == "none" or ranks.RANK:
         return lambda row: None
     try:
-        module = import_module(dict(wandb="wandb", tensorboard="torch.utils.tensorboard")[kind])
+        if args["log"] == "wandb":
+            os.environ.setdefault("WANDB_MODE", "offline")  # no account, no network, nothing to wait for
+            import wandb
+            logged = wandb.init(project="n-musketeers", config=args)
+            return lambda row: logged.log(dict(numbers(row)), step=row["step"])
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
-        raise ValueError(f"--log {kind} needs a package that is not here: pip install {kind}") from e
-    os.environ.setdefault("WANDB_MODE", "offline")  # asks for no account and waits for no network
-    opened = []
+        raise ValueError(f"--log {args['log']} needs a package: pip install {args['log']}") from e
+    writer = SummaryWriter(args["out"])
 
     def send(row):
-        if not opened:
-            opened.append(module.SummaryWriter(args["out"]) if kind == "tensorboard" else
-                          module.init(project="n-musketeers", dir=args["out"], config=args))
-        if kind == "wandb":
-            return opened[0].log(dict(numbers(row)), step=row["step"])
         for name, value in numbers(row):
-            opened[0].add_scalar(name, value, row["step"])
-        opened[0].flush()
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
 
     return send
 
@@ -368,11 +366,11 @@ def trainable(run):
 # -- the loop
 def train(args):
     """Build, look, learn, look again. Returns the exit code."""
-    out, log = Path(args["out"]), tracker(args)
+    out = Path(args["out"])
     ranks.take(args["device"])
     run = build(args, introduce)
     # Evaluation is greedy. Each rank draws its own samples, so more ranks sample otherwise than one.
-    generator = torch.Generator(args["device"]).manual_seed(args["seed"] + 1_000_003 * ranks.rank())
+    generator = torch.Generator(args["device"]).manual_seed(args["seed"] + 1_000_003 * ranks.RANK)
     optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS,
                                args["weight_decay"])
     state = dict(step=0, best=-1.0, skipped=0)
@@ -387,25 +385,27 @@ def train(args):
     if state["step"] == 0:
         show_one(run)
         baseline(run)
-    if ranks.rank() == 0:
+    log = tracker(args)
+    if ranks.RANK == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             trim(out / name, state["step"])
         checkpoint.write_json(out / "config.json", config(run))
     ranks.same(checkpoint.trainable(run.policy, run.router).values())
     if learn(run, out, optimizer, generator, state, log):
-        print(f"stopped and saved; go on with: python train.py --resume --out {out}")
+        start = "python" if ranks.WORLD == 1 else "torchrun, as before,"
+        print(f"stopped and saved; go on with: {start} train.py --resume --out {out}")
         return 0
     return finish(run, out)
 
 
 def learn(run, out, optimizer, generator, state, log):
-    """Steps state["step"] + 1 to args["steps"]; every row of metrics goes to `log` too. Returns True if it was
+    """Steps state["step"] + 1 to args["steps"], each row of metrics to `log` too. Returns True if it was
     asked to stop before the end."""
     args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
     with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"],
-                                       disable=True if ranks.rank() else None) as bar:
+                                       disable=True if ranks.RANK else None) as bar:
         for step in range(state["step"] + 1, args["steps"] + 1):
             # listen, sample, verify
             set_rate(optimizer, step - 1, args["warmup"])
@@ -426,7 +426,7 @@ def learn(run, out, optimizer, generator, state, log):
             last = step == args["steps"]
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
-            if ranks.rank() == 0:
+            if ranks.RANK == 0:
                 append(out / "metrics.jsonl", [row])
                 log(row)
                 if step % 10 == 1 or last:
@@ -443,7 +443,7 @@ def learn(run, out, optimizer, generator, state, log):
             if due or last or stop:
                 checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
                                 generator, **state)
-                if ranks.rank() == 0:
+                if ranks.RANK == 0:
                     checkpoint.rotate(out)
                 saved = time.monotonic()
             if better:
@@ -481,12 +481,11 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+@ranks.started()
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
-        given = vars(parser().parse_args(argv))
-        with ranks.started():
-            return train(ranks.first(resolve, given))
+        return train(resolve(vars(parser().parse_args(argv))))
     except (ValueError, OSError) as e:  # OSError: a disk that is full, a folder that may not be written
         print(f"train.py: {e}", file=sys.stderr)
         return 2
