@@ -366,7 +366,7 @@ def trainable(run):
 # -- the loop
 def train(args):
     """Build, look, learn, look again. Returns the exit code."""
-    out = Path(args["out"])
+    out, log = Path(args["out"]), tracker(args)
     ranks.take(args["device"])
     run = build(args, introduce)
     # Evaluation is greedy. Each rank draws its own samples, so more ranks sample otherwise than one.
@@ -385,7 +385,6 @@ def train(args):
     if state["step"] == 0:
         show_one(run)
         baseline(run)
-    log = tracker(args)
     if ranks.RANK == 0:
         for name in ("metrics.jsonl", "samples.jsonl"):
             trim(out / name, state["step"])
