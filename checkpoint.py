@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump
 
+import ranks
 from experts import write_whole
 
 
@@ -42,13 +43,16 @@ def trainable(policy, router):
 
 
 def save(path, policy, router, optimizer=None, generator=None, **state):
-    """Write a checkpoint; `state` is anything JSON can hold (step, best, ...)."""
+    """Write a checkpoint; `state` is anything JSON can hold (step, best, ...). All ranks call, one writes."""
+    generators = [] if generator is None else ranks.gather(generator.get_state())
+    if ranks.RANK:
+        return
     tensors = {k: t.detach().cpu().contiguous() for k, t in trainable(policy, router).items()}
     if optimizer is not None:
         for i, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": t.detach().cpu().contiguous() for k, t in moments.items()}
-    if generator is not None:
-        tensors["generator"] = generator.get_state()
+    if generators:
+        tensors["generator"] = torch.cat(generators)  # the ranks' own, one behind the other
     header = dict(state=json.dumps(state), sha256=digest(tensors))
     write_whole(Path(path), dump(tensors, metadata=header))
 
@@ -82,7 +86,7 @@ def load(path, policy, router, optimizer=None, generator=None):
                 state.setdefault(int(i), {})[key] = tensors[name]
         optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()["param_groups"]))
     if generator is not None:
-        generator.set_state(tensors["generator"])
+        generator.set_state(ranks.share(tensors["generator"]).clone())
     return json.loads(header["state"])
 
 

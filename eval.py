@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import ranks
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, held_out
@@ -208,6 +209,8 @@ def figure(rows, report, path):
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
     report = measure(run)
+    if ranks.RANK:
+        return 0
     checkpoint.write_json(out / "eval.json", report)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     figure(rows, report, out / "run.png")

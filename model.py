@@ -262,8 +262,9 @@ class Policy(nn.Module):
         source = Expert(name)
         config = read_config(source.folder)
         files = {}
+        place = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
         for path in weight_files(source.folder):
-            f = safe_open(path, framework="pt", device=str(device))
+            f = safe_open(path, framework="pt", device=place)
             files.update(dict.fromkeys(f.keys(), f))
 
         def weight(key, optional=False):

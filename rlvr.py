@@ -24,6 +24,9 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+import ranks
 
 
 @dataclass
@@ -79,6 +82,21 @@ def rollout(policy, router, batch, tokenizer, verify, group, max_new, temperatur
                 for row, problem, cuts in zip(texts, batch.problems, truncated.tolist())]
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
+
+
+def join(parts):
+    """The Rollouts of all ranks (`parts`: this one's) as one, on the CPU, to be counted and shown:
+    completions padded to the longest, `seconds` those of rank 0."""
+    send = lambda v: v.cpu() if torch.is_tensor(v) else v
+    parts = sum(ranks.gather([[send(v) for v in vars(p).values()] for p in parts]), [])
+
+    def one(values):
+        if torch.is_tensor(values[0]):
+            width = max(v.shape[-1] for v in values)
+            return torch.cat([F.pad(v, (0, width - v.shape[-1])) for v in values])
+        return sum(values, []) if isinstance(values[0], list) else values[0]
+
+    return Rollout(*map(one, zip(*parts)))
 
 
 def advantages(rewards, scale=True):
@@ -159,17 +177,23 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
     with grad_norm and skipped; `how` is what `gradients` takes.
 
     A step whose gradient is not finite is skipped and counted, never applied: one NaN in a weight ends a run.
+    Of several ranks each normalises by its own samples; weighted by its share of these, the gradients add up
+    to that of the whole step. So all see one norm, and skip together.
     """
     old, first, skipped = None, None, 0
+    own = len(batch.problems) if how["dr"] else int(sampled.mask.sum())  # what `gradients` divides by
+    weight = own / ranks.total(own)[0]
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for _ in range(epochs):
         optimizer.zero_grad(set_to_none=True)
         old, sums = gradients(policy, router, batch, sampled, old=old, **how)
+        ranks.add_up(parameters, weight)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()
         skipped += not finite
+        sums = dict(zip(sums, ranks.total(*(weight * s for s in sums.values()))))
         first = first or sums | dict(grad_norm=norm.item())
     return first | dict(skipped=skipped)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+import ranks
 from experts import Expert, read
 from model import Policy, bucket, read_config
 from rewards import TooFew, problems, prompt, verify
-from rlvr import Batch, rollout
+from rlvr import Batch, join, rollout
 from router import Router
 
 STATISTICS = 256  # training prompts that fix each expert's mean and spread, however long the run is
@@ -80,8 +81,9 @@ class Run:
                     f"{self.policy.window}: use fewer --shots, a smaller --max-new or an easier --level")
             self.ids[p.question] = ids
         if self.experts:
-            texts = [[self.expert_text(p, e) for p in fresh] for e in self.experts]
-            H = read(self.experts, texts, self.args["cache"], progress)
+            texts = [[self.expert_text(p, e) for p in ranks.share(fresh)] for e in self.experts]
+            progress = progress and not ranks.RANK
+            H = torch.cat(ranks.gather(read(self.experts, texts, self.args["cache"], progress)))
             self.rows |= {p.question: len(self.rows) + i for i, p in enumerate(fresh)}
             self.H = H if self.H is None else torch.cat((self.H, H))
 
@@ -171,11 +173,10 @@ OWN = object()
 def evaluate(run, some, router=OWN, rows=64):
     """Greedy answers: a verdict and a text for each problem, and the attention (n, heads, L, N) or None.
     router: another one (or any function of H), or None for no prefix. LoRA is as the caller left it."""
-    router = run.router if router is OWN else router
-    outs = [rollout(run.policy, router, run.batch(some[i:i + rows]), run.tokenizer, run.verify, 1,
-                    run.args["max_new"], temperature=0) for i in range(0, len(some), rows)]
-    verdicts, texts = [row[0] for o in outs for row in o.verdicts], [row[0] for o in outs for row in o.texts]
-    return verdicts, texts, None if router is None else torch.cat([o.attention.cpu() for o in outs])
+    router, mine = run.router if router is OWN else router, ranks.share(some)
+    whole = join([rollout(run.policy, router, run.batch(mine[i:i + rows]), run.tokenizer, run.verify, 1,
+                          run.args["max_new"], temperature=0) for i in range(0, len(mine), rows)])
+    return [row[0] for row in whole.verdicts], [row[0] for row in whole.texts], whole.attention
 
 
 def memory_table(args, policy, experts, dtype, prompt_tokens):

@@ -3,10 +3,15 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import inspect
 import json
 import math
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import types
 from collections import namedtuple
 from pathlib import Path
 
@@ -19,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import checkpoint
 import experts
+import ranks
 import rewards
 import train
 from answers import number
@@ -1165,3 +1171,125 @@ def test_out_of_another_run_is_refused(finished, capsys):
     assert run_train(finished, "--steps", 3) == 2 and "--resume" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(finished), "--seed", "7"]) == 2
     assert "seed" in capsys.readouterr().err
+
+
+# -- several ranks, and where metrics go
+def fixed_update(folder, how):
+    """Gradients and sums of one update on given samples, of which a rank has its share; and whether a NaN
+    that only the last rank sees was skipped."""
+    policy, router = Policy.load(folder), Router((5, 12, 8), 32, latents=4, heads=2, dim=16, start=1.0)
+    checkpoint.load(f"{folder}/weights.safetensors", policy, router)
+    x = {k: ranks.share(v) for k, v in load_file(f"{folder}/example.safetensors").items()}
+    names = ranks.share(["a", "b", "c"])
+    sampled = Rollout(names, x["tokens"], x["mask"], None, None, x["rewards"], None, None, 1.0)
+    batch = Batch(names, x["prompts"], x["lengths"], x["H"])
+    still = torch.optim.SGD([*policy.parameters(), *router.parameters()], 0.0)
+    sums = update(policy, router, batch, sampled, still, max_norm=1e9, micro=1, **how)
+    found = {k: p.grad.clone() for k, p in checkpoint.trainable(policy, router).items() if p.requires_grad}
+    if ranks.RANK == ranks.WORLD - 1:
+        batch.H[-1] = torch.nan
+    return found, sums, update(policy, router, batch, sampled, still, micro=1, **how)["skipped"]
+
+
+def ranked(folder, how, quick):
+    """What each of two processes does in the test below."""
+    seen, summary = [], train.summary
+
+    def noted(run, whole, *rest):
+        seen.extend(p.question for p in whole.problems)
+        if ranks.RANK == 1 and "halves" in run.args["out"] and len(seen) == 6 * 5:  # its second step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return summary(run, whole, *rest)
+
+    def finish(run, out):
+        tensors = checkpoint.trainable(run.policy, run.router)
+        assert len(set(ranks.gather(checkpoint.digest(tensors)))) == 1  # the same weights on all
+        some = run.items["train"]
+        texts = [[run.expert_text(p, e) for p in some] for e in run.experts]
+        assert torch.equal(run.batch(some).H, read(run.experts, texts, progress=False).float())
+        return 0
+
+    train.finish, train.summary = finish, noted
+    with ranks.started():
+        for dr in (False, True):
+            found, sums, skipped = fixed_update(folder, how | dict(dr=dr))
+            save_file(found, f"{folder}/grads-{dr}-{ranks.RANK}.safetensors",
+                      {"rest": json.dumps([sums, skipped])})
+        run = train.main.__wrapped__
+        assert run([*quick, "--out", f"{folder}/whole"]) == 0
+        assert run([*quick, "--out", f"{folder}/halves"]) == 0
+        assert run(["--resume", "--out", f"{folder}/halves"]) == 0
+        assert run([*quick, "--batch", "1", "--out", f"{folder}/none"]) == 2
+    Path(f"{folder}/seen-{ranks.RANK}.json").write_text(json.dumps(seen))
+
+
+def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
+    """On the same samples two ranks have the gradients of one; they take the same problems in the same order;
+    a signal to one stops both, and the resumed run is the undisturbed one."""
+    policy, router, batch, sampled = step_example(small)
+    make_policy(tmp_path)
+    checkpoint.save(tmp_path / "weights.safetensors", policy, router)
+    save_file(dict(prompts=batch.tokens, lengths=batch.lengths, H=batch.H, tokens=sampled.tokens,
+                   mask=sampled.mask, rewards=sampled.rewards), tmp_path / "example.safetensors")
+    quick = "--batch 5 --group 4 --val 3 --test 3 --steps 4 --eval-every 2 --device cpu".split()
+    program = "\n".join((
+        "import json, os, signal, sys, torch, checkpoint, ranks, train", "from pathlib import Path",
+        "from safetensors.torch import load_file, save_file", "from model import Policy",
+        "from experts import read", "from rlvr import Batch, Rollout, update", "from router import Router",
+        "torch.set_num_threads(1)", inspect.getsource(fixed_update), inspect.getsource(ranked),
+        f"ranked({str(tmp_path)!r}, {HOW}, {quick})"))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1",
+               N_MUSKETEERS_TIMEOUT="1", N_MUSKETEERS_CACHE=str(finished.parent / "cache"))
+    both = [subprocess.Popen([sys.executable, "-c", program], env=env | dict(RANK=r, LOCAL_RANK=r),
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in "01"]
+    said = [p.communicate(timeout=120) for p in both]
+    assert [p.returncode for p in both] == [0, 0], said
+    assert said[1][0] == "" and "--batch" in said[0][1]
+
+    for dr in (False, True):
+        one, sums, skipped = fixed_update(tmp_path, HOW | dict(dr=dr))
+        assert skipped == 1
+        for r in (0, 1):
+            path = tmp_path / f"grads-{dr}-{r}.safetensors"
+            two = load_file(path)
+            assert two.keys() == one.keys()
+            for k in one:
+                torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-5)
+        with experts.safe_open(path, "pt") as f:
+            theirs, skipped = json.loads(f.metadata()["rest"])
+        assert skipped == 1 and dr or theirs == pytest.approx(sums, rel=1e-4, abs=1e-6)
+
+    seen = [json.loads((tmp_path / f"seen-{r}.json").read_text()) for r in (0, 1)]
+    alone = dict(task="arithmetic+logic+algorithmic", level="tiny", data=None, shots=0, batch=5, seed=0)
+    order = [p.question for p in ordered(alone, 20)[0]]
+    assert seen[0] == seen[1] == order + order  # `whole`, then `halves`
+    assert [r["step"] for r in rows(tmp_path / "whole")] == [1, 2, 3, 4]
+    one, two = (load_file(tmp_path / name / "step-000004.safetensors") for name in ("whole", "halves"))
+    assert (tmp_path / "halves" / "step-000002.safetensors").exists()
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert not (tmp_path / "none").exists()
+    assert train.main(["--resume", "--out", str(tmp_path / "whole")]) == 2
+    assert "2 ranks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, module", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
+def test_log_sends_every_number(kind, module, tmp_path, monkeypatch):
+    """Where the package is there, a row goes to it; where it is not, one sentence says so."""
+    monkeypatch.setitem(sys.modules, module, None)
+    args = dict(log=kind, out=str(tmp_path))
+    with pytest.raises(ValueError, match=f"pip install {kind}"):
+        train.tracker(args)
+    sent = {}
+    fake = types.ModuleType(module)
+    fake.init = lambda **_: types.SimpleNamespace(log=lambda row, step: sent.update({step: row}))
+    fake.SummaryWriter = lambda _: types.SimpleNamespace(
+        add_scalar=lambda k, v, step: sent.setdefault(step, {}).update({k: v}), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setenv("WANDB_MODE", "")
+    del os.environ["WANDB_MODE"]
+    train.tracker(args)(dict(step=3, reward=0.5, attention=dict(a=0.25)))
+    assert sent == {3: {"step": 3, "reward": 0.5, "attention/a": 0.25}}
+    assert kind != "wandb" or os.environ["WANDB_MODE"] == "offline"

@@ -6,6 +6,7 @@ n-Musketeers, end to end: a policy learns by reinforcement to listen to frozen e
     python train.py --task gsm8k               the paper's pool, on a GPU that holds it
     python train.py --task chain_sum --policy FOLDER_OR_HUB_NAME --experts A B C --template plain
     python train.py --resume --out runs/NAME   go on after a stop
+    torchrun --nproc_per_node=8 train.py ...   the same on eight GPUs (ranks.py)
 
 Deliberately different from textbook GRPO, each with its reason where it happens: the prompt is run once for
 its whole group, sampling and scoring alike; tokens are normalised over the whole step; the rate is constant
@@ -31,10 +32,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import ranks
 from eval import finish
 from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
-from rlvr import make_optimizer, rollout, set_rate, update
+from rlvr import join, make_optimizer, rollout, set_rate, update
 from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
@@ -91,6 +93,7 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("resume", False, bool, "go on with the run in --out; its settings are remembered"),
         ("save_every", 0, int, "steps between checkpoints (0: one a minute)"),
         ("cache", None, str, "folder of expert states (~/.cache/n-musketeers/states)"),
+        ("log", "none", ("none", "wandb", "tensorboard"), "metrics there too; wandb offline, see WANDB_MODE"),
         ("seed", 0, int, "of weights, order of problems and sampling"),
         ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
@@ -139,6 +142,10 @@ def resolve(given):
     if args["rank"] == 0 and args["collab"] == "single":
         raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
+    args["out"] = ranks.gather(args["out"])[0]  # clocks differ
+    if args["batch"] < ranks.WORLD:
+        raise ValueError(f"--batch {args['batch']} gives {ranks.WORLD} ranks not a prompt each: raise it")
+    args["ranks"] = ranks.WORLD
     out = Path(args["out"])
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
@@ -153,10 +160,14 @@ def remembered(args, given):
     if not args["out"] or not path.exists():
         raise ValueError("--resume needs --out with the folder of a run that was started before")
     try:
-        saved, free = args | given | json.loads(path.read_text())["args"], ("steps", "resume", "out")
+        saved = dict(ranks=1) | args | given | json.loads(path.read_text())["args"]
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
     pick_device(saved["device"])
+    if saved["ranks"] != ranks.WORLD:
+        raise ValueError(f"{path.parent} is a run on {saved['ranks']} ranks, each with random numbers of its "
+                         f"own: resume it on as many, not on {ranks.WORLD}")
+    free = ("steps", "resume", "out", "log")
     changed = sorted(k for k in given if k not in free and given[k] != saved[k])
     if changed:
         raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
@@ -220,8 +231,9 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
     tokens = (32 + longest // 3) * (1 + args["shots"])
-    args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, tokens)
-    table = memory_table(args, policy, experts, dtype, tokens)
+    mine = args | dict(batch=-(-args["batch"] // ranks.WORLD))  # memory is that of one rank
+    mine["micro"] = args["micro"] = args["micro"] or fitting_micro(mine, policy, experts, dtype, tokens)
+    table = memory_table(mine, policy, experts, dtype, tokens)
     for what, size in table:
         say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
     need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(device)
@@ -298,6 +310,35 @@ def append(path, rows):
         f.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def numbers(row, prefix=""):
+    """Every number of a row, by its path: ("reward", 0.5), ("attention/logic", 0.3), ..."""
+    for k, v in row.items():
+        yield from numbers(v, f"{prefix}{k}/") if isinstance(v, dict) else [(prefix + k, v)]
+
+
+def tracker(args):
+    """A function that sends a row of metrics where --log says. Raises ValueError if that is not installed."""
+    if args["log"] == "none" or ranks.RANK:
+        return lambda row: None
+    try:
+        if args["log"] == "wandb":
+            os.environ.setdefault("WANDB_MODE", "offline")  # no account, no network, nothing to wait for
+            import wandb
+            logged = wandb.init(project="n-musketeers", config=args)
+            return lambda row: logged.log(dict(numbers(row)), step=row["step"])
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise ValueError(f"--log {args['log']} needs a package: pip install {args['log']}") from e
+    writer = SummaryWriter(args["out"])
+
+    def send(row):
+        for name, value in numbers(row):
+            writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return send
+
+
 def trim(path, step):
     """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
     if path.exists():
@@ -325,9 +366,11 @@ def trainable(run):
 # -- the loop
 def train(args):
     """Build, look, learn, look again. Returns the exit code."""
-    out = Path(args["out"])
+    out, log = Path(args["out"]), tracker(args)
+    ranks.take(args["device"])
     run = build(args, introduce)
-    generator = torch.Generator(args["device"]).manual_seed(args["seed"])  # evaluation is greedy
+    # Evaluation is greedy. Each rank draws its own samples, so more ranks sample otherwise than one.
+    generator = torch.Generator(args["device"]).manual_seed(args["seed"] + 1_000_003 * ranks.RANK)
     optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS,
                                args["weight_decay"])
     state = dict(step=0, best=-1.0, skipped=0)
@@ -342,25 +385,30 @@ def train(args):
     if state["step"] == 0:
         show_one(run)
         baseline(run)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        trim(out / name, state["step"])
-    checkpoint.write_json(out / "config.json", config(run))
-    if learn(run, out, optimizer, generator, state):
-        print(f"stopped and saved; go on with: python train.py --resume --out {out}")
+    if ranks.RANK == 0:
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            trim(out / name, state["step"])
+        checkpoint.write_json(out / "config.json", config(run))
+    ranks.same(checkpoint.trainable(run.policy, run.router).values())
+    if learn(run, out, optimizer, generator, state, log):
+        start = "python" if ranks.WORLD == 1 else "torchrun, as before,"
+        print(f"stopped and saved; go on with: {start} train.py --resume --out {out}")
         return 0
     return finish(run, out)
 
 
-def learn(run, out, optimizer, generator, state):
-    """Steps state["step"] + 1 to args["steps"]. Returns True if it was asked to stop before the end."""
+def learn(run, out, optimizer, generator, state, log):
+    """Steps state["step"] + 1 to args["steps"], each row of metrics to `log` too. Returns True if it was
+    asked to stop before the end."""
     args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
-    with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"], disable=None) as bar:
+    with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"],
+                                       disable=True if ranks.RANK else None) as bar:
         for step in range(state["step"] + 1, args["steps"] + 1):
             # listen, sample, verify
             set_rate(optimizer, step - 1, args["warmup"])
-            batch = run.batch(run.items["train"][(step - 1) * B:step * B])
+            batch = run.batch(ranks.share(run.items["train"][(step - 1) * B:step * B]))
             sampled = rollout(run.policy, run.router, batch, run.tokenizer, run.verify, args["group"],
                               args["max_new"], args["temperature"], generator)
             # score the same tokens with gradient, and step
@@ -372,25 +420,30 @@ def learn(run, out, optimizer, generator, state):
                 trim_memory()
                 trimmed = time.monotonic()
             # look
-            row = dict(step=step) | summary(run, sampled, sums, seconds)
+            whole = join([sampled])
+            row = dict(step=step) | summary(run, whole, sums, seconds)
             last = step == args["steps"]
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
-            append(out / "metrics.jsonl", [row])
-            if step % 10 == 1 or last:
-                bar.write(line(row))
-                append(out / "samples.jsonl", samples(sampled, step))
+            if ranks.RANK == 0:
+                append(out / "metrics.jsonl", [row])
+                log(row)
+                if step % 10 == 1 or last:
+                    bar.write(line(row))
+                    append(out / "samples.jsonl", samples(whole, step))
             bar.update()
             # keep
             better = row.get("val", -1.0) > state["best"]
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
                          skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
-            stop = bool(asked)  # read once: a signal may come at any moment
+            # Read once, as a signal may come at any moment; and what one rank decides, all do.
+            due, stop = map(bool, ranks.total(due, len(asked)))
             if due or last or stop:
                 checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
                                 generator, **state)
-                checkpoint.rotate(out)
+                if ranks.RANK == 0:
+                    checkpoint.rotate(out)
                 saved = time.monotonic()
             if better:
                 checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
@@ -427,6 +480,7 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+@ranks.started()
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
