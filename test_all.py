@@ -1176,7 +1176,7 @@ def exported(finished, tmp_path_factory):
 
 
 def test_exported_lora_in_transformers(finished, tmp_path):
-    """W + alpha / r * B A by PEFT's names, on transformers' model: our logits with LoRA and without prefix."""
+    """W + alpha / r * B A by PEFT's names, in transformers' model: our logits with LoRA, without prefix."""
     run = load_run(finished)
     wake_lora(run.policy)
     export.write(run, finished, tmp_path / "out", evaluated=False)
