@@ -46,14 +46,16 @@ def weights(run):
     return files
 
 
+def given(path):
+    return str(Path(path).resolve()) if ".." in Path(path).parts else path
+
+
 def portable(model):
     """Where another machine finds this Expert: its commit on the hub, a clone's tiny/..., else as given."""
     folder = model.folder.resolve()
     if model.revision:
         return f"{model.source.partition('@')[0]}@{model.revision}"
-    if folder.is_relative_to(TINY):
-        return folder.relative_to(TINY.parent).as_posix()
-    return str(folder) if ".." in Path(model.source).parts else model.source
+    return folder.relative_to(TINY.parent).as_posix() if folder.is_relative_to(TINY) else given(model.source)
 
 
 def describe(run):
@@ -90,9 +92,9 @@ def write(run, source, folder, evaluated):
     info["sha256"] = {file: checkpoint.digest(x) for file, x in tensors.items()}
     info["args"] = config["args"] | dict(policy=info["policy"]["source"], out=None, cache=None,
                                          experts=[e["source"] for e in info["experts"]],
-                                         data=data and str(Path(data).expanduser().resolve()))
-    finished = evaluated and (source / f"step-{run.args['steps']:06d}.safetensors").exists()
-    report = json.loads((source / "eval.json").read_text()) if finished else None
+                                         data=data and given(data))
+    done = (source / "eval.json", source / f"step-{run.args['steps']:06d}.safetensors")
+    report = json.loads(done[0].read_text()) if evaluated and all(path.exists() for path in done) else None
     licences = [licence(model) for model in (Expert(run.args["policy"]), *run.experts)]
     files = {file: (json.dumps(text, indent=1) + "\n").encode() for file, text in texts.items()}
     files["README.md"] = card(info, report, licences).encode()

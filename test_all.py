@@ -1238,7 +1238,9 @@ def test_export_takes_no_other_folder_and_leaves_no_rest(finished, exported, tmp
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
     shutil.copytree(exported, tmp_path / "out")
     assert run_train(tmp_path / "single", "--steps", 1, "--collab", "single") == 0
+    (tmp_path / "single" / "eval.json").unlink()
     assert eval_main([str(tmp_path / "single"), "--export", str(tmp_path / "out")]) == 0
+    assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
     assert not list((tmp_path / "out").glob("router*"))
     run = export.load(tmp_path / "out")
     assert run.router is None and not run.experts
