@@ -7,6 +7,8 @@ was worth.
     python eval.py runs/NAME --samples 8                and pass@k
     python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
     python eval.py runs/A runs/B runs/C --table         finished runs side by side, seeds put together
+    python eval.py runs/NAME --export DIR               what was trained, for others: PEFT's format, a card
+    python eval.py --from DIR                           an export in place of a run
 
 "Before" is the policy alone: LoRA off and prefix off. Attention shows who was listened to; it is no proof
 that it mattered. So each expert is also silenced (its attention set to exactly 0, the others' renormalised)
@@ -27,6 +29,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
+import export
 import ranks
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
@@ -275,7 +278,9 @@ def load(folder, best=False):
 
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="+", help="folder of a run, as train.py --out wrote it; several for --table")
+    p.add_argument("run", nargs="*", help="folder of a run, as train.py --out wrote it; several for --table")
+    p.add_argument("--from", dest="source", metavar="DIR", help="an export instead of a run")
+    p.add_argument("--export", metavar="DIR", help="write LoRA, router and a model card for others to use")
     p.add_argument("--table", action="store_true", help="a Markdown table of finished runs")
     p.add_argument("--n", type=int, help="test problems (256; gsm8k: all 1,319)")
     p.add_argument(
@@ -292,12 +297,18 @@ def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
         a = parser().parse_args(argv)
+        if bool(a.run) == bool(a.source) or (a.source and (a.best or a.table or a.export)):
+            raise ValueError("name a RUN, or --from DIR (which goes without --best, --table and --export)")
         if a.table:
             print(table(a.run))
             return 0
         if len(a.run) > 1 or (a.n is not None and a.n < 1) or a.samples < 0:
             raise ValueError("one run at a time without --table; --n is at least 1 and --samples at least 0")
-        run = load(a.run[0], a.best)
+        run = export.load(a.source) if a.source else load(a.run[0], a.best)
+        if a.export:
+            export.write(run, a.run[0], a.export, evaluated=not a.best)
+            print(f"exported to {a.export}; next: python eval.py --from {a.export}")
+            return 0
         if a.ask is not None:
             ask(run, a.ask)
             return 0

@@ -85,6 +85,11 @@ POOLS = {
         lr=1e-4, router_lr=1e-4, batch=32, max_new=128,     # the paper's
         steps=500),                             # the paper's for Reasoning Gym; gsm8k has 233, one epoch
 }
+LICENCES = dict.fromkeys((      # of hub models, for the card of an export
+    "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", "EleutherAI/pythia-410m",
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B-Instruct",
+    "allenai/OLMo-2-0425-1B-Instruct"), "apache-2.0") | {
+    "BAAI/bge-base-en-v1.5": "mit", "microsoft/phi-1_5": "mit", "Qwen/Qwen2.5-3B-Instruct": "qwen-research"}
 
 
 def cache_dir():

@@ -45,7 +45,7 @@ class Router(nn.Module):
             raise ValueError(f"the router's width {dim} must be a multiple of its {heads} heads")
         self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
         D = max(widths)
-        w = max(math.gcd(*widths), min(128, D))  # one slice an expert where widths are equal or all small
+        w = max(math.gcd(*widths), min(256, D))  # one slice an expert where widths are equal or all small
         slices = torch.tensor([-(-n // w) for n in widths])  # (N,)
         owner = torch.arange(len(widths)).repeat_interleave(slices)  # (M,) whose slice it is
         first = torch.arange(len(owner)) - (slices.cumsum(0) - slices)[owner]  # (M,) its place in the state

@@ -24,10 +24,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import checkpoint
 import experts
+import export
 import ranks
 import rewards
 import train
 from answers import number
+from eval import load as load_run
 from eval import main as eval_main
 from eval import pass_at, wilson
 from experts import Expert, cached, read
@@ -36,7 +38,7 @@ from rewards import REASONS, Problem, TooFew, problems, prompt, verify
 from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, make_optimizer, reference_logprobs,
                   rollout, set_rate, update)
 from router import Router
-from run import ordered
+from run import evaluate, ordered
 
 torch.set_num_threads(1)  # for models this small two threads only wait for each other
 os.chdir(Path(__file__).parent)
@@ -783,7 +785,7 @@ def make_router(widths=WIDTHS, **settings):
     return Router(widths, 32, **dict(latents=4, heads=2, dim=16, start=1.0) | settings)
 
 
-@pytest.mark.parametrize("widths", [WIDTHS, [8, 8], [130, 300, 257], [256, 512]])
+@pytest.mark.parametrize("widths", [WIDTHS, [8, 8], [130, 500, 257], [256, 512]])
 def test_fused_projection_equals_a_loop_over_experts(widths):
     """All of the router, written once more with a loop, unpadded states and torch's own attention; narrow
     experts are a slice each, wide ones several, some with a rest."""
@@ -1293,3 +1295,140 @@ def test_log_sends_every_number(kind, module, tmp_path, monkeypatch):
     train.tracker(args)(dict(step=3, reward=0.5, attention=dict(a=0.25)))
     assert sent == {3: {"step": 3, "reward": 0.5, "attention/a": 0.25}}
     assert kind != "wandb" or os.environ["WANDB_MODE"] == "offline"
+# -- export
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """The finished run as an export, made by the command."""
+    folder = tmp_path_factory.mktemp("export") / "soft"
+    assert eval_main([str(finished), "--export", str(folder)]) == 0
+    return folder
+
+
+def test_exported_lora_in_transformers(finished, tmp_path):
+    """W + alpha / r * B A by PEFT's names, in transformers' model: our logits with LoRA, without prefix."""
+    run = load_run(finished)
+    wake_lora(run.policy)
+    export.write(run, finished, tmp_path / "out", evaluated=False)
+    assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    hf = transformers.AutoModelForCausalLM.from_pretrained("tiny/policy", dtype=torch.float32)
+    tokens = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, changed = hf(tokens).logits[:, -1], set()
+        for name in adapter:
+            if name.endswith("lora_A.weight"):
+                module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                B = adapter[name.replace("lora_A", "lora_B")]
+                hf.get_submodule(module).weight += config["lora_alpha"] / config["r"] * B @ adapter[name]
+                changed.add(module.split(".")[-1])
+        ours = run.policy.logits(run.policy.prefill(tokens, torch.tensor([20, 20])).last)
+        torch.testing.assert_close(ours, hf(tokens).logits[:, -1], atol=1e-4, rtol=0)
+        assert (ours - before).abs().max() > 0.1 and changed == set(config["target_modules"])
+
+
+def test_exported_router_and_prefix_can_be_rebuilt(finished, exported):
+    """From router.json and router.safetensors alone."""
+    said, tensors = json.loads((exported / "router.json").read_text()), load_file(exported / ROUTER)
+    neutral, spread = tensors.pop("prefix.neutral"), tensors.pop("prefix.spread")
+    router, run = Router(**said["router"]), load_run(finished)
+    router.load_state_dict(tensors)
+    H = torch.randn(2, 3, 160)
+    torch.testing.assert_close(router(H)[0], run.router(H)[0], atol=0, rtol=0)
+    assert torch.equal(neutral, run.policy.neutral) and spread == run.policy.spread
+
+
+def test_an_export_is_the_run(finished, exported, tmp_path, monkeypatch, capsys):
+    """The same report and the same texts, without the run's folder, in a folder elsewhere."""
+    reports = []
+    shutil.copytree(exported, tmp_path / "elsewhere")
+    for where in ([str(finished)], ["--from", "elsewhere"]):
+        assert eval_main([*where, "--n", "18", "--samples", "2", "--json"]) == 0
+        reports.append(capsys.readouterr().out.splitlines()[-1])
+        monkeypatch.chdir(tmp_path)
+    assert reports[0] == reports[1]
+    runs = load_run(finished), export.load("elsewhere")
+    items = runs[0].items["test"]
+    for run in runs:
+        run.prepare(items, progress=False)
+    assert evaluate(runs[0], items)[:2] == evaluate(runs[1], items)[:2]
+    assert eval_main(["--from", "elsewhere", "--ask", "State the final answer: 1 + 2 + 3 + 4 ="]) == 0
+    assert "algorithmic" in capsys.readouterr().out
+
+
+def test_export_takes_no_other_folder_and_leaves_no_rest(finished, exported, tmp_path, capsys):
+    """A folder of something else stays as it is; over an export, one without a router leaves none behind."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "README.md", finished):
+        before = sorted(finished.iterdir())
+        assert eval_main([str(finished), "--export", str(place)]) == 2
+        assert "is no export" in capsys.readouterr().err and sorted(finished.iterdir()) == before
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    shutil.copytree(exported, tmp_path / "out")
+    assert run_train(tmp_path / "single", "--steps", 1, "--collab", "single") == 0
+    (tmp_path / "single" / "eval.json").unlink()
+    assert eval_main([str(tmp_path / "single"), "--export", str(tmp_path / "out")]) == 0
+    assert "Not evaluated" in (tmp_path / "out" / "README.md").read_text()
+    assert not list((tmp_path / "out").glob("router*"))
+    run = export.load(tmp_path / "out")
+    assert run.router is None and not run.experts
+    kept = load_file(tmp_path / "single" / "step-000001.safetensors")
+    assert all(torch.equal(p, kept[f"policy.{name}"]) for name, p in run.policy.named_parameters())
+
+
+def said(**change):
+    """Of run.json's settings."""
+    return "run.json", lambda info: info["args"].update(change)
+
+
+def resaved(change):
+    """Other tensors, with the checksum that fits them."""
+    def harm(folder):
+        tensors = change(load_file(folder / ROUTER))
+        save_file(tensors, folder / ROUTER)
+        edit(folder, "run.json", lambda info: info["sha256"].update({ROUTER: checkpoint.digest(tensors)}))
+    return harm
+
+
+ROUTER = "router.safetensors"
+HARM = [  # (what a stranger changes in an export, what the one sentence names)
+    (said(policy="../../policy"), "'../../policy'"), (said(policy="tiny/..\\..\\policy"), ".."),
+    (said(experts=["tiny/arithmetic", "../logic", "tiny/algorithmic"]), "'../logic'"),
+    (said(policy="someone/policy"), "'someone/policy' is not on this machine"),
+    (said(policy="/nowhere/policy"), "'/nowhere/policy'"), (said(data="../data"), ".."),
+    (said(experts=["tiny/logic", "tiny/logic", "tiny/algorithmic"]), "experts"),
+    (said(rank=10**9), "4096"), (said(latents=10**9), "4096"), (said(rank=4), "adapter_config.json"),
+    (said(cue=None), "cue"), (said(seed="0"), "seed"), (said(temperature=-1), "temperature"),
+    (said(alpha=math.nan), "4096"), (said(experts={}), "experts"), (said(policy=3), "policy"),
+    (("adapter_config.json", lambda info: info.update(base_model_name_or_path="../x")), "base_model_name"),
+    (("run.json", lambda info: info["policy"].update(fingerprint="0")), "policy"),
+    (("run.json", lambda info: info.pop("args")), "args"), (("router.json", dict.clear), "router.json"),
+    (lambda folder: (folder / "run.json").write_text("[" * 10**5), "RecursionError"),
+    (lambda folder: (folder / "run.json").write_bytes(b"\xff"), "cannot be used"),
+    (lambda folder: (folder / "run.json").unlink(), "run.json"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model"),
+    (lambda folder: (folder / ROUTER).write_bytes((folder / ROUTER).read_bytes()[:-8]), "Safetensor"),
+    (lambda folder: (folder / ROUTER).write_bytes(b"\xff" * 8 + b"{}"), "Safetensor"),
+    (lambda folder: save_file({k: t + 1 for k, t in load_file(folder / ROUTER).items()}, folder / ROUTER),
+     "damaged"),
+    (resaved(lambda x: {k: t for k, t in x.items() if k != "latents"}), "too few"),
+    (resaved(lambda x: x | {"more": torch.ones(1)}), "too many"),
+    (resaved(lambda x: x | {"latents": x["latents"][:1]}), "shape"),
+    (resaved(lambda x: x | {"latents": x["latents"].long()}), "shape"),
+    (resaved(lambda x: x | {"latents": x["latents"] * math.nan}), "damaged")]
+
+
+@pytest.mark.parametrize("harm, words", HARM)
+def test_an_export_that_lies_is_refused(exported, tmp_path, harm, words, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(exported, tmp_path / "out")
+    edit(tmp_path / "out", *harm) if isinstance(harm, tuple) else harm(tmp_path / "out")
+    assert eval_main(["--from", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and words in error[0]
+
+
+def test_a_run_or_an_export(finished, exported, capsys):
+    for words in ([], [str(finished), "--from", str(exported)], ["--from", str(exported), "--best"]):
+        assert eval_main(words) == 2 and "--from" in capsys.readouterr().err
