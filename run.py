@@ -191,9 +191,11 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
     router = sum(e.width for e in experts) * w + 11 * w * w + w * d if experts else 0
     kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
     scores = 2 * G * H * T * (S + T)
+    blocks = layers * (2 * d * (H + K) * D + 3 * d * ff)  # merged with LoRA while sampling, in a copy
     return [("policy, frozen", policy.params * size),
             ("LoRA and router, their gradients and AdamW's moments", 16 * (lora + router)),
-            ("rollout: keys and values", 2 * layers * K * D * B * (S + G * T) * size),
+            ("rollout: weights merged with LoRA, keys and values, logits",
+             (blocks + 2 * layers * K * D * B * (S + G * T) + B * G * c["vocab_size"]) * size),
             (f"gradient pass, {micro} prompts at a time (--micro)",
              layers * micro * ((S + G * T) * kept + scores) * size),
             ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),
@@ -201,12 +203,17 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
              max((e.params * e.dtype.itemsize for e in experts), default=0))]
 
 
+def memory_peak(table):
+    """Bytes at the worst moment of `memory_table`: sampling, the gradient pass and reading take turns."""
+    frozen, trained, sampling, gradient, chunk, reading = (size for _, size in table)
+    return max(reading, frozen + trained + max(sampling, gradient + chunk))
+
+
 def fitting_micro(args, policy, experts, dtype, prompt_tokens):
     """The most prompts a micro-batch, halving from all, whose estimate leaves a fifth of the memory free."""
     micro, room = args["batch"], 0.8 * free_memory(args["device"])
     rest = (policy, experts, dtype, prompt_tokens)
-    need = lambda: sum(n for _, n in memory_table(args | dict(micro=micro), *rest)[:-1])
-    while micro > 1 and need() > room:
+    while micro > 1 and memory_peak(memory_table(args | dict(micro=micro), *rest)) > room:
         micro = -(-micro // 2)
     return micro
 

@@ -37,7 +37,7 @@ from eval import finish
 from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
 from rlvr import join, make_optimizer, rollout, set_rate, update
-from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
+from run import build, evaluate, fitting_micro, free_memory, memory_peak, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
 
@@ -236,7 +236,8 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     table = memory_table(mine, policy, experts, dtype, tokens)
     for what, size in table:
         say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
-    need, there = max(table[-1][1], sum(size for _, size in table[:-1])), free_memory(device)
+    need, there = memory_peak(table), free_memory(device)
+    say("", f"{need / 2**20:8,.0f} MB  in all at the peak, as sampling, gradient and reading take turns")
     if need > there:
         raise ValueError(f"{need / 2**30:.1f} GB are needed, {there / 2**30:.1f} GB free (table above): "
                          "lower --micro, --batch, --group or --max-new, or choose a smaller policy")
