@@ -22,11 +22,13 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 import checkpoint
+from answers import extract, number
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, held_out
@@ -80,6 +82,7 @@ def measure(run, samples=0):
     after, _, attention = evaluate(run, items)
     names = [e.name for e in run.experts]
     report = dict(task=run.args["task"], n=len(items), seed=run.args["seed"], collab=run.args["collab"],
+                  control=run.args["control"], read=run.args["read"],
                   floor=guessing_floor(items)[0], before=score(before), after=score(after))
     b, a = by_dataset(items, before), by_dataset(items, after)
     report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
@@ -90,21 +93,39 @@ def measure(run, samples=0):
         report["silenced"] = {e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
                               for e, v in silence(run, items).items()}
     if samples:
-        report["pass_at"] = sample_pass(run, items, samples)
+        report["pass_at"], report["majority_at"] = sample_pass(run, items, samples)
     return report
 
 
 @torch.no_grad()
 def sample_pass(run, items, samples):
-    """k -> mean pass@k over the items, from `samples` completions of each at the training temperature."""
+    """k -> mean pass@k over the items, and k -> the share whose majority@k is right (the commonest answer of the
+    first k completions, of equally common ones the first), from `samples` completions of each at the training
+    temperature."""
     generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
-    right, step = [], max(1, 64 // samples)
+    right, votes, step = [], [], max(1, 64 // samples)
     for i in range(0, len(items), step):
         out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
                       samples, run.args["max_new"], run.args["temperature"], generator)
         right += [sum(v.strict for v in row) for row in out.verdicts]
+        for row in zip(out.texts, out.truncated.tolist(), out.verdicts):
+            votes.append([(answer(text, run.form, cut), v.strict) for text, cut, v in zip(*row)])
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    return {k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks}
+    return ({k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks},
+            {k: sum(majority(row[:k]) for row in votes) / len(votes) for k in ks})
+
+
+def answer(text, form, truncated):
+    """What a completion answers, as it is counted: 18 and $18.00 are one answer; None if it gives none."""
+    said = extract(text, form, truncated)[0].strip()
+    value = number(said)
+    return value if value is not None else said.casefold() or None
+
+
+def majority(votes):
+    """Is the commonest answer right? votes: [(answer or None, was this one right)]; None does not vote."""
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    return bool(counts) and dict(reversed(votes))[counts.most_common(1)[0][0]]
 
 
 def show(report):
@@ -116,7 +137,7 @@ def show(report):
     for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
         print(f"    {d:24} n {x['n']:4d}  before {x['before']['strict']:6.1%}  after {percent(x['after'])}")
     for k, value in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {value:.1%}")
+        print(f"  pass@{k} {value:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
     for d, heard in report.get("attention_by", {}).items():
         cost = {e: x[d] - report["by_dataset"][d]["after"]["strict"] for e, x in report["silenced"].items()}
         listens = ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
@@ -220,13 +241,15 @@ def finish(run, out):
 @torch.no_grad()
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
-    problem = Problem(question=question, answer="")
-    run.prepare([problem], progress=False)
+    problem = Problem(question=question, answer="", split="test")
+    run.prepare([problem, run.items["test"][0]], progress=False)  # whose states --control shuffled gives it
     batch = run.batch([problem])
     context, attention = listen(run.router, batch.H)
     tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,
                                        run.args["max_new"], temperature=0)
     print(run.tokenizer.decode(tokens[mask], skip_special_tokens=True).strip())
+    for name, text, _ in run.written.get(question, ()):
+        print(f"  {name} wrote: {text}")
     if attention is not None:
         width = max(len(e.name) for e in run.experts)
         for expert, share in zip(run.experts, attention.mean((0, 1, 2)).tolist()):
@@ -234,13 +257,15 @@ def ask(run, question):
 
 
 def table(folders):
-    """Markdown, a row for every (task, collab): accuracies as mean ± population deviation over seeds."""
+    """Markdown, a row for every (task, collab, control, read): accuracies as mean ± population deviation over seeds."""
     groups = {}
     for folder in folders:
         if not (Path(folder) / "eval.json").exists():
             raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
         report = json.loads((Path(folder) / "eval.json").read_text())
-        groups.setdefault((report["task"], report["collab"]), []).append(report)
+        way = [report["collab"]] + [word for word in (report.get("control", "none"), report.get("read", "last"))
+                                    if word not in ("none", "last")]
+        groups.setdefault((report["task"], ", ".join(way)), []).append(report)
     spread = lambda x: f"{100 * statistics.mean(x):.1f} ± {100 * statistics.pstdev(x):.1f}"
     lines = ["| task | collaboration | seeds | n | before | after | by dataset, after |", "|---" * 7 + "|"]
     for (task, collab), reports in groups.items():

@@ -83,13 +83,15 @@ class Router(nn.Module):
         heads, L, N). An absent expert gets attention exactly 0, and neither influence nor gradient. At least
         one must be present.
         """
-        B, N, _ = H.shape
-        if mask is not None:  # its states may hold anything, NaN too
-            mask = mask.expand(B, N)
+        mask = None if mask is None else mask.expand(H.shape[:2])
+        return self.attend(self.entries(H, mask), mask)
+
+    def entries(self, H, mask=None):
+        """What the latents may listen to: states H (B, N, D), standardised and projected, (B, N, dim)."""
+        if mask is not None:  # an absent expert's states may hold anything, NaN too
             H = H.masked_fill(~mask[..., None], 0.0)
         H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
-        E = self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)  # (B, N, dim)
-        return self.attend(E, mask)
+        return self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)
 
     def attend(self, E, mask=None):
         """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""

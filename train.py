@@ -31,11 +31,13 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from collab import CONTROLS, READ, ROUTED, WAYS, choices, entropy, mutual_information, tokens_spent
 from eval import finish
 from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
 from rlvr import make_optimizer, rollout, set_rate, update
-from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
+from run import (STATISTICS, build, evaluate, fitting_micro, free_memory, memory_table, trim_memory,
+                 used_memory)
 
 BETAS = (0.9, 0.98)
 
@@ -53,7 +55,11 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
         ("policy", POOL, str, "folder or hub name: Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3"),
         ("experts", POOL, list, "folders or hub names of the frozen experts, of any architecture"),
-        ("collab", "soft", ("soft", "single"), "soft: listen through the router; single: LoRA only"),
+        ("collab", "soft", WAYS, "soft: listen to all through the router; hard: to one, chosen by a head; "
+         "text: read what they write; prefix: constant vectors; single: LoRA only"),
+        ("control", "none", CONTROLS, "what stands in for the experts' states: another problem's (shuffled), "
+         "noise of their mean and spread, those of untrained experts"),
+        ("write", POOL, int, "tokens an expert may write (--collab text)"),
         ("read", "last", ("last", "first", "mean"), "which token's state of an expert is read (last: paper)"),
         ("layer", -1, int, "which layer's state, 0 is the embedding (last: paper)"),
         ("cue", "", str, "text appended to the experts' prompts, such as 'The answer is ' (none: paper)")],
@@ -96,7 +102,7 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0)
+             weight_decay=0, write=1)
 
 
 def parser():
@@ -125,19 +131,23 @@ def resolve(given):
         defaults["experts"] = ()
     for name, value in defaults.items():
         args[name] = value if args[name] is None else args[name]
-    if args["collab"] == "soft" and not args["experts"]:
-        raise ValueError("--collab soft needs someone to listen to: name --experts, or use --collab single")
+    if args["collab"] in READ and not args["experts"]:
+        raise ValueError(f"--collab {args['collab']} needs someone to listen to: name --experts, or use "
+                         "--collab single")
+    if args["control"] != "none" and args["collab"] not in ROUTED:
+        raise ValueError(f"--collab {args['collab']} reads no states that --control {args['control']} could "
+                         "replace: use --collab soft or hard, or no control")
     if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
-    args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
+    args["experts"] = list(args["experts"]) if args["collab"] in READ else []
     for name, least in LEAST.items():
         if args[name] is not None and args[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
     for name in ("temperature", "router_temperature", "lr", "router_lr"):
         if not args[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
-    if args["rank"] == 0 and args["collab"] == "single":
-        raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
+    if args["rank"] == 0 and args["collab"] in ("single", "text"):
+        raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     out = Path(args["out"])
     if (out / "config.json").exists():
@@ -199,7 +209,8 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     wanted, longest, device = len(different), max(map(len, different)), args["device"]
     say = lambda what, *text: print(f"  {what:9}", *text)
     level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
-    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}{level}")
+    control = "" if args["control"] == "none" else f", control {args['control']}"
+    print(f"n-Musketeers: {args['collab']} collaboration{control} on {args['task']}{level}")
     used = items["train"][:args["steps"] * args["batch"]]
     say("problems", f"train {len(used):,} ({len({p.question for p in used}):,} different), "
         f"val {len(items['val'])}, "
@@ -220,6 +231,7 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
     tokens = (32 + longest // 3) * (1 + args["shots"])
+    tokens += len(experts) * (args["write"] + 8) if args["collab"] == "text" else 0
     args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, tokens)
     table = memory_table(args, policy, experts, dtype, tokens)
     for what, size in table:
@@ -235,7 +247,7 @@ def show_one(run):
     p = run.items["val"][0]
     print(f"  a problem ({p.dataset}), its answer {p.answer!r}")
     print(f"    as the policy reads it: {run.policy_text(p)!r}")
-    for e in run.experts:
+    for e in run.readers:
         print(f"    as {e.name} reads it: {run.expert_text(p, e)!r}")
 
 
@@ -272,6 +284,15 @@ def summary(run, sampled, sums, train_s):
         of = [i for i, p in enumerate(sampled.problems) if p.dataset == dataset]
         row["reward_by"][dataset] = rewards[of].mean().item()
         row["attention_by"][dataset] = shares(None if heard is None else heard[of], names)
+    # who listens to whom: by head and latent, how sharply, whether it depends on the dataset, who learns
+    hears = heard is not None
+    row["attention_map"] = [[[round(a, 3) for a in latent] for latent in head]
+                            for head in heard.float().mean(0).tolist()] if hears else []
+    row["attention_entropy"] = entropy(heard) if hears else 0.0
+    row["choices"] = choices([p.dataset for p in sampled.problems], heard, names) if hears else {}
+    run.window.append(row["choices"])
+    row["mi"] = mutual_information(run.window)
+    row["expert_grad"] = dict(zip(names, sums["expert_grad"]))
     return row
 
 
@@ -299,13 +320,15 @@ def append(path, rows):
 
 
 def trim(path, step):
-    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
+    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again.
+    Returns those that stay."""
+    kept = []
     if path.exists():
-        kept = []
         for text in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
-                kept += [text] if json.loads(text)["step"] <= step else []
-        write_whole(path, "".join(text + "\n" for text in kept).encode())
+                kept += [row] if (row := json.loads(text))["step"] <= step else []
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept
 
 
 def config(run):
@@ -314,6 +337,7 @@ def config(run):
     experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
                for e in run.experts]
     return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+                tokens=tokens_spent(run, run.items["train"][:STATISTICS]),
                 versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
 
 
@@ -342,9 +366,12 @@ def train(args):
     if state["step"] == 0:
         show_one(run)
         baseline(run)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        trim(out / name, state["step"])
-    checkpoint.write_json(out / "config.json", config(run))
+    trim(out / "samples.jsonl", state["step"])
+    run.window.extend(row.get("choices", {}) for row in trim(out / "metrics.jsonl", state["step"]))
+    about = config(run)
+    print("  tokens    a problem: policy reads {policy_reads:.1f}, prefix included; experts read "
+          "{experts_read:.1f}, write {experts_write:.1f}".format(**about["tokens"]))
+    checkpoint.write_json(out / "config.json", about)
     if learn(run, out, optimizer, generator, state):
         print(f"stopped and saved; go on with: python train.py --resume --out {out}")
         return 0
