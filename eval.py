@@ -99,33 +99,27 @@ def measure(run, samples=0):
 
 @torch.no_grad()
 def sample_pass(run, items, samples):
-    """k -> mean pass@k over the items, and k -> the share whose majority@k is right (the commonest answer of the
-    first k completions, of equally common ones the first), from `samples` completions of each at the training
-    temperature."""
+    """k -> mean pass@k over the items, and k -> share of items with a right majority among the first k, from
+    `samples` completions of each at the training temperature."""
     generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
     right, votes, step = [], [], max(1, 64 // samples)
     for i in range(0, len(items), step):
         out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
                       samples, run.args["max_new"], run.args["temperature"], generator)
         right += [sum(v.strict for v in row) for row in out.verdicts]
-        for row in zip(out.texts, out.truncated.tolist(), out.verdicts):
-            votes.append([(answer(text, run.form, cut), v.strict) for text, cut, v in zip(*row)])
+        votes += [[(extract(text, run.form, cut)[0], v.strict) for text, cut, v in zip(*row)]
+                  for row in zip(out.texts, out.truncated.tolist(), out.verdicts)]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
     return ({k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks},
             {k: sum(majority(row[:k]) for row in votes) / len(votes) for k in ks})
 
 
-def answer(text, form, truncated):
-    """What a completion answers, as it is counted: 18 and $18.00 are one answer; None if it gives none."""
-    said = extract(text, form, truncated)[0].strip()
-    value = number(said)
-    return value if value is not None else said.casefold() or None
-
-
 def majority(votes):
-    """Is the commonest answer right? votes: [(answer or None, was this one right)]; None does not vote."""
-    counts = Counter(answer for answer, _ in votes if answer is not None)
-    return bool(counts) and dict(reversed(votes))[counts.most_common(1)[0][0]]
+    """Is the commonest answer right (of equally common ones the first)? votes: [(answer as written, or "" for
+    none, is it right)]; 18 and $18.00 are one answer."""
+    said = [(number(text) or text.strip().casefold(), right) for text, right in votes if text.strip()]
+    counts = Counter(answer for answer, _ in said)
+    return bool(said) and dict(said)[max(counts, key=counts.get)]
 
 
 def show(report):
@@ -242,7 +236,7 @@ def finish(run, out):
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
     problem = Problem(question=question, answer="", split="test")
-    run.prepare([problem, run.items["test"][0]], progress=False)  # whose states --control shuffled gives it
+    run.prepare([problem, run.items["test"][0]], progress=False)  # it gets the other's if states are shuffled
     batch = run.batch([problem])
     context, attention = listen(run.router, batch.H)
     tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,
@@ -257,14 +251,15 @@ def ask(run, question):
 
 
 def table(folders):
-    """Markdown, a row for every (task, collab, control, read): accuracies as mean ± population deviation over seeds."""
+    """Markdown, a row for every (task, collab, control, read): accuracies as mean ± population deviation
+    over seeds."""
     groups = {}
     for folder in folders:
         if not (Path(folder) / "eval.json").exists():
             raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
         report = json.loads((Path(folder) / "eval.json").read_text())
-        way = [report["collab"]] + [word for word in (report.get("control", "none"), report.get("read", "last"))
-                                    if word not in ("none", "last")]
+        more = (report.get("control", "none"), report.get("read", "last"))
+        way = [report["collab"], *(word for word in more if word not in ("none", "last"))]
         groups.setdefault((report["task"], ", ".join(way)), []).append(report)
     spread = lambda x: f"{100 * statistics.mean(x):.1f} ± {100 * statistics.pstdev(x):.1f}"
     lines = ["| task | collaboration | seeds | n | before | after | by dataset, after |", "|---" * 7 + "|"]
@@ -284,6 +279,7 @@ def load(folder, best=False):
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
     args = json.loads((folder / "config.json").read_text())["args"]
+    args = dict(control="none", write=64) | args  # a run of before there were any
     if args["device"] != "cpu" and not torch.cuda.is_available():
         args["device"] = "cpu"
     run = build(args, training=False)

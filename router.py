@@ -84,14 +84,15 @@ class Router(nn.Module):
         one must be present.
         """
         mask = None if mask is None else mask.expand(H.shape[:2])
-        return self.attend(self.entries(H, mask), mask)
-
-    def entries(self, H, mask=None):
-        """What the latents may listen to: states H (B, N, D), standardised and projected, (B, N, dim)."""
-        if mask is not None:  # an absent expert's states may hold anything, NaN too
+        if mask is not None:  # its states may hold anything, NaN too
             H = H.masked_fill(~mask[..., None], 0.0)
-        H = ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
-        return self.norm_in(torch.einsum("bnd,ndk->bnk", H, self.project) + self.identity)
+        return self.attend(self.entries(self.standard(H)), mask)
+
+    def standard(self, H):
+        return ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
+
+    def entries(self, x):
+        return self.norm_in(torch.einsum("bnd,ndk->bnk", x, self.project) + self.identity)  # (B, N, dim)
 
     def attend(self, E, mask=None):
         """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""

@@ -55,9 +55,7 @@ class Run:
         tokens = torch.zeros(len(ids), bucket(int(lengths.max())), dtype=torch.long)
         for row, x in zip(tokens, ids):
             row[: len(x)] = torch.tensor(x)
-        H = torch.empty(len(ids), 0, 0)  # B problems of which nobody read anything
-        if self.H is not None:
-            H = self.H[[self.rows[p.question] for p in some]]
+        H = torch.empty(len(ids), 0, 0) if self.H is None else self.H[[self.rows[p.question] for p in some]]
         send = lambda t: (
             t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device))
         return Batch(list(some), send(tokens), send(lengths), send(H).float())
@@ -90,7 +88,7 @@ class Run:
             if len(ids) > room:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens leaves no room in the policy's window of "
-                    f"{self.policy.window}: use fewer --shots, a smaller --max-new or --write, or an easier --level")
+                    f"{self.policy.window}: use fewer --shots, --max-new or --write, or an easier --level")
             self.ids[p.question] = ids
         if self.args["collab"] in ROUTED:
             H = self.controlled(read(self.readers, texts, self.args["cache"], progress), fresh)
@@ -98,15 +96,13 @@ class Run:
             self.H = H if self.H is None else torch.cat((self.H, H))
 
     def controlled(self, H, some):
-        """The states H (n, N, D) of these problems as --control leaves them (untrained experts: as they
-        are)."""
-        kind, seed = self.args["control"], self.args["seed"]
-        if kind == "shuffled":
-            return H[others(some, seed)]
-        if kind == "noise":
+        """What --control makes of the states H (n, N, D) of these problems (untrained: the experts are)."""
+        if self.args["control"] == "shuffled":
+            return H[others(some, self.args["seed"])]
+        if self.args["control"] == "noise":
             first = H[:len({p.question for p in self.items["train"][:STATISTICS]})].float()
             self.moments = self.moments or (first.mean(0), first.std(0))
-            return noise(some, *self.moments, seed).to(H.dtype)
+            return noise(some, *self.moments, self.args["seed"]).to(H.dtype)
         return H
 
 
@@ -147,11 +143,10 @@ def held_out(args, split, n=None, whole=False):
 def build(args, announce=None, training=True):
     """Models, problems and expert states of a run, in the order in which a mistake is cheapest to find.
     training=False: no problem is read yet; what is wanted is named to `Run.prepare` later."""
-    args = dict(control="none", write=64) | args  # a run that was written down before there were any
     train_items, shots = ordered(args, max(args["steps"] * args["batch"], STATISTICS))
     items = dict(train=train_items, val=held_out(args, "val", args["val"]),
                  test=held_out(args, "test", args["test"]))
-    experts, readers, eye = assemble(args)
+    experts, readers = assemble(args)
     for i, e in enumerate(experts):  # two folders may end alike; a name is what attention is reported under
         e.name += f"-{i}" if any(e.name == other.name for other in experts[:i]) else ""
     itself = Expert(args["policy"], template=args["template"])  # its tokenizer and size, no weights yet
@@ -165,7 +160,7 @@ def build(args, announce=None, training=True):
 
     torch.manual_seed(args["seed"])
     policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])
-    router = make_router(args, readers, eye, policy.config["hidden_size"])
+    router = make_router(args, experts, readers, policy.config["hidden_size"])
     if router is not None:
         router.to(args["device"])
     if form == "plain":

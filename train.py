@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
-from collab import CONTROLS, READ, ROUTED, WAYS, choices, entropy, mutual_information, tokens_spent
+from collab import CONTROLS, PEOPLED, ROUTED, WAYS, listening, mutual_information, tokens_spent
 from eval import finish
 from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
@@ -55,8 +55,8 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
         ("policy", POOL, str, "folder or hub name: Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3"),
         ("experts", POOL, list, "folders or hub names of the frozen experts, of any architecture"),
-        ("collab", "soft", WAYS, "soft: listen to all through the router; hard: to one, chosen by a head; "
-         "text: read what they write; prefix: constant vectors; single: LoRA only"),
+        ("collab", "soft", WAYS, "soft: listen to all through the router; hard: to one, chosen for the "
+         "problem; text: read what they write; prefix: constant vectors; single: LoRA only"),
         ("control", "none", CONTROLS, "what stands in for the experts' states: another problem's (shuffled), "
          "noise of their mean and spread, those of untrained experts"),
         ("write", POOL, int, "tokens an expert may write (--collab text)"),
@@ -131,7 +131,7 @@ def resolve(given):
         defaults["experts"] = ()
     for name, value in defaults.items():
         args[name] = value if args[name] is None else args[name]
-    if args["collab"] in READ and not args["experts"]:
+    if args["collab"] in PEOPLED and not args["experts"]:
         raise ValueError(f"--collab {args['collab']} needs someone to listen to: name --experts, or use "
                          "--collab single")
     if args["control"] != "none" and args["collab"] not in ROUTED:
@@ -139,7 +139,7 @@ def resolve(given):
                          "replace: use --collab soft or hard, or no control")
     if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
-    args["experts"] = list(args["experts"]) if args["collab"] in READ else []
+    args["experts"] = list(args["experts"]) if args["collab"] in PEOPLED else []
     for name, least in LEAST.items():
         if args[name] is not None and args[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
@@ -209,7 +209,7 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     wanted, longest, device = len(different), max(map(len, different)), args["device"]
     say = lambda what, *text: print(f"  {what:9}", *text)
     level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
-    control = "" if args["control"] == "none" else f", control {args['control']}"
+    control = "" if args["control"] == "none" else f" ({args['control']})"
     print(f"n-Musketeers: {args['collab']} collaboration{control} on {args['task']}{level}")
     used = items["train"][:args["steps"] * args["batch"]]
     say("problems", f"train {len(used):,} ({len({p.question for p in used}):,} different), "
@@ -231,7 +231,7 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
     tokens = (32 + longest // 3) * (1 + args["shots"])
-    tokens += len(experts) * (args["write"] + 8) if args["collab"] == "text" else 0
+    tokens += len(experts) * (args["write"] + 8) * (args["collab"] == "text")
     args["micro"] = args["micro"] or fitting_micro(args, policy, experts, dtype, tokens)
     table = memory_table(args, policy, experts, dtype, tokens)
     for what, size in table:
@@ -284,16 +284,9 @@ def summary(run, sampled, sums, train_s):
         of = [i for i, p in enumerate(sampled.problems) if p.dataset == dataset]
         row["reward_by"][dataset] = rewards[of].mean().item()
         row["attention_by"][dataset] = shares(None if heard is None else heard[of], names)
-    # who listens to whom: by head and latent, how sharply, whether it depends on the dataset, who learns
-    hears = heard is not None
-    row["attention_map"] = [[[round(a, 3) for a in latent] for latent in head]
-                            for head in heard.float().mean(0).tolist()] if hears else []
-    row["attention_entropy"] = entropy(heard) if hears else 0.0
-    row["choices"] = choices([p.dataset for p in sampled.problems], heard, names) if hears else {}
+    row |= listening(sampled.problems, heard, names)
     run.window.append(row["choices"])
-    row["mi"] = mutual_information(run.window)
-    row["expert_grad"] = dict(zip(names, sums["expert_grad"]))
-    return row
+    return row | dict(mi=mutual_information(run.window), expert_grad=dict(zip(names, sums["expert_grad"])))
 
 
 def line(row):
