@@ -9,8 +9,8 @@ The ways to collaborate, their controls, and what is measured of them.
     single   nothing                      nothing
 
 To the rest of the project a way is `Run.router`: None, or a module called as router(H) -> (context tokens
-(B, L, d), attention (B, heads, L, N) or None). A control replaces H and leaves everything else as it is: what
-a run still gains then, it did not gain by reading the experts.
+(B, L, d), attention (B, heads, L, N) or None). A control replaces all of H, what the head sees too, and
+nothing else: what a run still gains then, it did not gain by reading the experts.
 """
 import hashlib
 import math
@@ -56,8 +56,7 @@ class Hard(Router):
         self.project, self.identity = nn.Parameter(self.project[:N]), nn.Parameter(self.identity[:N])
 
     def forward(self, H, mask=None):
-        """As Router's; the attention is the choice. An absent expert is not chosen; the eye sees all the
-        same."""
+        """As Router's; the attention is the choice. An absent expert is not chosen, but it may be the eye."""
         x = self.standard(H)  # (B, N or N + 1, D)
         scores, said = self.head(x[:, self.eye]), x[:, :len(self.identity)]  # (B, N), (B, N, D)
         if mask is not None:
@@ -95,8 +94,8 @@ def make_router(args, experts, readers, d_policy):
     start = 0.02 if args["neutral"] == "mean" else 0.5  # see Policy: what a fresh prefix may be without harm
     if args["collab"] == "prefix":
         return Prefix(args["latents"], d_policy, start)
-    how = (d_policy, args["latents"], args["router_heads"], args["router_width"], args["router_temperature"],
-           start)
+    shape = (args["latents"], args["router_heads"], args["router_width"])
+    how = (d_policy, *shape, args["router_temperature"], start)
     if args["collab"] == "hard":
         eye = next((i for i, e in enumerate(experts) if e.encoder), len(experts))
         return Hard([e.width for e in readers], *how, eye=eye, N=len(experts))
@@ -147,9 +146,9 @@ def write(experts, texts, folder=None, progress=True):
 
 # -- controls
 def others(some, seed):
-    """For each of these different problems the place of another one of its split, each given away once:
-    neighbours in a random order swap, the last three of an odd number go round. (Training problems come in
-    the seed's random order; left in it, swaps stay as they are when a run is prolonged.)"""
+    """For each of these different problems the place of another one of its split, each given away once: the
+    next in a random order, the first for the last. (Training problems come in the seed's random order; left
+    in it, all but one keep their partner when a run is prolonged.)"""
     partner = [0] * len(some)
     for split in {p.split for p in some}:
         order = [i for i, p in enumerate(some) if p.split == split]
@@ -157,10 +156,8 @@ def others(some, seed):
             raise ValueError(f"--control shuffled needs two {split} problems at least: raise --val or --test")
         if split != "train":
             random.Random(f"{seed} {split}").shuffle(order)
-        for i in range(0, len(order) - 1, 2):
-            ring = order[i:] if i + 3 == len(order) else order[i:i + 2]
-            for a, b in zip(ring, ring[1:] + ring[:1]):
-                partner[a] = b
+        for i, other in zip(order, order[1:] + order[:1]):
+            partner[i] = other
     return partner
 
 

@@ -236,7 +236,7 @@ def finish(run, out):
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
     problem = Problem(question=question, answer="", split="test")
-    run.prepare([problem, run.items["test"][0]], progress=False)  # it gets the other's if states are shuffled
+    run.prepare([problem, *run.items["test"][:2]], progress=False)  # --control shuffled gives it another's
     batch = run.batch([problem])
     context, attention = listen(run.router, batch.H)
     tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,

@@ -89,9 +89,11 @@ class Router(nn.Module):
         return self.attend(self.entries(self.standard(H)), mask)
 
     def standard(self, H):
-        return ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)  # (B, N, D)
+        """States H (B, N, D) from their mean, in their spreads."""
+        return ((H.to(self.mean.dtype) - self.mean) * self.gain).clamp(-10, 10)
 
     def entries(self, x):
+        """What the latents may listen to, from standardised states."""
         return self.norm_in(torch.einsum("bnd,ndk->bnk", x, self.project) + self.identity)  # (B, N, dim)
 
     def attend(self, E, mask=None):

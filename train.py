@@ -355,15 +355,15 @@ def train(args):
     if state["step"] >= args["steps"]:
         print(f"  nothing is left to do: raise --steps to go on, or see python eval.py {out}")
         return 0 if (out / "eval.json").exists() else finish(run, out)
-    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**trainable(run)))
+    about = config(run)
+    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**about["trainable"]))
+    print("  tokens    of a problem: the policy reads {policy_reads:.1f}, prefix included; the experts read "
+          "{experts_read:.1f} and write {experts_write:.1f}".format(**about["tokens"]))
     if state["step"] == 0:
         show_one(run)
         baseline(run)
     trim(out / "samples.jsonl", state["step"])
     run.window.extend(row.get("choices", {}) for row in trim(out / "metrics.jsonl", state["step"]))
-    about = config(run)
-    print("  tokens    a problem: policy reads {policy_reads:.1f}, prefix included; experts read "
-          "{experts_read:.1f}, write {experts_write:.1f}".format(**about["tokens"]))
     checkpoint.write_json(out / "config.json", about)
     if learn(run, out, optimizer, generator, state):
         print(f"stopped and saved; go on with: python train.py --resume --out {out}")
