@@ -46,8 +46,9 @@ class Hard(Router):
     """A router that hears one expert a problem: the first choice of a linear head, which sees the problem
     through a frozen reader, column `eye` of H (of the N experts, or the one behind them).
 
-    The choice is straight-through (1308.3432): one-hot forward, the softmax's backward, so that the head
-    learns of every expert by what it would have said, not of the chosen one alone.
+    The choice is straight-through (1308.3432): forward one expert's entry, backward the softmax's mixture of
+    all. So the others learn to speak while they are not heard, and the head what they would have said; with
+    the choice alone in the backward pass it stayed with the expert it began with.
     """
 
     def __init__(self, widths, *how, eye, N):
@@ -64,8 +65,9 @@ class Hard(Router):
             scores, said = scores.masked_fill(~mask, -torch.inf), said.masked_fill(~mask[..., None], 0.0)
         p = scores.float().softmax(-1)
         choice = F.one_hot(p.argmax(-1), p.shape[-1]).to(p)
-        weight = choice + (p - p.detach())  # the choice itself, with the softmax's gradient
-        context, one = self.attend((weight[..., None] * self.entries(said)).sum(1, keepdim=True))
+        E = self.entries(said)
+        mixture, chosen = ((w[..., None] * E).sum(1, keepdim=True) for w in (p, choice))  # (B, 1, dim)
+        context, one = self.attend(mixture + (chosen - mixture).detach())
         return context, one * choice[:, None, None]  # (B, heads, L, 1) of ones -> (B, heads, L, N)
 
 
@@ -74,9 +76,9 @@ def assemble(args):
     its experts, else by the frozen policy's mean state, which is read as one more column."""
     if args["collab"] == "text":
         some = [Writer(e, args["write"], device=args["device"]) for e in args["experts"]]
-        for e in filter(lambda e: e.encoder, some):
-            print(f"  left out  {e.name}: an encoder does not write")
         experts = [e for e in some if not e.encoder]
+        for e in [e for e in some if e.encoder]:
+            print(f"  left out  {e.name}: an encoder does not write")
         if not experts:
             raise ValueError("--collab text needs an expert that writes: name a causal model with --experts")
         return experts, experts
@@ -120,7 +122,6 @@ class Writer(Expert):
     def forward(self, ids):
         """What follows B lists of ids, (B, tokens). Padding stands on the left: all go on at one column."""
         from transformers import GenerationConfig
-
         longest, stop = max(map(len, ids)), stop_tokens(self.folder, self.model.config)
         stop = line_ends(self.tokenizer, stop) if self.template == "plain" else stop
         tokens = torch.tensor([[stop[0]] * (longest - len(row)) + row for row in ids])
@@ -187,13 +188,10 @@ def listening(problems, attention, names):
 def mutual_information(steps):
     """What the expert heard most tells of the dataset, in nats, over the `choices` of some steps: 0 where all
     datasets are treated alike, at most the logarithm of their number; a few hundredths too high on few."""
-    both, dataset, expert = Counter(), Counter(), Counter()
-    for d, e, n in ((d, e, n) for choices in steps for d, row in choices.items() for e, n in row.items()):
-        both[d, e] += n
-        dataset[d] += n
-        expert[e] += n
-    total = both.total()
-    return sum((n / total * math.log(n * total / dataset[d] / expert[e]) for (d, e), n in both.items()), 0.0)
+    n, of, to = Counter(), Counter(), Counter()  # prompts of each pair, of each dataset, to each expert
+    for d, e, k in ((d, e, k) for choices in steps for d, row in choices.items() for e, k in row.items()):
+        n[d, e], of[d], to[e] = n[d, e] + k, of[d] + k, to[e] + k
+    return sum((n[d, e] / n.total() * math.log(n[d, e] * n.total() / of[d] / to[e]) for d, e in n), 0.0)
 
 
 def tokens_spent(run, some):

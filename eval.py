@@ -4,13 +4,14 @@ was worth.
 
     python eval.py runs/NAME                            the test problems, before and after, with 95%
     intervals
-    python eval.py runs/NAME --samples 8                and pass@k
+    python eval.py runs/NAME --samples 8                and pass@k, majority@k
     python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
     python eval.py runs/A runs/B runs/C --table         finished runs side by side, seeds put together
 
-"Before" is the policy alone: LoRA off and prefix off. Attention shows who was listened to; it is no proof
-that it mattered. So each expert is also silenced (its attention set to exactly 0, the others' renormalised)
-and the accuracy that this costs is measured on the same problems.
+"Before" is the policy alone: LoRA off and prefix off (what experts write in --collab text it reads already).
+Attention shows who was listened to; it is no proof that it mattered. So each expert is also silenced (its
+attention set to exactly 0, the others' renormalised) and the accuracy that this costs is measured on the same
+problems.
 """
 
 import os
