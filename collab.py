@@ -77,7 +77,7 @@ def assemble(args):
     if args["collab"] == "text":
         some = [Writer(e, args["write"], device=args["device"]) for e in args["experts"]]
         experts = [e for e in some if not e.encoder]
-        for e in [e for e in some if e.encoder]:
+        for e in filter(lambda e: e.encoder, some):
             print(f"  left out  {e.name}: an encoder does not write")
         if not experts:
             raise ValueError("--collab text needs an expert that writes: name a causal model with --experts")
@@ -128,7 +128,7 @@ class Writer(Expert):
         real = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
         how = GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=stop,
                                pad_token_id=stop[0])
-        self.model.generation_config = how  # else what is not said here, penalties say, is taken from its own
+        self.model.generation_config = how  # or its own would say what this does not: penalties
         wrote = self.model.generate(input_ids=tokens.to(self.device), attention_mask=real.to(self.device),
                                     generation_config=how)[:, longest:].cpu()
         wrote = wrote.masked_fill(torch.isin(wrote, torch.tensor(stop)).cumsum(1) > 0, -1)

@@ -1,9 +1,10 @@
 """
 The frozen pool: any Hugging Face model as an expert that reads each prompt once.
 
-An expert never writes. It reads a prompt with its own tokenizer and leaves one vector, a hidden state pooled
-over its tokens (H in the paper's C = g(H)). Frozen weights and a fixed prompt always give the same vector, so
-the vectors are a cache on disk, and while the policy trains no expert is in memory:
+An expert never writes (collab.py has some that do, to compare). It reads a prompt with its own tokenizer and
+leaves one vector, a hidden state pooled over its tokens (H in the paper's C = g(H)). Frozen weights and a
+fixed prompt always give the same vector, so the vectors are a cache on disk, and while the policy trains no
+expert is in memory:
 
     texts (n per expert) -> token ids -> AutoModel, in batches -> a state per text -> shards -> H (n, N, D)
 
