@@ -26,7 +26,6 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -202,7 +201,7 @@ def bench_head(folder, size):
 
 
 def loop_over_experts(router, parts, weights):
-    """What `Router.embed` does, expert by expert: parts[i] (B, D_i), weights[i] (D_i, dim)."""
+    """What `Router.standard` and `embed` do, expert by expert: parts[i] (B, D_i), weights[i] (D_i, dim)."""
     owned = [router.owner == i for i in range(len(parts))]
     gains, shifts = ([t[o].flatten()[:len(w)] for o, w in zip(owned, weights)]
                      for t in (router.gain, router.shift))
@@ -231,7 +230,7 @@ def bench_router(rounds=20):
                     p.grad = None
                 (project() * out).sum().backward()
 
-        a, b = alternate(rounds, lambda: many(loop), lambda: many(lambda: router.embed(H)))
+        a, b = alternate(rounds, lambda: many(loop), lambda: many(lambda: router.embed(router.standard(H))))
         result[key] = ratio(a, b)
     return result
 

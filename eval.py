@@ -4,15 +4,16 @@ was worth.
 
     python eval.py runs/NAME                            the test problems, before and after, with 95%
     intervals
-    python eval.py runs/NAME --samples 8                and pass@k
+    python eval.py runs/NAME --samples 8                and pass@k, majority@k
     python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
     python eval.py runs/A runs/B runs/C --table         finished runs side by side, seeds put together
     python eval.py runs/NAME --export DIR               what was trained, for others: PEFT's format, a card
     python eval.py --from DIR                           an export in place of a run
 
-"Before" is the policy alone: LoRA off and prefix off. Attention shows who was listened to; it is no proof
-that it mattered. So each expert is also silenced (its attention set to exactly 0, the others' renormalised)
-and the accuracy that this costs is measured on the same problems.
+"Before" is the policy alone: LoRA off and prefix off (what experts write in --collab text it reads already).
+Attention shows who was listened to; it is no proof that it mattered. So each expert is also silenced (its
+attention set to exactly 0, the others' renormalised) and the accuracy that this costs is measured on the same
+problems.
 """
 
 import os
@@ -24,6 +25,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ import torch
 import checkpoint
 import export
 import ranks
+from answers import extract, number
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, held_out
@@ -84,6 +87,7 @@ def measure(run, samples=0):
     after, _, attention = evaluate(run, items)
     names = [e.name for e in run.experts]
     report = dict(task=run.args["task"], n=len(items), seed=run.args["seed"], collab=run.args["collab"],
+                  control=run.args["control"], read=run.args["read"],
                   floor=guessing_floor(items)[0], before=score(before), after=score(after))
     b, a = by_dataset(items, before), by_dataset(items, after)
     report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
@@ -94,21 +98,33 @@ def measure(run, samples=0):
         report["silenced"] = {e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
                               for e, v in silence(run, items).items()}
     if samples:
-        report["pass_at"] = sample_pass(run, items, samples)
+        report["pass_at"], report["majority_at"] = sample_pass(run, items, samples)
     return report
 
 
 @torch.no_grad()
 def sample_pass(run, items, samples):
-    """k -> mean pass@k over the items, from `samples` completions of each at the training temperature."""
+    """k -> mean pass@k over the items, and k -> share of items with a right majority among the first k, from
+    `samples` completions of each at the training temperature."""
     generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
-    right, step = [], max(1, 64 // samples)
+    right, votes, step = [], [], max(1, 64 // samples)
     for i in range(0, len(items), step):
         out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
                       samples, run.args["max_new"], run.args["temperature"], generator)
         right += [sum(v.strict for v in row) for row in out.verdicts]
+        votes += [[(extract(text, run.form, cut)[0], v.strict) for text, cut, v in zip(*row)]
+                  for row in zip(out.texts, out.truncated.tolist(), out.verdicts)]
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    return {k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks}
+    return ({k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks},
+            {k: sum(majority(row[:k]) for row in votes) / len(votes) for k in ks})
+
+
+def majority(votes):
+    """Is the commonest answer right (of equally common ones the first)? votes: [(answer as written, or "" for
+    none, is it right)]; 18 and $18.00 are one answer."""
+    said = [(number(text) or text.strip().casefold(), right) for text, right in votes if text.strip()]
+    counts = Counter(answer for answer, _ in said)
+    return bool(said) and dict(said)[max(counts, key=counts.get)]
 
 
 def show(report):
@@ -120,7 +136,7 @@ def show(report):
     for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
         print(f"    {d:24} n {x['n']:4d}  before {x['before']['strict']:6.1%}  after {percent(x['after'])}")
     for k, value in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {value:.1%}")
+        print(f"  pass@{k} {value:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
     for d, heard in report.get("attention_by", {}).items():
         cost = {e: x[d] - report["by_dataset"][d]["after"]["strict"] for e, x in report["silenced"].items()}
         listens = ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
@@ -226,13 +242,15 @@ def finish(run, out):
 @torch.no_grad()
 def ask(run, question):
     """One question of the user's own: the answer, and who was listened to."""
-    problem = Problem(question=question, answer="")
-    run.prepare([problem], progress=False)
+    problem = Problem(question=question, answer="", split="test")
+    run.prepare([problem, *run.items["test"][:2]], progress=False)  # --control shuffled gives it another's
     batch = run.batch([problem])
     context, attention = listen(run.router, batch.H)
     tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,
                                        run.args["max_new"], temperature=0)
     print(run.tokenizer.decode(tokens[mask], skip_special_tokens=True).strip())
+    for name, text, _ in run.written.get(question, ()):
+        print(f"  {name} wrote: {text}")
     if attention is not None:
         width = max(len(e.name) for e in run.experts)
         for expert, share in zip(run.experts, attention.mean((0, 1, 2)).tolist()):
@@ -240,13 +258,16 @@ def ask(run, question):
 
 
 def table(folders):
-    """Markdown, a row for every (task, collab): accuracies as mean ± population deviation over seeds."""
+    """Markdown, a row for every (task, collab, control, read): accuracies as mean ± population deviation
+    over seeds."""
     groups = {}
     for folder in folders:
         if not (Path(folder) / "eval.json").exists():
             raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
         report = json.loads((Path(folder) / "eval.json").read_text())
-        groups.setdefault((report["task"], report["collab"]), []).append(report)
+        more = (report.get("control", "none"), report.get("read", "last"))
+        way = [report["collab"], *(word for word in more if word not in ("none", "last"))]
+        groups.setdefault((report["task"], ", ".join(way)), []).append(report)
     spread = lambda x: f"{100 * statistics.mean(x):.1f} ± {100 * statistics.pstdev(x):.1f}"
     lines = ["| task | collaboration | seeds | n | before | after | by dataset, after |", "|---" * 7 + "|"]
     for (task, collab), reports in groups.items():
@@ -265,6 +286,7 @@ def load(folder, best=False):
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
     args = json.loads((folder / "config.json").read_text())["args"]
+    args = dict(control="none", write=64) | args  # a run of before there were any
     if args["device"] != "cpu" and not torch.cuda.is_available():
         args["device"] = "cpu"
     run = build(args, training=False)

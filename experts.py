@@ -1,9 +1,10 @@
 """
 The frozen pool: any Hugging Face model as an expert that reads each prompt once.
 
-An expert never writes. It reads a prompt with its own tokenizer and leaves one vector, a hidden state pooled
-over its tokens (H in the paper's C = g(H)). Frozen weights and a fixed prompt always give the same vector, so
-the vectors are a cache on disk, and while the policy trains no expert is in memory:
+An expert never writes (collab.py has some that do, to compare). It reads a prompt with its own tokenizer and
+leaves one vector, a hidden state pooled over its tokens (H in the paper's C = g(H)). Frozen weights and a
+fixed prompt always give the same vector, so the vectors are a cache on disk, and while the policy trains no
+expert is in memory:
 
     texts (n per expert) -> token ids -> AutoModel, in batches -> a state per text -> shards -> H (n, N, D)
 
@@ -55,6 +56,7 @@ class Pool:
     router_heads: int = 8
     router_temperature: float = 1.0
     neutral: str = "zero"       # see model.Policy
+    write: int = 64             # tokens an expert may write (--collab text)
 
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -66,6 +68,7 @@ POOLS = {
         lr=1e-3, router_lr=2e-3,                # small models bear, and need, ten times a large one's rate
         batch=36, steps=200, max_new=8,         # 12 problems a family; the longest answer and its stop token
         router_width=64, router_heads=4, router_temperature=0.5,    # narrow inputs; few steps to choose in
+        write=1,                                # a whole answer is one token of its experts
         neutral="mean"),                        # its policy was taught what the mean embedding means: nothing
     # One consumer GPU or a patient CPU. Three families, one an encoder; Apache-2.0, bge MIT.
     "small": Pool(
@@ -199,9 +202,13 @@ class Expert:
               every device, so that a CPU and a GPU can share a cache
     template  "chat", "plain", or "auto" (chat if the tokenizer has a chat template). A chat text holds its
               special tokens already, a plain one is given the tokenizer's own.
+    untrained the same architecture with random weights, always the same ones (a control)
     Raises ValueError for a model that is missing, damaged or of a kind that cannot be read.
     """
-    def __init__(self, name, *, read="last", layer=-1, dtype=None, device="cpu", template="auto"):
+    auto = "AutoModel"      # the class in transformers that loads it
+
+    def __init__(self, name, *, read="last", layer=-1, dtype=None, device="cpu", template="auto",
+                 untrained=False):
         self.source, self.device, self.read, self.model = str(name), torch.device(device), read, None
         self.folder, self.revision = find_model(self.source)
         self.name = Path(self.source.partition("@")[0]).name if self.revision else self.folder.resolve().name
@@ -217,6 +224,8 @@ class Expert:
         self.layer, self.dtype = layer % (self.layers + 1), DTYPES[dtype]
         self.template = template if template != "auto" else "chat" if self.has_template else "plain"
         self.row_bytes = self.width * self.dtype.itemsize + 32      # of one text in the cache, with its key
+        self.untrained, self.kept = untrained, self.dtype           # kept: the dtype of its rows in the cache
+        self.marks = ["untrained"] if untrained else []             # what else the fingerprint must tell
 
     def geometry(self):
         """(width, layers, window, has_template) from the JSON files, without importing a model class."""
@@ -244,9 +253,17 @@ class Expert:
         files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
         if self.revision is None:                       # a commit names its weights, a folder's are looked at
             files += weight_files(self.folder)
-        parts = [FORMAT, self.read, self.layer, self.dtype, self.template, self.revision]
+        parts = [FORMAT, self.read, self.layer, self.dtype, self.template, self.revision, *self.marks]
         parts += [f"{path.name} {file_hash(path)}" for path in sorted(files)]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+    @cached_property
+    def encoder(self):
+        """Is it a reader alone, of BERT's kin? Told by the type and architecture in its config.json."""
+        config = read_json(self.folder / "config.json")
+        kind, heads = str(config.get("model_type")), config.get("architectures") or []
+        writes = any(head.endswith(("CausalLM", "LMHeadModel")) for head in heads)
+        return ("bert" in kind or kind in ("mpnet", "electra")) and not writes
 
     @cached_property
     def tokenizer(self):
@@ -272,9 +289,16 @@ class Expert:
         if self.model is not None:
             return
         with loading("model", self.source):
-            from transformers import AutoModel
-            model, report = AutoModel.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
-                                                      trust_remote_code=False, output_loading_info=True)
+            import transformers
+            auto, report = getattr(transformers, self.auto), dict(missing_keys=())
+            if self.untrained:
+                config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    model = auto.from_config(config, dtype=self.dtype, trust_remote_code=False)
+            else:
+                model, report = auto.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
+                                                     trust_remote_code=False, output_loading_info=True)
             # What is missing was filled with random numbers; only the pooler, above the last layer, may be.
             missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
             if missing:
@@ -322,6 +346,13 @@ class Expert:
         for places, states in self.batches(self.tokenize(texts)):
             result[places] = states
         return result
+
+
+def line_ends(tokenizer, stop):
+    """In the plain form the answer is the first line, so every token that ends a line ends the completion."""
+    marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's
+    ends = [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
+    return sorted({*stop, *ends})
 
 
 # The cache: <folder>/<fingerprint>/<seal>.safetensors, each with `keys` (n, 32) uint8, the sha256 of n texts,
@@ -385,7 +416,7 @@ def read_missing(expert, texts, folder, progress):
         quiet = None if progress else True              # None: no bar in a log file either
         with tqdm(total=len(keys), desc=f"{expert.name} reads", unit="text", disable=quiet) as bar:
             for places, states in expert.batches(ids):
-                fresh |= zip([keys[i] for i in places], states.to(expert.dtype))
+                fresh |= zip([keys[i] for i in places], states.to(expert.kept))
                 bar.update(len(places))
                 if time.monotonic() - since > SHARD_SECONDS:
                     write_shard(expert, folder, fresh)
@@ -397,6 +428,16 @@ def read_missing(expert, texts, folder, progress):
     return rows | fresh
 
 
+def rows_of(expert, texts, folder, progress=True):
+    """The row of each text, from the cache or, where it is not there, from the model now."""
+    folder = folder or cache_dir() / "states"
+    keys, rows = [text_key(text) for text in texts], stored(expert, folder)
+    missing = {key: text for key, text in zip(keys, texts) if key not in rows}
+    if missing:
+        rows |= read_missing(expert, missing, folder, progress)
+    return [rows[key] for key in keys]
+
+
 def read(experts, texts, folder=None, progress=True):
     """H, every problem as every expert reads it: (n, N, D), D the widest expert's width.
 
@@ -404,14 +445,9 @@ def read(experts, texts, folder=None, progress=True):
     folder   the cache, by default cache_dir()/states; only texts that are not in it are read
     Narrower states are padded with zeros. The dtype is the experts' own, float32 if theirs differ.
     """
-    folder = folder or cache_dir() / "states"
     dtype = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
     H = torch.zeros(len(texts[0]), len(experts), max(e.width for e in experts), dtype=dtype)       # (n, N, D)
     for e, expert in enumerate(experts):
-        keys, rows = [text_key(text) for text in texts[e]], stored(expert, folder)
-        missing = {key: text for key, text in zip(keys, texts[e]) if key not in rows}
-        if missing:
-            rows |= read_missing(expert, missing, folder, progress)
-        for i, key in enumerate(keys):
-            H[i, e, :expert.width] = rows[key]
+        for i, row in enumerate(rows_of(expert, texts[e], folder, progress)):
+            H[i, e, :expert.width] = row
     return H

@@ -144,6 +144,16 @@ def reference_logprobs(policy, batch, tokens, mask, temperature):
         return policy.logprobs(policy.prefill(batch.tokens, batch.lengths), tokens, mask, temperature)[0]
 
 
+@torch.no_grad()
+def prefix_effect(policy, batch, sampled, logp, temperature, first=4):
+    """KL (nats a token) of the policy with its prefix from the same policy without it, LoRA on in both, from
+    the tokens sampled for the step's first few prompts (k3). logp (B, G, T): theirs with the prefix, which
+    the step has anyway, so this costs one forward pass over `first` prompts without gradient."""
+    some, tokens, mask = batch[:first], sampled.tokens[:first], sampled.mask[:first]
+    without = policy.logprobs(policy.prefill(some.tokens, some.lengths), tokens, mask, temperature)[0]
+    return k3(logp[:first], without)[mask].mean().item()
+
+
 def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, micro, max_new, old=None):
     """Accumulate the gradient of one pass over the samples into the .grad of LoRA and router.
 
@@ -174,7 +184,8 @@ def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, mi
 
 def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
     """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums,
-    with grad_norm and skipped; `how` is what `gradients` takes.
+    with grad_norm, skipped, prefix_kl, and expert_grad: the norm of the gradient, before clipping, of every
+    expert's projection in the router. `how` is what `gradients` takes.
 
     A step whose gradient is not finite is skipped and counted, never applied: one NaN in a weight ends a run.
     Of several ranks each normalises by its own samples; weighted by its share of these, the gradients add up
@@ -188,13 +199,17 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
         optimizer.zero_grad(set_to_none=True)
         old, sums = gradients(policy, router, batch, sampled, old=old, **how)
         ranks.add_up(parameters, weight)
+        experts = router.expert_grad() if hasattr(router, "expert_grad") else []
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         finite = bool(torch.isfinite(norm))
         if finite:
             optimizer.step()
         skipped += not finite
         sums = dict(zip(sums, ranks.total(*(weight * s for s in sums.values()))))
-        first = first or sums | dict(grad_norm=norm.item())
+        if first is None:
+            effect = 0.0 if router is None else prefix_effect(policy, batch, sampled, old, how["temperature"])
+            first = sums | dict(grad_norm=norm.item(), prefix_kl=ranks.total(effect)[0] / ranks.WORLD,
+                                expert_grad=experts)
     return first | dict(skipped=skipped)
 
 

@@ -54,6 +54,7 @@ class Router(nn.Module):
         columns = (owner[:, None] * D + place.clamp(max=D - 1)).flatten()
         for name, value in (("owner", owner), ("real", real), ("columns", columns)):
             self.register_buffer(name, value, persistent=False)
+        self.whole = real.shape == (len(widths), D)  # nothing to cut
         self.register_buffer("shift", torch.zeros(len(owner), w))
         self.register_buffer("gain", real.float())
         fan_in = torch.tensor(widths)[owner, None, None]
@@ -95,24 +96,36 @@ class Router(nn.Module):
         heads, L, N). An absent expert gets attention exactly 0, and neither influence nor gradient. At least
         one must be present.
         """
-        B, N, _ = H.shape
+        mask = None if mask is None else mask.expand(H.shape[:2])
         if mask is not None:  # its states may hold anything, NaN too
-            mask = mask.expand(B, N)
             H = H.masked_fill(~mask[..., None], 0.0)
-        return self.attend(self.norm_in(self.embed(H)), mask)
+        return self.attend(self.entries(self.standard(H)), mask)
 
-    def embed(self, H):
-        """States (B, N, D) standardised and each projected by its own weights: (B, N, dim).
+    def standard(self, H):
+        """States H (B, N, D) from their mean, in their spreads, in slices (B, M, w)."""
+        H = H if self.whole else self.cut(H)
+        return torch.addcmul(self.shift, H.to(self.gain.dtype), self.gain).clamp_(-10, 10)
+
+    def entries(self, x):
+        """What the latents may listen to (B, N, dim), from standardised slices."""
+        return self.norm_in(self.embed(x))
+
+    def embed(self, x):
+        """Slices (B, M, w), each projected by its own weights and summed to their expert: (B, N, dim).
 
         The einsum bnd,ndk->bnk over all experts at once, as one kernel together with what is added to it.
         """
-        alone = len(self.project) == len(self.identity)  # every expert is one slice
-        H = H if alone else self.cut(H)
-        H = torch.addcmul(self.shift, H.to(self.gain.dtype), self.gain).clamp_(-10, 10)  # (B, M, w)
-        if alone:
-            return torch.baddbmm(self.identity[:, None], H.transpose(0, 1), self.project).transpose(0, 1)
-        parts = torch.bmm(H.transpose(0, 1), self.project)  # (M, B, dim)
-        return self.identity[:, None].expand(-1, len(H), -1).index_add(0, self.owner, parts).transpose(0, 1)
+        x, start = x.transpose(0, 1), self.identity[:, None]
+        if len(self.project) == len(self.identity):  # every expert is one slice
+            return torch.baddbmm(start, x, self.project).transpose(0, 1)
+        parts, owner = torch.bmm(x, self.project), self.owner[:len(self.project)]  # (M, B, dim)
+        return start.expand(-1, x.shape[1], -1).index_add(0, owner, parts).transpose(0, 1)
+
+    def expert_grad(self):
+        """Norm of the gradient at each expert's projection, N numbers."""
+        squares = self.project.grad.flatten(1).square().sum(1)  # (M,)
+        total = squares.new_zeros(len(self.identity)).index_add(0, self.owner[:len(squares)], squares)
+        return total.sqrt().tolist()
 
     def attend(self, E, mask=None):
         """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""

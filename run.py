@@ -10,17 +10,18 @@ import contextlib
 import ctypes
 import os
 import random
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 import ranks
-from experts import Expert, read
+from collab import ROUTED, assemble, make_router, noise, others, write
+from experts import Expert, line_ends, read
 from model import Policy, bucket, read_config
 from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, join, rollout
-from router import Router
 
 STATISTICS = 256  # training prompts that fix each expert's mean and spread, however long the run is
 USUAL = dict(val=120, test=256)  # held-out problems when nobody says how many
@@ -33,15 +34,19 @@ class Run:
 
     args: dict
     policy: Policy
-    router: Router | None
+    router: torch.nn.Module | None  # see collab.py
     tokenizer: object
     experts: list
+    readers: list  # whose states H holds: the experts, and who else it takes to choose among them
     items: dict  # split -> list of Problem
     shots: list
     form: str  # "tagged" or "plain": how an answer must be written
     ids: dict = field(default_factory=dict)  # question -> prompt token ids of the policy
     rows: dict = field(default_factory=dict)  # question -> row of H
-    H: torch.Tensor | None = None  # (unique questions, N, D) what every expert made of every question
+    H: torch.Tensor | None = None  # (unique questions, N, D) what every reader made of every question
+    written: dict = field(default_factory=dict)  # question -> what every expert wrote, see collab.write
+    window: deque = field(default_factory=lambda: deque(maxlen=25))  # collab.choices of the last steps
+    moments: tuple | None = None  # mean and spread (N, D) of the states that noise stands in for
 
     def batch(self, some):
         """A Batch of these problems on the policy's device."""
@@ -51,16 +56,18 @@ class Run:
         tokens = torch.zeros(len(ids), bucket(int(lengths.max())), dtype=torch.long)
         for row, x in zip(tokens, ids):
             row[: len(x)] = torch.tensor(x)
-        H = None if self.H is None else self.H[[self.rows[p.question] for p in some]]
+        H = torch.empty(len(ids), 0, 0) if self.H is None else self.H[[self.rows[p.question] for p in some]]
         send = lambda t: (
             t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device))
-        return Batch(list(some), send(tokens), send(lengths), None if H is None else send(H).float())
+        return Batch(list(some), send(tokens), send(lengths), send(H).float())
 
     def verify(self, text, problem, truncated):
         return verify(text, problem, form=self.form, truncated=truncated)
 
     def policy_text(self, problem):
         template = "plain" if self.form == "plain" else "chat"
+        notes = "".join(f"{name}: {text}\n" for name, text, _ in self.written.get(problem.question, ()))
+        problem = replace(problem, question=notes + problem.question)
         return prompt(problem, template, self.tokenizer, shots=self.shots)
 
     def expert_text(self, problem, expert):
@@ -71,6 +78,10 @@ class Run:
         fresh = list({p.question: p for p in some if p.question not in self.ids}.values())
         if not fresh:
             return
+        texts = [[self.expert_text(p, e) for p in fresh] for e in self.readers]
+        if self.args["collab"] == "text":
+            said = write(self.readers, texts, self.args["cache"], progress)
+            self.written |= {p.question: x for p, x in zip(fresh, said)}
         encoded = self.tokenizer(
             [self.policy_text(p) for p in fresh], add_special_tokens=self.form == "plain")
         for p, ids in zip(fresh, encoded["input_ids"]):
@@ -78,14 +89,24 @@ class Run:
             if len(ids) > room:
                 raise ValueError(
                     f"a prompt of {len(ids)} tokens leaves no room in the policy's window of "
-                    f"{self.policy.window}: use fewer --shots, a smaller --max-new or an easier --level")
+                    f"{self.policy.window}: use fewer --shots, --max-new or --write, or an easier --level")
             self.ids[p.question] = ids
-        if self.experts:
-            texts = [[self.expert_text(p, e) for p in ranks.share(fresh)] for e in self.experts]
-            progress = progress and not ranks.RANK
-            H = torch.cat(ranks.gather(read(self.experts, texts, self.args["cache"], progress)))
+        if self.args["collab"] in ROUTED:
+            texts, progress = [ranks.share(of) for of in texts], progress and not ranks.RANK
+            H = torch.cat(ranks.gather(read(self.readers, texts, self.args["cache"], progress)))
+            H = self.controlled(H, fresh)
             self.rows |= {p.question: len(self.rows) + i for i, p in enumerate(fresh)}
             self.H = H if self.H is None else torch.cat((self.H, H))
+
+    def controlled(self, H, some):
+        """What --control makes of the states H (n, N, D) of these problems (untrained: the experts are)."""
+        if self.args["control"] == "shuffled":
+            return H[others(some, self.args["seed"])]
+        if self.args["control"] == "noise":
+            first = H[:len({p.question for p in self.items["train"][:STATISTICS]})].float()
+            self.moments = self.moments or (first.mean(0), first.std(0))
+            return noise(some, *self.moments, self.args["seed"]).to(H.dtype)
+        return H
 
 
 def expert_prompt(problem, expert, cue=""):
@@ -128,8 +149,7 @@ def build(args, announce=None, training=True):
     train_items, shots = ordered(args, max(args["steps"] * args["batch"], STATISTICS))
     items = dict(train=train_items, val=held_out(args, "val", args["val"]),
                  test=held_out(args, "test", args["test"]))
-    how = dict(read=args["read"], layer=args["layer"], device=args["device"])
-    experts = [Expert(e, **how) for e in args["experts"]]
+    experts, readers = assemble(args)
     for i, e in enumerate(experts):  # two folders may end alike; a name is what attention is reported under
         e.name += f"-{i}" if any(e.name == other.name for other in experts[:i]) else ""
     itself = Expert(args["policy"], template=args["template"])  # its tokenizer and size, no weights yet
@@ -139,31 +159,23 @@ def build(args, announce=None, training=True):
         dtype = "bfloat16" if itself.params >= 50e6 else "float32"
     dtype = getattr(torch, dtype)
     if announce:
-        announce(args, items, experts, itself, form, dtype, lambda p, e: expert_prompt(p, e, args["cue"]))
+        announce(args, items, readers, itself, form, dtype, lambda p, e: expert_prompt(p, e, args["cue"]))
 
     torch.manual_seed(args["seed"])
     policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])
-    router = None
-    if experts:
-        router = Router([e.width for e in experts], policy.config["hidden_size"], args["latents"],
-                        args["router_heads"], args["router_width"], args["router_temperature"],
-                        start=0.02 if args["neutral"] == "mean" else 0.5)
+    router = make_router(args, experts, readers, policy.config["hidden_size"])
+    if router is not None:
         router.to(args["device"])
     if form == "plain":
         policy.stop = torch.tensor(line_ends(itself.tokenizer, policy.stop.tolist()), device=args["device"])
-    run = Run(args, policy, router, itself.tokenizer, experts, items, shots, form)
+    run = Run(args, policy, router, itself.tokenizer, experts, readers, items, shots, form)
     if training:
         run.prepare(items["train"] + items["val"] + items["test"])
-        if router is not None:
+        if args["collab"] in ROUTED:
             router.standardise(run.batch(items["train"][:STATISTICS]).H)
+    elif args["control"] == "noise":
+        run.prepare(items["train"][:STATISTICS])  # whose mean and spread the noise has
     return run
-
-
-def line_ends(tokenizer, stop):
-    """In the plain form the answer is the first line, so every token that ends a line ends the completion."""
-    marks = ("\n", "Ċ", "<0x0A>")  # as is, in byte-level vocabularies, in SentencePiece's
-    ends = [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
-    return sorted({*stop, *ends})
 
 
 OWN = object()
@@ -186,9 +198,9 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
     H, K, D = c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     B, G, T = args["batch"], args["group"], args["max_new"]
     micro = min(args["micro"] or B, B)
-    S = prompt_tokens + args["latents"] * bool(experts)
+    S = prompt_tokens + args["latents"] * (args["collab"] in (*ROUTED, "prefix"))
     lora = args["rank"] * layers * (7 * d + 2 * (H + K) * D + 3 * ff)
-    router = sum(e.width for e in experts) * w + 11 * w * w + w * d if experts else 0
+    router = sum(e.width for e in experts) * w + 11 * w * w + w * d if args["collab"] in ROUTED else 0
     kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
     scores = 2 * G * H * T * (S + T)
     blocks = layers * (2 * d * (H + K) * D + 3 * d * ff)  # merged with LoRA while sampling, in a copy

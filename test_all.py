@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import checkpoint
+import collab
 import experts
 import export
 import ranks
@@ -31,12 +32,12 @@ import train
 from answers import number
 from eval import load as load_run
 from eval import main as eval_main
-from eval import pass_at, wilson
+from eval import majority, pass_at, table, wilson
 from experts import Expert, cached, read
 from model import Policy, TokenLogprob, sample
 from rewards import REASONS, Problem, TooFew, problems, prompt, verify
-from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, make_optimizer, reference_logprobs,
-                  rollout, set_rate, update)
+from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, k3, listen, make_optimizer, prefix_effect,
+                  reference_logprobs, rollout, set_rate, update)
 from router import Router
 from run import evaluate, ordered
 
@@ -1000,6 +1001,207 @@ def test_listening_is_learned_when_it_is_the_only_way(tmp_path):
     assert sampled.attention[..., 1].mean() > 0.4
 
 
+# -- the ways to collaborate, their controls, what is measured
+def test_a_prefix_is_constant_and_learns(small):
+    policy, _, batch, sampled = step_example(small)
+    batch.H = torch.empty(3, 0, 0)
+    prefix = collab.Prefix(4, 32, start=0.02)
+    context, attention = listen(prefix, batch.H)
+    assert context.shape == (3, 4, 32) and attention is None and 0.01 < context.std() < 0.03
+    assert torch.equal(context[0], context[1]) and torch.equal(context[0], context[2])
+    gradients(policy, prefix, batch, sampled, micro=2, **HOW)
+    assert (prefix.vectors.grad.norm(dim=1) > 0).all()
+    grads(policy, prefix)
+
+
+def make_hard(eye=3):
+    """Three experts and, as a fourth column, the eye; and the Router with the same weights."""
+    torch.manual_seed(0)
+    how = (32, 4, 2, 16, 1.0, 1.0)
+    hard, router = collab.Hard((*WIDTHS, 7), *how, eye=eye, N=3), Router(WIDTHS, *how)
+    hard.standardise(seen(64, 1))
+    shared = {k: v for k, v in hard.state_dict().items() if "head" not in k}
+    router.load_state_dict(shared | {k: shared[k][:3] for k in ("shift", "gain")})
+    return hard, router
+
+
+def seen(n=4, seed=0):
+    eye = F.pad(torch.randn(n, 1, 7, generator=torch.Generator().manual_seed(seed + 9)), (0, 5))
+    return torch.cat((states(n, seed) * 2 + 1, eye), 1)
+
+
+def test_hard_hears_one_and_as_the_router_would():
+    hard, router = make_hard()
+    H = seen(12)
+    context, A = hard(H)
+    assert A.shape == (12, 2, 4, 3) and set(A.unique().tolist()) == {0.0, 1.0} and (A.sum(-1) == 1).all()
+    chosen = A[:, 0, 0].bool()
+    assert chosen.any(0).sum() > 1  # it is the problem that decides
+    want, attention = router(H[:, :3], chosen)
+    torch.testing.assert_close(context, want)
+    torch.testing.assert_close(A, attention)
+    x = (H * hard.gain + hard.shift).clamp(-10, 10)[:, 3]
+    assert torch.equal(hard.head(x).argmax(-1), chosen.float().argmax(-1))
+    mask = torch.tensor([True, False, True])  # an absent expert is never chosen, whatever its states hold
+    broken = H.clone()
+    broken[:, 1] = torch.nan
+    context, A = hard(broken, mask)
+    assert (A[..., 1] == 0).all() and torch.isfinite(context).all()
+    context.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in hard.parameters())
+
+
+def test_hard_learns_of_every_expert():
+    """Head and projections have the gradient of a softmax mixture of all, at the place of the choice."""
+    hard, _ = make_hard()
+    H = seen(6)
+    hard(H)[0].square().sum().backward()
+    got = [hard.head.weight.grad.clone(), hard.project.grad.clone()]
+    hard.zero_grad()
+    x = hard.standard(H)
+    p, E = hard.head(x[:, 3]).softmax(-1), hard.entries(x[:, :3])
+    chosen = E[torch.arange(6), p.argmax(-1)][:, None].detach().requires_grad_()
+    (slope,) = torch.autograd.grad(hard.attend(chosen)[0].square().sum(), chosen)  # (B, 1, dim)
+    (slope * p[..., None] * E).sum().backward()
+    for a, b in zip(got, (hard.head.weight.grad, hard.project.grad)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        assert (a.flatten(1).norm(dim=1) > 0).all()  # of every expert
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 9])
+def test_shuffled_is_a_fixed_derangement_within_a_split(n):
+    some = [Problem(f"{split} {i}", "", split=split) for i in range(n) for split in ("train", "val")]
+    partner = collab.others(some, seed=0)
+    assert sorted(partner) == list(range(2 * n)) and all(i != p for i, p in enumerate(partner))
+    assert all(some[i].split == some[p].split for i, p in enumerate(partner))
+    assert partner == collab.others(some, seed=0)
+    longer = [Problem(f"train {i}", "") for i in range(n + 7)]  # prolonged: all but one stay as they are
+    assert collab.others(longer, 0)[:n - 1] == collab.others(longer[:n], 0)[:n - 1]
+    with pytest.raises(ValueError, match="--val"):
+        collab.others(some[:3], 0)
+
+
+def test_noise_has_the_given_moments_and_is_a_problems_own():
+    some = [Problem(f"{i}", "") for i in range(4000)]
+    mean, spread = torch.randn(3, 5) * 4, torch.rand(3, 5)
+    spread[0, 3:], mean[0, 3:] = 0, 0  # beyond an expert's width
+    H = collab.noise(some, mean, spread, seed=1)
+    assert ((H.mean(0) - mean).abs() <= 5 * spread / 4000 ** 0.5).all()
+    assert ((H.std(0) - spread).abs() <= 5 * spread / 8000 ** 0.5).all() and not H[:, 0, 3:].any()
+    assert torch.equal(collab.noise(some[7:9], mean, spread, 1), H[7:9])
+    assert not torch.equal(collab.noise(some[7:9], mean, spread, 2), H[7:9])
+
+
+def test_untrained_experts_are_the_same_strangers_every_time(tmp_path):
+    folder = make_expert(tmp_path / "m")
+    torch.manual_seed(5)
+    one, before = Expert(folder, untrained=True), torch.get_rng_state()
+    H = one.states(TEXTS)
+    assert torch.equal(torch.get_rng_state(), before)  # the run's own numbers are not touched
+    assert torch.equal(H, Expert(folder, untrained=True).states(TEXTS))
+    assert (H - Expert(folder).states(TEXTS)).abs().max() > 0.1
+    assert one.fingerprint != Expert(folder).fingerprint and one.width == Expert(folder).width
+
+
+def make_writer(folder, kind="llama", penalty=1.0):
+    """A random causal model whose words are all sorts, some of them line ends; its path."""
+    make_expert(folder, kind)
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(KINDS[kind](**SIZES, eos_token_id=7))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.generation_config.repetition_penalty = penalty
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind, penalty", [("llama", 1.0), ("neox", 1.0), ("llama", 5.0)])
+def test_what_an_expert_writes_is_its_own_alone(tmp_path, monkeypatch, kind, penalty):
+    """Greedy, token by token from the bare model: whatever is padded beside it, whatever its own settings."""
+    expert = collab.Writer(make_writer(tmp_path / "m", kind, penalty), 6)
+    [got] = zip(*collab.write([expert], [TEXTS], progress=False))
+    model = transformers.AutoModelForCausalLM.from_pretrained(expert.folder).eval()
+    for text, (name, said, n) in zip(TEXTS, got):
+        ids = expert.tokenizer(text)["input_ids"]
+        before = len(ids)
+        with torch.no_grad():
+            while len(ids) < before + 6:
+                best = model(torch.tensor([ids])).logits[0, -1].argmax().item()
+                if best == 7:
+                    break
+                ids.append(best)
+        assert (name, said, n) == ("m", expert.tokenizer.decode(ids[before:], True), len(ids) - before)
+    assert expert.model is None and len({said for _, said, _ in got}) > 1
+    monkeypatch.setattr(Expert, "load", lambda self: pytest.fail("a cached text was written again"))
+    again = collab.Writer(expert.source, 6)
+    assert [x for (x,) in collab.write([again], [TEXTS], progress=False)] == list(got)
+    others = Expert(expert.source), collab.Writer(expert.source, 5)
+    assert again.fingerprint not in {other.fingerprint for other in others}
+
+
+def test_encoders_are_known_and_do_not_write(tmp_path, capsys):
+    bert, llama = make_expert(tmp_path / "b", "bert"), make_writer(tmp_path / "l")
+    assert Expert(bert).encoder and not Expert(llama).encoder and not Expert("tiny/logic").encoder
+    args = dict(collab="text", write=2, device="cpu", experts=[bert, llama])
+    assert [e.name for e in collab.assemble(args)[0]] == ["l"] and "b: an encoder" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="causal"):
+        collab.assemble(args | dict(experts=[bert]))
+    args |= dict(collab="hard", control="none", read="last", layer=-1, policy="tiny/policy")
+    assert len(collab.assemble(args)[1]) == 2  # the encoder chooses, and is an expert too
+    readers = collab.assemble(args | dict(experts=[llama]))[1]
+    assert not any(e.untrained for e in readers)
+    assert all(e.untrained for e in collab.assemble(args | dict(control="untrained"))[1])
+    assert [e.read for e in readers] == ["last", "mean"]  # no encoder: the policy's own state chooses
+
+
+def test_entropy_and_choices_by_hand():
+    some = [Problem("", "", dataset=d) for d in "aab"]
+    A = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0, 0.25, 0.75]])[:, None, None].expand(3, 2, 4, 3)
+    got = collab.listening(some, A, ["x", "y", "z"])
+    want = (0 + math.log(2) + 0.25 * math.log(4) + 0.75 * math.log(4 / 3)) / 3
+    assert got["attention_entropy"] == pytest.approx(want)
+    assert got["choices"] == {"a": {"x": 2}, "b": {"z": 1}}
+    assert got["attention_map"] == [[[0.5, 0.25, 0.25]] * 4] * 2
+
+
+def test_mutual_information_by_hand():
+    mi = collab.mutual_information
+    assert mi([]) == mi([{}]) == 0 and mi([{"a": {"x": 3, "y": 5}}]) == 0  # one dataset
+    assert mi([{"a": {"x": 2}}, {"b": {"y": 1}}, {"b": {"y": 1}}]) == pytest.approx(math.log(2))
+    assert mi([{"a": {"x": 2, "y": 4}, "b": {"x": 1, "y": 2}}]) == pytest.approx(0)  # independent
+    want = 2 * (3 / 8 * math.log(3 / 2) + 1 / 8 * math.log(1 / 2))
+    assert mi([{"a": {"x": 3, "y": 1}, "b": {"x": 1, "y": 3}}]) == pytest.approx(want)
+
+
+def test_what_the_prefix_does_and_who_learns(small):
+    """The effect by hand, for the first prompts alone; nothing without a prefix; the gradient norms before
+    the clip."""
+    policy, router, batch, sampled = step_example(small)
+    with torch.no_grad():
+        how = (sampled.tokens, sampled.mask, 0.8)
+        logp, bare = (policy.logprobs(policy.prefill(batch.tokens, batch.lengths, c), *how)[0]
+                      for c in (router(batch.H)[0], None))
+    first = slice(0, 2)
+    want = k3(logp, bare)[first][sampled.mask[first]].mean().item()
+    got = prefix_effect(policy, batch, sampled, logp, 0.8, first=2)
+    assert got == pytest.approx(want, rel=1e-3) and want > 0.01
+    assert prefix_effect(policy, batch, sampled, bare, 0.8) == pytest.approx(0, abs=1e-6)
+    gradients(policy, router, batch, sampled, micro=3, **HOW)
+    norms = [p.norm().item() for p in router.project.grad]
+    grads(policy, router)
+    nothing = torch.optim.SGD([*policy.parameters(), *router.parameters()], lr=0.0)
+    sums = update(policy, router, batch, sampled, nothing, max_norm=1e-3, micro=3, **HOW)
+    assert sums["expert_grad"] == pytest.approx(norms, rel=1e-4) and sums["prefix_kl"] > 0.01
+    sums = update(policy, None, batch, sampled, nothing, micro=3, **HOW)
+    assert sums["expert_grad"] == [] and sums["prefix_kl"] == 0.0
+
+
+def test_majority_by_hand():
+    vote = lambda *texts: majority([(text, number(text) == 18) for text in texts])
+    assert vote("17", "18", "$18.00") and not vote("17", "17", "18") and not vote("17", "18")
+    assert vote("18", "17") and vote("", "", "18") and not vote("", "")
+
+
 # -- checkpoints
 def test_checkpoint_comes_back_whole_and_damage_is_found(tmp_path, small):
     policy, router, batch, sampled = step_example(small)
@@ -1048,6 +1250,7 @@ def rows(out, name="metrics.jsonl"):
     return [json.loads(x) for x in (out / name).read_text().splitlines()]
 
 
+NAMED = {"arithmetic", "logic", "algorithmic"}
 TIMES = ("gen_s", "train_s", "tokens_s", "memory_mb")
 
 
@@ -1144,6 +1347,33 @@ def test_single_has_no_experts_and_the_same_lora(finished, tmp_path):
     assert questions(tmp_path / "single") == questions(finished)
 
 
+@pytest.mark.parametrize("way, control", [("hard", "shuffled"), ("soft", "noise"), ("prefix", "none"),
+                                          ("text", "none")])
+def test_every_way_trains_and_is_found_again(way, control, finished, tmp_path, capsys, monkeypatch):
+    """Trained, written down with its cost, loaded and measured again with the same result, asked, tabled."""
+    out = tmp_path / "run"
+    monkeypatch.setenv("N_MUSKETEERS_CACHE", str(finished.parent / "cache"))
+    assert run_train(out, "--steps", 2, "--collab", way, "--control", control) == 0
+    config = json.loads((out / "config.json").read_text())
+    tokens, routed = config["tokens"], way in ("soft", "hard")
+    assert (config["trainable"]["router"] > 0) == (way != "text") and config["trainable"]["lora"] > 0
+    assert (tokens["experts_read"] > 0) == (way != "prefix")
+    assert tokens["experts_write"] == 3 * (way == "text")
+    for row in rows(out):
+        assert set(row["expert_grad"]) == set(row["attention"]) == set(NAMED if routed else ())
+        assert len(row["attention_map"]) == 4 * routed and (row["prefix_kl"] > 0) == (way != "text")
+    capsys.readouterr()
+    assert eval_main([str(out), "--n", "12", "--samples", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    kept = json.loads((out / "eval.json").read_text())
+    assert all(report[key] == kept[key] for key in kept) and ("silenced" in report) == routed
+    assert report["majority_at"].keys() == report["pass_at"].keys() == {"1", "2"}
+    assert eval_main([str(out), "--ask", "State the final answer: 1 + 2 + 3 + 4 ="]) == 0
+    assert ("logic" in capsys.readouterr().out) == (routed or way == "text")
+    label = f"| {way}, {control} |" if control != "none" else f"| {way} |"
+    assert label in table([out, finished]) and "| soft |" in table([out, finished])
+
+
 def test_wilson_and_pass_at_k_by_hand():
     assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == 0.0
     assert [pass_at(k, 4, 1) for k in (1, 2, 4)] == [0.25, 0.5, 1.0] and pass_at(2, 4, 0) == 0.0
@@ -1155,7 +1385,10 @@ def test_wilson_and_pass_at_k_by_hand():
     ("--policy nowhere/at/all --collab single", "nowhere/at/all"), ("--level terms=3", "level"),
     ("--task gsm8k --data nowhere --pool tiny", "nowhere"), ("--temperature 0", "temperature"),
     ("--template chat", "--template"), ("--device cuda", "--device"), ("--resume", "--out"),
-    ("--layer 9", "layers"),
+    ("--layer 9", "layers"), ("--collab prefix --control noise", "--control noise"),
+    ("--collab text --policy tiny/policy", "--experts"), ("--collab text --rank 0", "--rank 0"),
+    ("--collab text --write 600", "--write"), ("--collab text --max-new 480", "--write"),
+    ("--control shuffled --val 1", "--val"),
     ("--max-new 600", "window"), ("--experts tiny/none", "tiny/none"), ("--group 100000000", "GB")])
 def test_a_mistake_gets_one_sentence(arguments, words, tmp_path, capsys, monkeypatch):
     """Exit code 2, the mend named, no traceback, and nothing half-written."""
@@ -1262,6 +1495,8 @@ def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
                 torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-5)
         with experts.safe_open(path, "pt") as f:
             theirs, skipped = json.loads(f.metadata()["rest"])
+        del sums["prefix_kl"], theirs["prefix_kl"]  # of each rank's own first prompts
+        assert theirs.pop("expert_grad") == pytest.approx(sums.pop("expert_grad"), rel=1e-4)
         assert skipped == 1 and dr or theirs == pytest.approx(sums, rel=1e-4, abs=1e-6)
 
     seen = [json.loads((tmp_path / f"seen-{r}.json").read_text()) for r in (0, 1)]

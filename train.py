@@ -33,11 +33,13 @@ from tqdm import tqdm
 
 import checkpoint
 import ranks
+from collab import CONTROLS, PEOPLED, ROUTED, WAYS, listening, mutual_information, tokens_spent
 from eval import finish
 from experts import POOLS, cached, write_whole
 from rewards import guessing_floor, known
 from rlvr import join, make_optimizer, rollout, set_rate, update
-from run import build, evaluate, fitting_micro, free_memory, memory_peak, memory_table, trim_memory, used_memory
+from run import (STATISTICS, build, evaluate, fitting_micro, free_memory, memory_peak, memory_table,
+                 trim_memory, used_memory)
 
 BETAS = (0.9, 0.98)
 
@@ -55,7 +57,11 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
         ("policy", POOL, str, "folder or hub name: Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3"),
         ("experts", POOL, list, "folders or hub names of the frozen experts, of any architecture"),
-        ("collab", "soft", ("soft", "single"), "soft: listen through the router; single: LoRA only"),
+        ("collab", "soft", WAYS, "soft: listen to all through the router; hard: to one, chosen for the "
+         "problem; text: read what they write; prefix: constant vectors; single: LoRA only"),
+        ("control", "none", CONTROLS, "what stands in for the experts' states: another problem's (shuffled), "
+         "noise of their mean and spread, those of untrained experts"),
+        ("write", POOL, int, "tokens an expert may write (--collab text)"),
         ("read", "last", ("last", "first", "mean"), "which token's state of an expert is read (last: paper)"),
         ("layer", -1, int, "which layer's state, 0 is the embedding (last: paper)"),
         ("cue", "", str, "text appended to the experts' prompts, such as 'The answer is ' (none: paper)")],
@@ -99,7 +105,7 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0)
+             weight_decay=0, write=1)
 
 
 def parser():
@@ -128,19 +134,23 @@ def resolve(given):
         defaults["experts"] = ()
     for name, value in defaults.items():
         args[name] = value if args[name] is None else args[name]
-    if args["collab"] == "soft" and not args["experts"]:
-        raise ValueError("--collab soft needs someone to listen to: name --experts, or use --collab single")
+    if args["collab"] in PEOPLED and not args["experts"]:
+        raise ValueError(f"--collab {args['collab']} needs someone to listen to: name --experts, or use "
+                         "--collab single")
+    if args["control"] != "none" and args["collab"] not in ROUTED:
+        raise ValueError(f"--collab {args['collab']} reads no states that --control {args['control']} could "
+                         "replace: use --collab soft or hard, or no control")
     if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
-    args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
+    args["experts"] = list(args["experts"]) if args["collab"] in PEOPLED else []
     for name, least in LEAST.items():
         if args[name] is not None and args[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
     for name in ("temperature", "router_temperature", "lr", "router_lr"):
         if not args[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
-    if args["rank"] == 0 and args["collab"] == "single":
-        raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
+    if args["rank"] == 0 and args["collab"] in ("single", "text"):
+        raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     args["out"] = ranks.gather(args["out"])[0]  # clocks differ
     if args["batch"] < ranks.WORLD:
@@ -210,7 +220,8 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     wanted, longest, device = len(different), max(map(len, different)), args["device"]
     say = lambda what, *text: print(f"  {what:9}", *text)
     level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
-    print(f"n-Musketeers: {args['collab']} collaboration on {args['task']}{level}")
+    control = "" if args["control"] == "none" else f" ({args['control']})"
+    print(f"n-Musketeers: {args['collab']} collaboration{control} on {args['task']}{level}")
     used = items["train"][:args["steps"] * args["batch"]]
     say("problems", f"train {len(used):,} ({len({p.question for p in used}):,} different), "
         f"val {len(items['val'])}, "
@@ -231,6 +242,7 @@ def introduce(args, items, experts, policy, form, dtype, ask):
     say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
         "then constant, so that a run can be prolonged")
     tokens = (32 + longest // 3) * (1 + args["shots"])
+    tokens += len(experts) * (args["write"] + 8) * (args["collab"] == "text")
     mine = args | dict(batch=-(-args["batch"] // ranks.WORLD))  # memory is that of one rank
     mine["micro"] = args["micro"] = args["micro"] or fitting_micro(mine, policy, experts, dtype, tokens)
     table = memory_table(mine, policy, experts, dtype, tokens)
@@ -248,7 +260,7 @@ def show_one(run):
     p = run.items["val"][0]
     print(f"  a problem ({p.dataset}), its answer {p.answer!r}")
     print(f"    as the policy reads it: {run.policy_text(p)!r}")
-    for e in run.experts:
+    for e in run.readers:
         print(f"    as {e.name} reads it: {run.expert_text(p, e)!r}")
 
 
@@ -285,7 +297,9 @@ def summary(run, sampled, sums, train_s):
         of = [i for i, p in enumerate(sampled.problems) if p.dataset == dataset]
         row["reward_by"][dataset] = rewards[of].mean().item()
         row["attention_by"][dataset] = shares(None if heard is None else heard[of], names)
-    return row
+    row |= listening(sampled.problems, heard, names)
+    run.window.append(row["choices"])
+    return row | dict(mi=mutual_information(run.window), expert_grad=dict(zip(names, sums["expert_grad"])))
 
 
 def line(row):
@@ -341,13 +355,15 @@ def tracker(args):
 
 
 def trim(path, step):
-    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
+    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again.
+    Returns those that stay."""
+    kept = []
     if path.exists():
-        kept = []
         for text in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
-                kept += [text] if json.loads(text)["step"] <= step else []
-        write_whole(path, "".join(text + "\n" for text in kept).encode())
+                kept += [row] if (row := json.loads(text))["step"] <= step else []
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept
 
 
 def config(run):
@@ -356,6 +372,7 @@ def config(run):
     experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
                for e in run.experts]
     return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+                tokens=tokens_spent(run, run.items["train"][:STATISTICS]),
                 versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
 
 
@@ -382,14 +399,17 @@ def train(args):
     if state["step"] >= args["steps"]:
         print(f"  nothing is left to do: raise --steps to go on, or see python eval.py {out}")
         return 0 if (out / "eval.json").exists() else finish(run, out)
-    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**trainable(run)))
+    about = config(run)
+    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**about["trainable"]))
+    print("  tokens    of a problem: the policy reads {policy_reads:.1f}, prefix included; the experts read "
+          "{experts_read:.1f} and write {experts_write:.1f}".format(**about["tokens"]))
     if state["step"] == 0:
         show_one(run)
         baseline(run)
     if ranks.RANK == 0:
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            trim(out / name, state["step"])
-        checkpoint.write_json(out / "config.json", config(run))
+        trim(out / "samples.jsonl", state["step"])
+        run.window.extend(row.get("choices", {}) for row in trim(out / "metrics.jsonl", state["step"]))
+        checkpoint.write_json(out / "config.json", about)
     ranks.same(checkpoint.trainable(run.policy, run.router).values())
     if learn(run, out, optimizer, generator, state, log):
         start = "python" if ranks.WORLD == 1 else "torchrun, as before,"
