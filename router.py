@@ -115,7 +115,7 @@ class Router(nn.Module):
 
         The einsum bnd,ndk->bnk over all experts at once, as one kernel together with what is added to it.
         """
-        x, start = x.transpose(0, 1), self.identity[:, None]
+        x, start = x.transpose(0, 1).contiguous(), self.identity[:, None]
         if len(self.project) == len(self.identity):  # every expert is one slice
             return torch.baddbmm(start, x, self.project).transpose(0, 1)
         parts, owner = torch.bmm(x, self.project), self.owner[:len(self.project)]  # (M, B, dim)
