@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         y = F.linear(rows, self.weight if self.merged is None else self.merged, self.bias)  # (n, out)
         if self.on and self.merged is None:
             a, b = self.pair()
-            y = torch.addmm(y, rows @ a.T, b.T)
+            y.addmm_(rows @ a.T, b.T)
         return y.unflatten(0, x.shape[:-1])
 
 
@@ -167,16 +167,20 @@ class TokenLogprob(torch.autograd.Function):
         logp = torch.empty(len(h), device=h.device)
         entropy = torch.empty_like(logp)
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        rows = chunk if h.is_cuda else 16  # of a CPU's cache
         for i in range(0, len(h), chunk):
-            part, y = slice(i, i + chunk), targets[i : i + chunk, None]
-            z = (h[part] @ weight.T).float().div_(temperature)  # (chunk, V)
-            lse = z.logsumexp(-1, keepdim=True)
-            logp[part] = (z.gather(1, y) - lse)[:, 0]
-            p = (z - lse).exp_()
-            entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
+            logits = h[i:i + chunk] @ weight.T  # (chunk, V)
+            for j in range(i, min(i + chunk, len(h)), rows):
+                part, here, y = slice(j, j + rows), logits[j - i:j - i + rows], targets[j:j + rows, None]
+                z = here.float().div_(temperature)
+                p, (top, most) = z.softmax(-1), z.max(-1, keepdim=True)
+                lse = top - p.gather(1, most).log()
+                logp[part] = (z.gather(1, y) - lse)[:, 0]
+                entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
+                if grad is not None:
+                    here.copy_(p.scatter_add_(1, y, torch.full_like(lse, -1.0)))  # minus one-hot, unrounded yet
             if grad is not None:
-                p.scatter_add_(1, y, torch.full_like(lse, -1.0))  # minus one-hot, before rounding to bf16
-                grad[part] = p.to(h.dtype) @ weight / -temperature
+                grad[i:i + chunk] = logits @ weight / -temperature
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
