@@ -208,9 +208,9 @@ def figure(rows, report, path):
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
     report = measure(run)
-    checkpoint.write_json(out / "eval.json", report)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     figure(rows, report, out / "run.png")
+    checkpoint.write_json(out / "eval.json", report)  # last: it says that the run is finished
     print()
     show(report)
     print(f'figure: {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question}"')
@@ -258,7 +258,9 @@ def load(folder, best=False):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
-    args = json.loads((folder / "config.json").read_text())["args"]
+    from train import settings  # not above: train.py begins by importing this file
+
+    args = settings(folder)
     if args["device"] != "cpu" and not torch.cuda.is_available():
         args["device"] = "cpu"
     run = build(args, training=False)

@@ -20,6 +20,7 @@ What is easy to get wrong, and where it is kept right here:
 - With one inner epoch the ratio is 1 and the loss about 0 by construction: watch the reward, not the loss.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -154,24 +155,54 @@ def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, mi
     return torch.cat(firsts), sums
 
 
-def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
-    """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums,
-    with grad_norm and skipped; `how` is what `gradients` takes.
+def out_of_memory(error):
+    """Every device says it in its own words; a CPU's are those of a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
-    A step whose gradient is not finite is skipped and counted, never applied: one NaN in a weight ends a run.
+
+def gradients_that_fit(policy, router, batch, sampled, *, micro, **how):
+    """`gradients` of the same samples, with micro-batches halved until memory suffices. Returns (old, sums),
+    sums with the micro that did. Raises ValueError if one prompt is too much."""
+    while True:
+        try:
+            old, sums = gradients(policy, router, batch, sampled, micro=micro, **how)
+            return old, sums | dict(micro=micro)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not out_of_memory(error):
+                raise
+        # out of `except`: the error held on to the tensors of the failed pass
+        for p in [*policy.parameters(), *(router.parameters() if router else ())]:
+            p.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if micro == 1:
+            raise ValueError("out of memory in the gradient pass of a single prompt: lower --group or "
+                             "--max-new, or choose a smaller policy, with another --out")
+        micro = -(-min(micro, len(batch.problems)) // 2)
+        print(f"out of memory in the gradient pass: {micro} prompts at a time from now on (--micro {micro})")
+
+
+def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
+    """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums, with grad_norm,
+    skipped, and the micro that fitted; `how` is what `gradients` takes.
+
+    A step whose loss or gradient is not finite is skipped and counted, never applied: one NaN in a weight,
+    or in a moment of AdamW, ends a run.
     """
     old, first, skipped = None, None, 0
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for _ in range(epochs):
         optimizer.zero_grad(set_to_none=True)
-        old, sums = gradients(policy, router, batch, sampled, old=old, **how)
+        old, sums = gradients_that_fit(policy, router, batch, sampled, old=old, **how)
+        how["micro"] = sums["micro"]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
         if finite:
             optimizer.step()
         skipped += not finite
         first = first or sums | dict(grad_norm=norm.item())
-    return first | dict(skipped=skipped)
+    return first | dict(skipped=skipped, micro=how["micro"])
 
 
 def make_optimizer(policy, router, lr, router_lr, betas, weight_decay):

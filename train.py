@@ -18,7 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy neig
 
 import argparse
 import contextlib
+import errno
 import json
+import math
 import signal
 import sys
 import time
@@ -32,9 +34,9 @@ from tqdm import tqdm
 
 import checkpoint
 from eval import finish
-from experts import POOLS, cached, write_whole
+from experts import POOLS, cache_dir, cached, sweep, write_whole
 from rewards import guessing_floor, known
-from rlvr import make_optimizer, rollout, set_rate, update
+from rlvr import make_optimizer, out_of_memory, rollout, set_rate, update
 from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
@@ -96,7 +98,8 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0)
+             weight_decay=0, clip_low=0, clip_high=0)
+OPTIONAL = ("data", "pool", "val", "test", "cache")  # all else has a value once it is resolved
 
 
 def parser():
@@ -130,37 +133,70 @@ def resolve(given):
     if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
     args["experts"] = list(args["experts"]) if args["collab"] == "soft" else []
-    for name, least in LEAST.items():
-        if args[name] is not None and args[name] < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
-    for name in ("temperature", "router_temperature", "lr", "router_lr"):
-        if not args[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
+    args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
+    check(args)
     if args["rank"] == 0 and args["collab"] == "single":
         raise ValueError("--rank 0 with --collab single leaves nothing to train: give LoRA a rank")
-    args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     out = Path(args["out"])
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() or checkpoint.last(out):
         raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise ValueError(f"{out} cannot be a folder, there is a file of that name: choose another --out")
     return args
 
 
-def remembered(args, given):
-    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
-    path = Path(args["out"] or ".") / "config.json"
-    if not args["out"] or not path.exists():
-        raise ValueError("--resume needs --out with the folder of a run that was started before")
+def check(args):
+    """Raises ValueError for a value that no run can have, said by a user or by a damaged config.json."""
+    for name, _, kind, _ in (setting for group in SETTINGS.values() for setting in group):
+        value, least = args[name], LEAST.get(name)
+        right = (value in kind if isinstance(kind, tuple)
+                 else isinstance(value, (int, float)) and math.isfinite(value) if kind is float
+                 else type(value) is kind and (kind is not list or all(type(e) is str for e in value)))
+        flag = "--" + name.replace("_", "-")
+        if not right and not (value is None and name in OPTIONAL):
+            raise ValueError(f"{flag} is {value!r}, which it cannot be: see train.py --help")
+        if value is not None and least is not None and value < least:
+            raise ValueError(f"{flag} is {value}, it must be at least {least}")
+        if name in ("temperature", "router_temperature", "lr", "router_lr", "max_norm") and value <= 0:
+            raise ValueError(f"{flag} is {value}, it must be above 0")
+
+
+def settings(folder):
+    """The settings of the run in `folder`, by its config.json. Raises ValueError if that is damaged."""
+    path = Path(folder) / "config.json"
     try:
-        saved, free = args | given | json.loads(path.read_text())["args"], ("steps", "resume", "out")
+        args = json.loads(path.read_text())["args"]
+        args = {name: default for group in SETTINGS.values() for name, default, *_ in group} | args
+        check(args)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
+    return args
+
+
+def remembered(args, given):
+    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
+    if not args["out"] or not (Path(args["out"]) / "config.json").exists():
+        raise ValueError("--resume needs --out with the folder of a run that began to train; one stopped "
+                         "before that is started again as it was, and finds the states it has read")
+    saved = settings(args["out"])
     pick_device(saved["device"])
-    changed = sorted(k for k in given if k not in free and given[k] != saved[k])
+    other = {k: v for k, v in given.items() if not repeats(k, v, saved)}
+    changed = sorted(other.keys() - {"steps", "resume", "out", "micro"})
     if changed:
         raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
-    return saved | {k: given[k] for k in free if k in given}
+    check(saved | other)
+    return saved | other
+
+
+def repeats(name, value, saved):
+    """Does this argument say what the run was started with? "auto" and 0 stood for what was found, a hub
+    model's name for its commit of that day (`config`), and without collaboration experts are left out."""
+    if name == "experts":
+        pairs = zip(value, saved[name])
+        return saved["collab"] == "single" or len(value) == len(saved[name]) and all(
+            repeats("policy", e, dict(policy=was)) for e, was in pairs)
+    return (value == saved[name] or (name, value) in (("device", "auto"), ("micro", 0))
+            or name == "policy" and saved[name].startswith(f"{value}@"))
 
 
 def pick_device(name):
@@ -302,18 +338,22 @@ def trim(path, step):
     """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
     if path.exists():
         kept = []
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one may have been torn
                 kept += [text] if json.loads(text)["step"] <= step else []
         write_whole(path, "".join(text + "\n" for text in kept).encode())
 
 
 def config(run):
-    """config.json: every setting, who took part, versions."""
+    """config.json: every setting, who took part, versions. A hub model is named with its commit, so that the
+    run goes on with the same weights when the hub has others."""
     packages = ("torch", "transformers", "numpy", "reasoning-gym")
     experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
                for e in run.experts]
-    return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+    policy = dict(source=run.args["policy"], revision=run.policy.revision)
+    pin = lambda m: m["source"] + (f"@{m['revision']}" if m["revision"] and "@" not in m["source"] else "")
+    args = run.args | dict(resume=False, policy=pin(policy), experts=[pin(e) for e in experts])
+    return dict(args=args, form=run.form, policy=policy, experts=experts, trainable=trainable(run),
                 versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
 
 
@@ -342,8 +382,9 @@ def train(args):
     if state["step"] == 0:
         show_one(run)
         baseline(run)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
         trim(out / name, state["step"])
+    (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
     checkpoint.write_json(out / "config.json", config(run))
     if learn(run, out, optimizer, generator, state):
         print(f"stopped and saved; go on with: python train.py --resume --out {out}")
@@ -353,7 +394,7 @@ def train(args):
 
 def learn(run, out, optimizer, generator, state):
     """Steps state["step"] + 1 to args["steps"]. Returns True if it was asked to stop before the end."""
-    args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
+    args, B, saved, trimmed, streak = run.args, run.args["batch"], time.monotonic(), 0.0, Counter()
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
     with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"], disable=None) as bar:
@@ -367,6 +408,7 @@ def learn(run, out, optimizer, generator, state):
             start = time.perf_counter()
             sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
                           args["max_norm"], **how)
+            how["micro"] = sums["micro"]
             seconds = time.perf_counter() - start
             if time.monotonic() - trimmed > 10:  # seldom: a trimmed heap has to be paged in again
                 trim_memory()
@@ -381,22 +423,45 @@ def learn(run, out, optimizer, generator, state):
                 bar.write(line(row))
                 append(out / "samples.jsonl", samples(sampled, step))
             bar.update()
-            # keep
+            hopeless = watch(streak, row, batch, out, bar)
+            # keep: the best first, as a checkpoint says that it has been kept
             better = row.get("val", -1.0) > state["best"]
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
                          skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
             stop = bool(asked)  # read once: a signal may come at any moment
-            if due or last or stop:
-                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
-                                generator, **state)
-                checkpoint.rotate(out)
-                saved = time.monotonic()
             if better:
                 checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
+            if due or last or stop or hopeless:
+                path = out / f"step-{step:06d}.safetensors"
+                checkpoint.save(path, run.policy, run.router, optimizer, generator, **state)
+                checkpoint.rotate(out, path)
+                saved = time.monotonic()
+            if hopeless:
+                raise ValueError(hopeless)
             if stop and not last:
                 return True
     return False
+
+
+def watch(streak, row, batch, out, bar):
+    """Count in `streak` the steps in a row that taught nothing, and say what helps. Returns a sentence if
+    there is no use in going on."""
+    streak["dry"] = streak["dry"] + 1 if row["zero_spread"] == 1 else 0
+    streak["skipped"] = streak["skipped"] + 1 if row["skipped"] else 0
+    if streak["dry"] == 20:
+        mend = ("right: train on a harder --level" if row["accuracy"] > 0.5 else
+                "wrong: try an easier --level, a higher --temperature, --shots, or another --template")
+        bar.write(f"step {row['step']:4d} | for 20 steps every group was all right or all wrong, which "
+                  f"teaches nothing; most are {mend}, in a new run")
+    if row["skipped"]:
+        what = {k: row[k] for k in ("step", "loss", "grad_norm")}
+        append(out / "skipped.jsonl", [what | dict(questions=[p.question for p in batch.problems])])
+    if streak["skipped"] == 5:
+        return (f"5 steps in a row gave a loss or gradient that is not finite (see {out / 'skipped.jsonl'}) "
+                "and were skipped: start anew with a lower --lr, --router-lr or --max-norm, or, if the device "
+                f"is to blame, go on from the last good weights with --resume --out {out}")
+    return None
 
 
 def validate(run, step, bar):
@@ -427,12 +492,27 @@ def stop_signals():
             signal.signal(s, handler)
 
 
+def sentence(error):
+    """What to print for an error that a user can mend; an error that none can is raised again."""
+    if isinstance(error, (RuntimeError, MemoryError)):
+        if not out_of_memory(error):
+            raise error
+        return "out of memory: lower --batch, --group or --max-new, or choose smaller models"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"nothing more can be written ({error}): make room, then --resume; what was saved is whole"
+    return str(error)
+
+
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
-        return train(resolve(vars(parser().parse_args(argv))))
-    except (ValueError, OSError) as e:  # OSError: a disk that is full, a folder that may not be written
-        print(f"train.py: {e}", file=sys.stderr)
+        args = resolve(vars(parser().parse_args(argv)))
+        with checkpoint.locked(args["out"]):
+            sweep(args["out"], age=0)
+            sweep(args["cache"] or cache_dir())
+            return train(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        print(f"train.py: {sentence(e)}", file=sys.stderr)
         return 2
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
@@ -442,4 +522,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while reading and evaluating, too
     sys.exit(main())
