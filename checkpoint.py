@@ -93,6 +93,21 @@ def load(path, policy, router, optimizer=None, generator=None):
     return json.loads(header["state"])
 
 
+def append(path, rows):
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def trim(path, step):
+    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
+    if path.exists():
+        kept = []
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one may have been torn
+                kept += [text] if json.loads(text)["step"] <= step else []
+        write_whole(path, "".join(text + "\n" for text in kept).encode())
+
+
 @contextlib.contextmanager
 def locked(folder):
     """One process at a time trains in `folder`, which is made: ValueError for the second. The kernel drops

@@ -111,12 +111,11 @@ def write_whole(path, data):
 
 
 def sweep(folder, age=3600):
-    """Remove what a killed `write_whole` left in a folder and those in it; the young may still be in use."""
-    for pattern in ("*.part", "*/*.part", "states/*/*.part"):
-        for path in Path(folder).glob(pattern):
-            with contextlib.suppress(OSError):      # another process was quicker, or it is not ours to remove
-                if len(path.stem) == 32 and time.time() - path.stat().st_mtime >= age:
-                    path.unlink()
+    """Remove what a killed `write_whole` left in a folder and those in it; a young one may be in use."""
+    for path in [*Path(folder).glob("*.part"), *Path(folder).glob("*/*.part")]:
+        with contextlib.suppress(OSError):              # another process was quicker
+            if len(path.stem) == 32 and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def find_model(source):

@@ -207,7 +207,7 @@ def sample(logits, temperature, generator=None):
     below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
     u = below(u, edges[:, -1:])
     b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
-    b.clamp_(max=edges.shape[-1] - 1)  # of logits that are NaN: any token, and its step will be skipped
+    b.clamp_(max=edges.shape[-1] - 1)  # logits that are NaN give any token, and their step is skipped
     inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
     rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
     token = b * block + torch.searchsorted(inside, rest, right=True)
@@ -268,11 +268,12 @@ class Policy(nn.Module):
         def weight(key, optional=False):
             for stored in (key, key.removeprefix("model.")):  # a folder of the bare backbone lacks the prefix
                 if stored in files:
-                    found = files[stored].get_slice(stored)
-                    kind, shape = found.get_dtype(), tuple(found.get_shape())
-                    if kind not in ("F32", "F16", "BF16") or shape != shapes[".".join(key.split(".")[-2:])]:
-                        raise ValueError(f"{name}: tensor {key} is {shape} of {kind}, which is not what its "
-                                         "config.json says: fetch it again, not quantised")
+                    there, (part, what) = files[stored].get_slice(stored), key.split(".")[-2:]
+                    want = shapes[part] if what == "weight" else shapes[part][:1]
+                    kind, shape = there.get_dtype(), tuple(there.get_shape())
+                    if kind not in ("F32", "F16", "BF16") or shape != want:
+                        raise ValueError(f"{name}: {key} is {shape} of {kind}, its config.json says {want}: "
+                                         "fetch the model again, not quantised")
                     return files[stored].get_tensor(stored).to(dtype)
             if optional:
                 return None
@@ -430,42 +431,36 @@ def read_config(folder):
 
     with loading("config", folder):
         c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    sizes = {k: getattr(c, k) for k in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "vocab_size", "max_position_embeddings")}
-    odd = [f"{k} {n!r}" for k, n in sizes.items() if not 1 <= n <= 2**20]  # a million of anything
-    if odd or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
-        odd = odd or [f"{k} {getattr(c, k)!r}" for k in ("num_key_value_heads", "rms_norm_eps")]
-        raise ValueError(f"{folder}/config.json says {', '.join(odd)}, which no model has: fetch it again")
-    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
-        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
-    rope = c.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPES:
-        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
-    with loading("rope", folder):
-        inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, c.head_dim, 2) / c.head_dim), 1.0
-        if kind != "default":
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        sizes = dict(head_dim=head_dim, window=c.max_position_embeddings) | {k: getattr(c, k) for k in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size")}
+        odd = {k: n for k, n in sizes.items() if not 1 <= n <= 2**20}  # what no model has a million of
+        if odd or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
+            raise ValueError(f"{odd or sizes}, rms_norm_eps {c.rms_norm_eps}")
+        rope = c.rope_parameters
+        kind = rope.get("rope_type", "default")
+        inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim), 1.0
+        if kind in ROPES[1:]:
             inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
         if not (inv_freq.isfinite().all() and math.isfinite(scale)):
-            raise ValueError("its rope_parameters give angles that are not finite")
+            raise ValueError(f"{rope} gives angles that are not finite")
+    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
+        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
+    if kind not in ROPES:
+        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
     return sizes | dict(
         rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings, model_type=c.model_type,
-        window=c.max_position_embeddings, inv_freq=inv_freq, rope_scale=scale, stop=stop_tokens(folder, c))
+        inv_freq=inv_freq, rope_scale=scale, stop=stop_tokens(folder, c))
 
 
 def tensor_shapes(c):
-    """The last two parts of a tensor's name -> the shape that a config (see `read_config`) gives it."""
+    """The part of a tensor's name before .weight or .bias -> the shape of the weight, by `read_config`."""
     d, ff, V, D = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
     q, k = c["num_attention_heads"] * D, c["num_key_value_heads"] * D
-    linear = dict(q_proj=(q, d), k_proj=(k, d), v_proj=(k, d), o_proj=(d, q), gate_proj=(ff, d),
-                  up_proj=(ff, d), down_proj=(d, ff))
-    norm = dict(norm=d, input_layernorm=d, post_attention_layernorm=d, q_norm=D, k_norm=D)
-    return ({f"{n}.weight": shape for n, shape in linear.items()}
-            | {f"{n}.bias": shape[:1] for n, shape in linear.items()}
-            | {f"{n}.weight": (width,) for n, width in norm.items()}
-            | {"embed_tokens.weight": (V, d), "lm_head.weight": (V, d)})
+    return dict(embed_tokens=(V, d), lm_head=(V, d), q_proj=(q, d), k_proj=(k, d), v_proj=(k, d),
+                o_proj=(d, q), gate_proj=(ff, d), up_proj=(ff, d), down_proj=(d, ff), q_norm=(D,),
+                k_norm=(D,), norm=(d,), input_layernorm=(d,), post_attention_layernorm=(d,))
 
 
 def stop_tokens(folder, config):
@@ -477,6 +472,6 @@ def stop_tokens(folder, config):
     ids = config.eos_token_id if ids is None else ids
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{folder} names no eos_token_id of its vocabulary (it says {ids}), so no completion "
-                         "ends: add it to its config.json")
+        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no completion ends: "
+                         "add it to its config.json")
     return ids

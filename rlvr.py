@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
+HOPELESS, DROUGHT = 5, 20  # steps in a row: not finite, and it stops; without spread, and it is said
+
 
 @dataclass
 class Batch:
@@ -162,8 +164,8 @@ def out_of_memory(error):
 
 
 def gradients_that_fit(policy, router, batch, sampled, *, micro, **how):
-    """`gradients` of the same samples, with micro-batches halved until memory suffices. Returns (old, sums),
-    sums with the micro that did. Raises ValueError if one prompt is too much."""
+    """`gradients` of the same samples, with micro-batches halved until memory suffices. Returns what it
+    returns, the sums with the micro that did. Raises ValueError if one prompt is too much."""
     while True:
         try:
             old, sums = gradients(policy, router, batch, sampled, micro=micro, **how)
@@ -171,14 +173,11 @@ def gradients_that_fit(policy, router, batch, sampled, *, micro, **how):
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if not out_of_memory(error):
                 raise
-        # out of `except`: the error held on to the tensors of the failed pass
-        for p in [*policy.parameters(), *(router.parameters() if router else ())]:
-            p.grad = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if micro == 1:
-            raise ValueError("out of memory in the gradient pass of a single prompt: lower --group or "
-                             "--max-new, or choose a smaller policy, with another --out")
+            raise ValueError("out of memory in the gradient pass of a single prompt: start anew with a lower "
+                             "--group or --max-new, or with a smaller policy")
+        for p in [*policy.parameters(), *(router.parameters() if router else ())]:
+            p.grad = None  # what some of the micro-batches have left
         micro = -(-min(micro, len(batch.problems)) // 2)
         print(f"out of memory in the gradient pass: {micro} prompts at a time from now on (--micro {micro})")
 
@@ -203,6 +202,22 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
         skipped += not finite
         first = first or sums | dict(grad_norm=norm.item())
     return first | dict(skipped=skipped, micro=how["micro"])
+
+
+def advise(streak, row):
+    """Count in `streak` (a Counter) the steps in a row that taught nothing. Returns advice when it is due."""
+    streak["dry"] = streak["dry"] + 1 if row["zero_spread"] == 1 else 0
+    streak["skipped"] = streak["skipped"] + 1 if row["skipped"] else 0
+    if streak["skipped"] == HOPELESS:
+        return (f"{HOPELESS} steps in a row gave a loss or gradient that is not finite and were skipped (see "
+                "skipped.jsonl): start anew with a lower --lr, --router-lr or --max-norm, or, if the device "
+                "is to blame, go on from the last good weights with --resume")
+    if streak["dry"] == DROUGHT:
+        mend = ("right: train on a harder --level" if row["accuracy"] > 0.5 else
+                "wrong: try an easier --level, a higher --temperature, --shots or another --template")
+        return (f"for {DROUGHT} steps every group was all right or all wrong, which teaches nothing; most "
+                f"are {mend}, in a new run")
+    return None
 
 
 def make_optimizer(policy, router, lr, router_lr, betas, weight_decay):

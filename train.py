@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy neig
 
 import argparse
 import contextlib
-import errno
 import json
 import math
 import signal
@@ -34,9 +33,9 @@ from tqdm import tqdm
 
 import checkpoint
 from eval import finish
-from experts import POOLS, cache_dir, cached, sweep, write_whole
+from experts import POOLS, cache_dir, cached, sweep
 from rewards import guessing_floor, known
-from rlvr import make_optimizer, out_of_memory, rollout, set_rate, update
+from rlvr import HOPELESS, advise, make_optimizer, out_of_memory, rollout, set_rate, update
 from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
@@ -98,7 +97,8 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0, clip_low=0, clip_high=0)
+             weight_decay=0, clip_low=0, clip_high=0, temperature=1e-3, router_temperature=1e-3, lr=1e-9,
+             router_lr=1e-9, max_norm=1e-9)
 OPTIONAL = ("data", "pool", "val", "test", "cache")  # all else has a value once it is resolved
 
 
@@ -148,25 +148,24 @@ def resolve(given):
 def check(args):
     """Raises ValueError for a value that no run can have, said by a user or by a damaged config.json."""
     for name, _, kind, _ in (setting for group in SETTINGS.values() for setting in group):
-        value, least = args[name], LEAST.get(name)
-        right = (value in kind if isinstance(kind, tuple)
-                 else isinstance(value, (int, float)) and math.isfinite(value) if kind is float
-                 else type(value) is kind and (kind is not list or all(type(e) is str for e in value)))
-        flag = "--" + name.replace("_", "-")
+        value, least = args[name], LEAST.get(name, -math.inf)
+        if isinstance(kind, tuple):
+            right = value in kind
+        elif kind in (int, float):
+            right = isinstance(value, (int, kind)) and least <= value < math.inf
+        else:
+            right = isinstance(value, kind)
         if not right and not (value is None and name in OPTIONAL):
-            raise ValueError(f"{flag} is {value!r}, which it cannot be: see train.py --help")
-        if value is not None and least is not None and value < least:
-            raise ValueError(f"{flag} is {value}, it must be at least {least}")
-        if name in ("temperature", "router_temperature", "lr", "router_lr", "max_norm") and value <= 0:
-            raise ValueError(f"{flag} is {value}, it must be above 0")
+            must = f"at least {least}" if name in LEAST else "another (train.py --help)"
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, it must be {must}")
 
 
 def settings(folder):
     """The settings of the run in `folder`, by its config.json. Raises ValueError if that is damaged."""
     path = Path(folder) / "config.json"
     try:
-        args = json.loads(path.read_text())["args"]
-        args = {name: default for group in SETTINGS.values() for name, default, *_ in group} | args
+        args = {name: default for group in SETTINGS.values() for name, default, *_ in group}
+        args |= json.loads(path.read_text())["args"]
         check(args)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
@@ -180,7 +179,9 @@ def remembered(args, given):
                          "before that is started again as it was, and finds the states it has read")
     saved = settings(args["out"])
     pick_device(saved["device"])
-    other = {k: v for k, v in given.items() if not repeats(k, v, saved)}
+    if saved["collab"] == "single":
+        given.pop("experts", None)  # nobody listens to them
+    other = {k: v for k, v in given.items() if not repeats(k, v, saved[k])}
     changed = sorted(other.keys() - {"steps", "resume", "out", "micro"})
     if changed:
         raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
@@ -188,15 +189,13 @@ def remembered(args, given):
     return saved | other
 
 
-def repeats(name, value, saved):
-    """Does this argument say what the run was started with? "auto" and 0 stood for what was found, a hub
-    model's name for its commit of that day (`config`), and without collaboration experts are left out."""
-    if name == "experts":
-        pairs = zip(value, saved[name])
-        return saved["collab"] == "single" or len(value) == len(saved[name]) and all(
-            repeats("policy", e, dict(policy=was)) for e, was in pairs)
-    return (value == saved[name] or (name, value) in (("device", "auto"), ("micro", 0))
-            or name == "policy" and saved[name].startswith(f"{value}@"))
+def repeats(name, value, was):
+    """Does an argument say again what the run was started with? "auto" and 0 stood for what was found then,
+    a hub model's name for its commit of that day (see `config`)."""
+    if isinstance(value, list):
+        return len(value) == len(was) and all(repeats("policy", *pair) for pair in zip(value, was))
+    return (value == was or (name, value) in (("device", "auto"), ("micro", 0))
+            or name == "policy" and was.startswith(f"{value}@"))
 
 
 def pick_device(name):
@@ -329,21 +328,6 @@ def samples(sampled, step, problems=3):
                        reward=v.reward)
 
 
-def append(path, rows):
-    with open(path, "a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def trim(path, step):
-    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again."""
-    if path.exists():
-        kept = []
-        for text in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one may have been torn
-                kept += [text] if json.loads(text)["step"] <= step else []
-        write_whole(path, "".join(text + "\n" for text in kept).encode())
-
-
 def config(run):
     """config.json: every setting, who took part, versions. A hub model is named with its commit, so that the
     run goes on with the same weights when the hub has others."""
@@ -383,7 +367,7 @@ def train(args):
         show_one(run)
         baseline(run)
     for name in ("metrics.jsonl", "samples.jsonl", "skipped.jsonl"):
-        trim(out / name, state["step"])
+        checkpoint.trim(out / name, state["step"])
     (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
     checkpoint.write_json(out / "config.json", config(run))
     if learn(run, out, optimizer, generator, state):
@@ -418,12 +402,18 @@ def learn(run, out, optimizer, generator, state):
             last = step == args["steps"]
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
-            append(out / "metrics.jsonl", [row])
+            checkpoint.append(out / "metrics.jsonl", [row])
             if step % 10 == 1 or last:
                 bar.write(line(row))
-                append(out / "samples.jsonl", samples(sampled, step))
+                checkpoint.append(out / "samples.jsonl", samples(sampled, step))
             bar.update()
-            hopeless = watch(streak, row, batch, out, bar)
+            if row["skipped"]:
+                questions = [p.question for p in batch.problems]
+                checkpoint.append(out / "skipped.jsonl", [row | dict(questions=questions)])
+            advice = advise(streak, row)
+            hopeless = streak["skipped"] == HOPELESS
+            if advice and not hopeless:
+                bar.write(f"step {step:4d} | {advice}")
             # keep: the best first, as a checkpoint says that it has been kept
             better = row.get("val", -1.0) > state["best"]
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
@@ -438,30 +428,10 @@ def learn(run, out, optimizer, generator, state):
                 checkpoint.rotate(out, path)
                 saved = time.monotonic()
             if hopeless:
-                raise ValueError(hopeless)
+                raise ValueError(advice)
             if stop and not last:
                 return True
     return False
-
-
-def watch(streak, row, batch, out, bar):
-    """Count in `streak` the steps in a row that taught nothing, and say what helps. Returns a sentence if
-    there is no use in going on."""
-    streak["dry"] = streak["dry"] + 1 if row["zero_spread"] == 1 else 0
-    streak["skipped"] = streak["skipped"] + 1 if row["skipped"] else 0
-    if streak["dry"] == 20:
-        mend = ("right: train on a harder --level" if row["accuracy"] > 0.5 else
-                "wrong: try an easier --level, a higher --temperature, --shots, or another --template")
-        bar.write(f"step {row['step']:4d} | for 20 steps every group was all right or all wrong, which "
-                  f"teaches nothing; most are {mend}, in a new run")
-    if row["skipped"]:
-        what = {k: row[k] for k in ("step", "loss", "grad_norm")}
-        append(out / "skipped.jsonl", [what | dict(questions=[p.question for p in batch.problems])])
-    if streak["skipped"] == 5:
-        return (f"5 steps in a row gave a loss or gradient that is not finite (see {out / 'skipped.jsonl'}) "
-                "and were skipped: start anew with a lower --lr, --router-lr or --max-norm, or, if the device "
-                f"is to blame, go on from the last good weights with --resume --out {out}")
-    return None
 
 
 def validate(run, step, bar):
@@ -492,27 +462,25 @@ def stop_signals():
             signal.signal(s, handler)
 
 
-def sentence(error):
-    """What to print for an error that a user can mend; an error that none can is raised again."""
-    if isinstance(error, (RuntimeError, MemoryError)):
-        if not out_of_memory(error):
-            raise error
-        return "out of memory: lower --batch, --group or --max-new, or choose smaller models"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"nothing more can be written ({error}): make room, then --resume; what was saved is whole"
-    return str(error)
-
-
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
         args = resolve(vars(parser().parse_args(argv)))
         with checkpoint.locked(args["out"]):
             sweep(args["out"], age=0)
-            sweep(args["cache"] or cache_dir())
+            sweep(args["cache"] or cache_dir() / "states")
             return train(args)
-    except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        print(f"train.py: {sentence(e)}", file=sys.stderr)
+    except ValueError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:  # a disk that is full, a folder that may not be written
+        print(f"train.py: {e}: mend that and go on with --resume, what was saved is whole", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        print("train.py: out of memory: lower --batch, --group or --max-new, or choose smaller models",
+              file=sys.stderr)
         return 2
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
