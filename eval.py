@@ -29,7 +29,7 @@ import torch
 import checkpoint
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
-from run import build, evaluate, held_out
+from run import build, evaluate, excuse, held_out
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
 
@@ -307,9 +307,8 @@ def main(argv=None):
         if a.json:
             print(json.dumps(report))
         return 0
-    except (ValueError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        return excuse("eval.py", e)
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
     except KeyboardInterrupt:

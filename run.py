@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import random
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from experts import Expert, read
 from model import Policy, bucket, read_config
 from rewards import TooFew, problems, prompt, verify
-from rlvr import Batch, rollout
+from rlvr import Batch, out_of_memory, rollout
 from router import Router
 
 STATISTICS = 256  # training prompts that fix each expert's mean and spread, however long the run is
@@ -235,3 +236,15 @@ def free_memory(device):
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return float("inf")
+
+
+def excuse(program, error):
+    """Print the one sentence by which a user can mend an error, return exit code 2. A bug is raised again."""
+    if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
+        error = f"{error}: mend that and go on with --resume, what was saved is whole"
+    elif isinstance(error, (RuntimeError, MemoryError)):
+        if not out_of_memory(error):
+            raise error
+        error = "out of memory: lower --batch, --group or --max-new, or choose smaller models"
+    print(f"{program}: {error}", file=sys.stderr)
+    return 2

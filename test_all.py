@@ -1251,8 +1251,7 @@ def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, harm, cap
     (tmp_path / "run" / "config.json").write_bytes(harm.encode("utf-8", "surrogateescape"))
     said = refused(capsys, "--resume", "--out", tmp_path / "run", "--steps", 12)
     assert "damaged" in said or "GB" in said or "window" in said
-    if "damaged" in said:
-        assert eval_main([str(tmp_path / "run")]) == 2 and "damaged" in capsys.readouterr().err
+    assert eval_main([str(tmp_path / "run")]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_every_bit_of_a_checkpoint_counts(tmp_path, small):
@@ -1375,7 +1374,7 @@ def test_out_of_memory_halves_the_micro_batch(small, monkeypatch, capsys, error)
     """The same samples, the same gradient, remembered; one prompt that does not fit is a sentence."""
     policy, router, batch, sampled = step_example(small)
     fit = lambda: rlvr.gradients_that_fit(policy, router, batch, sampled, micro=3, **HOW)[1]
-    grads(policy, router)
+    policy.zero_grad()
     want, expected = fit(), grads(policy, router)
     room, calls, whole = 2, [], policy.logprobs
 
@@ -1395,7 +1394,7 @@ def test_out_of_memory_halves_the_micro_batch(small, monkeypatch, capsys, error)
     optimizer = make_optimizer(policy, router, 0.0, 0.0, (0.9, 0.98), 0.0)
     calls.clear()
     assert update(policy, router, batch, sampled, optimizer, epochs=2, micro=2, **HOW)["micro"] == 1
-    assert calls == [2, 2, 1, 1] + [1] * 11  # the second pass begins with what fitted
+    assert calls == [2, 2, 1, 1] + [1] * 12  # the second pass begins with what fitted
     room = 0
     with pytest.raises(ValueError, match="--group"):
         fit()

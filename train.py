@@ -35,8 +35,8 @@ import checkpoint
 from eval import finish
 from experts import POOLS, cache_dir, cached, sweep
 from rewards import guessing_floor, known
-from rlvr import HOPELESS, advise, make_optimizer, out_of_memory, rollout, set_rate, update
-from run import build, evaluate, fitting_micro, free_memory, memory_table, trim_memory, used_memory
+from rlvr import HOPELESS, advise, make_optimizer, rollout, set_rate, update
+from run import build, evaluate, excuse, fitting_micro, free_memory, memory_table, trim_memory, used_memory
 
 BETAS = (0.9, 0.98)
 
@@ -148,15 +148,12 @@ def resolve(given):
 def check(args):
     """Raises ValueError for a value that no run can have, said by a user or by a damaged config.json."""
     for name, _, kind, _ in (setting for group in SETTINGS.values() for setting in group):
-        value, least = args[name], LEAST.get(name, -math.inf)
-        if isinstance(kind, tuple):
-            right = value in kind
-        elif kind in (int, float):
-            right = isinstance(value, (int, kind)) and least <= value < math.inf
-        else:
-            right = isinstance(value, kind)
+        value, kinds = args[name], (int, float) if kind is float else kind
+        right = value in kind if isinstance(kind, tuple) else isinstance(value, kinds)
+        if right and kind in (int, float):
+            right = LEAST.get(name, -math.inf) <= value < math.inf  # NaN is not
         if not right and not (value is None and name in OPTIONAL):
-            must = f"at least {least}" if name in LEAST else "another (train.py --help)"
+            must = f"at least {LEAST[name]}" if name in LEAST else "another (train.py --help)"
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}, it must be {must}")
 
 
@@ -470,18 +467,8 @@ def main(argv=None):
             sweep(args["out"], age=0)
             sweep(args["cache"] or cache_dir() / "states")
             return train(args)
-    except ValueError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
-    except OSError as e:  # a disk that is full, a folder that may not be written
-        print(f"train.py: {e}: mend that and go on with --resume, what was saved is whole", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
-            raise
-        print("train.py: out of memory: lower --batch, --group or --max-new, or choose smaller models",
-              file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        return excuse("train.py", e)
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
     except KeyboardInterrupt:
