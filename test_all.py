@@ -1525,22 +1525,27 @@ def start(out, *more, wait=subprocess.Popen.wait):
         return process.returncode, log.read()
 
 
-def moment(kind, chance, share, span, out, states):
-    """What to wait for: a time in the run's life, a time within a step, or a file that is being written."""
+MARKS = ("", "", "n-Musketeers", "largest expert", "a problem", "step    4 | val", "step   12 | reward")
+
+
+def moment(kind, share, late, out, states):
+    """What to wait for: `late` seconds after a line of the output (start, reading, first look, validation,
+    last evaluation), the same within a step, or a file that is being written, as far as a poll can see it."""
+    seen, since = set(), []
+
+    def reached():
+        if kind == "line":
+            return MARKS[int(share * len(MARKS))].encode() in out.with_suffix(".log").read_bytes()
+        if kind == "step":
+            metrics = out / "metrics.jsonl"
+            return metrics.exists() and metrics.read_bytes().count(b"\n") >= int(12 * share)
+        seen.update(p for place in (out, states) for p in place.rglob("*.part"))
+        return len(seen) > 10 * share
+
     def wait(process):
-        end, seen = time.monotonic() + share * span, set()
-        if kind == "time":
-            done = lambda: time.monotonic() > end
-        elif kind == "step":
-            metrics, rows, late = out / "metrics.jsonl", int(12 * share), []
-            begun = lambda: rows == 0 or metrics.exists() and metrics.read_bytes().count(b"\n") >= rows
-            done = lambda: (late or begun()) and (late.append(0) or len(late) > 150 * delay)
-            delay = chance.random()
-        else:
-            def done():
-                seen.update(p for place in (out, states) for p in place.rglob("*.part"))
-                return len(seen) > 12 * share
-        while process.poll() is None and not done():
+        while process.poll() is None and not (since and time.monotonic() >= since[0]):
+            if not since and reached():
+                since.append(time.monotonic() + (0 if kind == "write" else late))
             time.sleep(0.0005)
     return wait
 
@@ -1561,12 +1566,13 @@ def kill_and_resume(times, seed=0):
     os.environ["N_MUSKETEERS_CACHE"] = str(folder / "cache")  # hashes of files; the states lie elsewhere
     began = time.monotonic()
     assert start(folder / "whole", *SHORT, "--cache", folder / "whole-states")[0] == 0
-    span, (tensors, *told) = time.monotonic() - began, outcome(folder / "whole")
-    print(f"undisturbed: {span:.1f} s, {len(tensors)} tensors in its checkpoints", flush=True)
+    tensors, *told = outcome(folder / "whole")
+    print(f"undisturbed: {time.monotonic() - began:.1f} s, {len(tensors)} tensors in its checkpoints", flush=True)
     for i in range(times):
-        out, states, kind = folder / f"run{i}", folder / f"states{i}", ("time", "step", "write")[i % 3]
+        out, states, kind = folder / f"run{i}", folder / f"states{i}", ("line", "step", "write")[i % 3]
         share, more = (i + chance.random()) / times, [*SHORT, "--cache", states]
-        code, said = start(out, *more, wait=moment(kind, chance, share, span, out, states))
+        late = chance.random() * (0.1 if kind == "step" else 3 if share < 0.3 else 0.5)  # start: it is slow
+        code, said = start(out, *more, wait=moment(kind, share, late, out, states))
         begun = (out / "config.json").exists()
         steps = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
         halves = sum(1 for place in (out, states) for _ in place.rglob("*.part"))
