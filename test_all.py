@@ -1567,7 +1567,8 @@ def kill_and_resume(times, seed=0):
     began = time.monotonic()
     assert start(folder / "whole", *SHORT, "--cache", folder / "whole-states")[0] == 0
     tensors, *told = outcome(folder / "whole")
-    print(f"undisturbed: {time.monotonic() - began:.1f} s, {len(tensors)} tensors in its checkpoints", flush=True)
+    took = time.monotonic() - began
+    print(f"undisturbed: {took:.1f} s, {len(tensors)} tensors in its checkpoints", flush=True)
     for i in range(times):
         out, states, kind = folder / f"run{i}", folder / f"states{i}", ("line", "step", "write")[i % 3]
         share, more = (i + chance.random()) / times, [*SHORT, "--cache", states]
