@@ -118,6 +118,14 @@ def write_whole(path, data):
         aside.unlink(missing_ok=True)
 
 
+def sweep(folder, age=3600):
+    """Remove what a killed `write_whole` left in a folder and those in it; a young one may be in use."""
+    for path in [*Path(folder).glob("*.part"), *Path(folder).glob("*/*.part")]:
+        with contextlib.suppress(OSError):              # another process was quicker
+            if len(path.stem) == 32 and time.time() - path.stat().st_mtime >= age:
+                path.unlink()
+
+
 def find_model(source):
     """(folder, commit): a local folder and None, or the snapshot of a hub model `org/name[@revision]`."""
     if os.path.isdir(source):

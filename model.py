@@ -210,9 +210,11 @@ def _draw(logits, temperature, u, block=256):
     below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
     u = below(u * edges[:, -1:], edges[:, -1:])
     b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
+    b.clamp_(max=edges.shape[-1] - 1)  # logits that are NaN give any token, and their step is skipped
     inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
     rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
-    return (b * block + torch.searchsorted(inside, rest, right=True))[:, 0]
+    token = b * block + torch.searchsorted(inside, rest, right=True)
+    return token[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 class Policy(nn.Module):
@@ -250,10 +252,10 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu", neutral="zero"):
-        """The policy in folder or hub repository `name` ('name@revision' allowed).
+        """The policy in folder or hub repository `name` ('name@revision' allowed), with its `revision`.
 
         Raises ValueError, in one sentence with the mend: nothing there, no safetensors, an architecture or
-        rope not known.
+        rope not known, a tensor that is not what config.json says, found before any is read.
         """
         from safetensors import safe_open
 
@@ -261,7 +263,7 @@ class Policy(nn.Module):
 
         source = Expert(name)
         config = read_config(source.folder)
-        files = {}
+        shapes, files = tensor_shapes(config), {}
         place = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
         for path in weight_files(source.folder):
             f = safe_open(path, framework="pt", device=place)
@@ -270,12 +272,20 @@ class Policy(nn.Module):
         def weight(key, optional=False):
             for stored in (key, key.removeprefix("model.")):  # a folder of the bare backbone lacks the prefix
                 if stored in files:
+                    there, (part, what) = files[stored].get_slice(stored), key.split(".")[-2:]
+                    want = shapes[part] if what == "weight" else shapes[part][:1]
+                    kind, shape = there.get_dtype(), tuple(there.get_shape())
+                    if kind not in ("F32", "F16", "BF16") or shape != want:
+                        raise ValueError(f"{name}: {key} is {shape} of {kind}, its config.json says {want}: "
+                                         "fetch the model again, not quantised")
                     return files[stored].get_tensor(stored).to(dtype)
             if optional:
                 return None
             raise ValueError(f"{name} is incomplete, tensor {key} is missing: fetch the model again")
 
-        return cls(config, weight, rank, alpha, neutral).to(device)
+        policy = cls(config, weight, rank, alpha, neutral).to(device)
+        policy.revision = source.revision
+        return policy
 
     # -- running
     @property
@@ -413,42 +423,63 @@ class Policy(nn.Module):
 
 def read_config(folder):
     """The few facts of a config.json that the decoder needs, as a dict. Raises ValueError for what it cannot
-    run."""
+    run, and for numbers that no model has, before anything of such a size is made."""
+    from experts import loading
+
     try:
         raw = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as e:
+        kind = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as e:
         raise ValueError(f"{folder} holds no readable config.json: name a Hugging Face model folder") from e
-    kind = raw.get("model_type")
-    if kind not in KNOWN:
+    if str(kind) not in KNOWN:
         known = "; ".join(f"{k} ({v})" for k, v in KNOWN.items())
         raise ValueError(f"{folder} is of architecture {kind!r}, but a policy is one of {known}")
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    c = AutoConfig.from_pretrained(folder)
+    with loading("config", folder):
+        c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        sizes = dict(head_dim=head_dim, window=c.max_position_embeddings) | {k: getattr(c, k) for k in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size")}
+        odd = {k: n for k, n in sizes.items() if not 1 <= n <= 2**20}  # what no model has a million of
+        if odd or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
+            raise ValueError(f"{odd or sizes}, rms_norm_eps {c.rms_norm_eps}")
+        rope = c.rope_parameters
+        kind = rope.get("rope_type", "default")
+        inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim), 1.0
+        if kind in ROPES[1:]:
+            inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
+        if not (inv_freq.isfinite().all() and math.isfinite(scale)):
+            raise ValueError(f"{rope} gives angles that are not finite")
     if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
         raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    rope = c.rope_parameters
-    kind = rope.get("rope_type", "default")
     if kind not in ROPES:
         raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
-    inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
-    if kind != "default":
-        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size")
-    return {k: getattr(c, k) for k in keys} | dict(
-        model_type=c.model_type, head_dim=head_dim, window=c.max_position_embeddings, inv_freq=inv_freq,
-        rope_scale=scale, stop=stop_tokens(folder, c))
+    return sizes | dict(
+        rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings, model_type=c.model_type,
+        inv_freq=inv_freq, rope_scale=scale, stop=stop_tokens(folder, c))
+
+
+def tensor_shapes(c):
+    """The part of a tensor's name before .weight or .bias -> the shape of the weight, by `read_config`."""
+    d, ff, V, D = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
+    q, k = c["num_attention_heads"] * D, c["num_key_value_heads"] * D
+    return dict(embed_tokens=(V, d), lm_head=(V, d), q_proj=(q, d), k_proj=(k, d), v_proj=(k, d),
+                o_proj=(d, q), gate_proj=(ff, d), up_proj=(ff, d), down_proj=(d, ff), q_norm=(D,),
+                k_norm=(D,), norm=(d,), input_layernorm=(d,), post_attention_layernorm=(d,))
 
 
 def stop_tokens(folder, config):
     """Ids that end a completion: generation_config.json's, else config.json's. Raises ValueError when neither
     names one."""
-    path = Path(folder) / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+    from experts import read_json
+
+    ids = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
-    if ids is None:
-        raise ValueError(f"{folder} names no eos_token_id, so no completion ends: add it to its config.json")
-    return ids if isinstance(ids, list) else [ids]
+    ids = ids if isinstance(ids, list) else [ids]
+    if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no completion ends: "
+                         "add it to its config.json")
+    return ids

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy neig
 import argparse
 import contextlib
 import json
+import math
 import signal
 import sys
 import time
@@ -35,10 +36,10 @@ import checkpoint
 import ranks
 from collab import CONTROLS, PEOPLED, ROUTED, WAYS, listening, mutual_information, tokens_spent
 from eval import finish
-from experts import POOLS, cached, write_whole
+from experts import POOLS, cache_dir, cached, sweep
 from rewards import guessing_floor, known
-from rlvr import join, make_optimizer, rollout, set_rate, update
-from run import (STATISTICS, build, evaluate, fitting_micro, free_memory, memory_peak, memory_table,
+from rlvr import HOPELESS, advise, join, make_optimizer, rollout, set_rate, update
+from run import (STATISTICS, build, evaluate, excuse, fitting_micro, free_memory, memory_peak, memory_table,
                  trim_memory, used_memory)
 
 BETAS = (0.9, 0.98)
@@ -105,7 +106,9 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0, write=1)
+             weight_decay=0, clip_low=0, clip_high=0, temperature=1e-3, router_temperature=1e-3, lr=1e-9,
+             router_lr=1e-9, max_norm=1e-9, write=1)
+OPTIONAL = ("data", "pool", "val", "test", "cache")  # all else has a value once it is resolved
 
 
 def parser():
@@ -143,45 +146,74 @@ def resolve(given):
     if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
         args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
     args["experts"] = list(args["experts"]) if args["collab"] in PEOPLED else []
-    for name, least in LEAST.items():
-        if args[name] is not None and args[name] < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
-    for name in ("temperature", "router_temperature", "lr", "router_lr"):
-        if not args[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
-    if args["rank"] == 0 and args["collab"] in ("single", "text"):
-        raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
     args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     args["out"] = ranks.gather(args["out"])[0]  # clocks differ
+    check(args)
+    if args["rank"] == 0 and args["collab"] in ("single", "text"):
+        raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
     if args["batch"] < ranks.WORLD:
         raise ValueError(f"--batch {args['batch']} gives {ranks.WORLD} ranks not a prompt each: raise it")
     args["ranks"] = ranks.WORLD
     out = Path(args["out"])
-    if (out / "config.json").exists():
+    if (out / "config.json").exists() or checkpoint.last(out):
         raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
     if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
         raise ValueError(f"{out} cannot be a folder, there is a file of that name: choose another --out")
     return args
 
 
-def remembered(args, given):
-    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
-    path = Path(args["out"] or ".") / "config.json"
-    if not args["out"] or not path.exists():
-        raise ValueError("--resume needs --out with the folder of a run that was started before")
+def check(args):
+    """Raises ValueError for a value that no run can have, said by a user or by a damaged config.json."""
+    for name, _, kind, _ in (setting for group in SETTINGS.values() for setting in group):
+        value, kinds = args[name], (int, float) if kind is float else kind
+        right = value in kind if isinstance(kind, tuple) else isinstance(value, kinds)
+        if right and kind in (int, float):
+            right = LEAST.get(name, -math.inf) <= value < math.inf  # NaN is not
+        if not right and not (value is None and name in OPTIONAL):
+            must = f"at least {LEAST[name]}" if name in LEAST else "another (train.py --help)"
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}, it must be {must}")
+
+
+def settings(folder):
+    """The settings of the run in `folder`, by its config.json. Raises ValueError if that is damaged."""
+    path = Path(folder) / "config.json"
     try:
-        saved = dict(ranks=1) | args | given | json.loads(path.read_text())["args"]
+        args = {name: default for group in SETTINGS.values() for name, default, *_ in group}
+        args |= dict(ranks=1, write=64)  # of runs from before either could be said
+        args |= json.loads(path.read_text())["args"]
+        check(args)
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
+    return args
+
+
+def remembered(args, given):
+    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
+    if not args["out"] or not (Path(args["out"]) / "config.json").exists():
+        raise ValueError("--resume needs --out with the folder of a run that began to train; one stopped "
+                         "before that is started again as it was, and finds the states it has read")
+    saved = settings(args["out"])
     pick_device(saved["device"])
     if saved["ranks"] != ranks.WORLD:
-        raise ValueError(f"{path.parent} is a run on {saved['ranks']} ranks, each with random numbers of its "
+        raise ValueError(f"{args['out']} is a run on {saved['ranks']} ranks, each with random numbers of its "
                          f"own: resume it on as many, not on {ranks.WORLD}")
-    free = ("steps", "resume", "out", "log")
-    changed = sorted(k for k in given if k not in free and given[k] != saved[k])
+    if saved["collab"] not in PEOPLED:
+        given.pop("experts", None)  # nobody listens to them
+    other = {k: v for k, v in given.items() if not repeats(k, v, saved[k])}
+    changed = sorted(other.keys() - {"steps", "resume", "out", "log", "micro"})
     if changed:
         raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
-    return saved | {k: given[k] for k in free if k in given}
+    check(saved | other)
+    return saved | other
+
+
+def repeats(name, value, was):
+    """Does an argument say again what the run was started with? "auto" and 0 stood for what was found then,
+    a hub model's name for its commit of that day (see `config`)."""
+    if isinstance(value, list):
+        return len(value) == len(was) and all(repeats("policy", *pair) for pair in zip(value, was))
+    return (value == was or (name, value) in (("device", "auto"), ("micro", 0))
+            or name == "policy" and was.startswith(f"{value}@"))
 
 
 def pick_device(name):
@@ -320,11 +352,6 @@ def samples(sampled, step, problems=3):
                        reward=v.reward)
 
 
-def append(path, rows):
-    with open(path, "a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def numbers(row, prefix=""):
     """Every number of a row, by its path: ("reward", 0.5), ("attention/logic", 0.3), ..."""
     for k, v in row.items():
@@ -354,24 +381,18 @@ def tracker(args):
     return send
 
 
-def trim(path, step):
-    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again.
-    Returns those that stay."""
-    kept = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
-                kept += [row] if (row := json.loads(text))["step"] <= step else []
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-    return kept
-
-
 def config(run):
-    """config.json: every setting, who took part, versions."""
+    """config.json: every setting, who took part, versions. A hub model is named with its commit, so that the
+    run goes on with the same weights when the hub has others."""
     packages = ("torch", "transformers", "numpy", "reasoning-gym")
     experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
                for e in run.experts]
-    return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+    policy = dict(source=run.args["policy"], revision=run.policy.revision)
+    pin = lambda m: m["source"] + (f"@{m['revision']}" if m["revision"] and "@" not in m["source"] else "")
+    pinned = {e["source"]: pin(e) for e in experts}  # not those that --collab text left out
+    args = run.args | dict(resume=False, policy=pin(policy),
+                           experts=[pinned.get(e, e) for e in run.args["experts"]])
+    return dict(args=args, form=run.form, policy=policy, experts=experts, trainable=trainable(run),
                 tokens=tokens_spent(run, run.items["train"][:STATISTICS]),
                 versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
 
@@ -407,8 +428,10 @@ def train(args):
         show_one(run)
         baseline(run)
     if ranks.RANK == 0:
-        trim(out / "samples.jsonl", state["step"])
-        run.window.extend(row.get("choices", {}) for row in trim(out / "metrics.jsonl", state["step"]))
+        kept = [checkpoint.trim(out / f"{name}.jsonl", state["step"])
+                for name in ("metrics", "samples", "skipped")]
+        run.window.extend(row.get("choices", {}) for row in kept[0])
+        (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
         checkpoint.write_json(out / "config.json", about)
     ranks.same(checkpoint.trainable(run.policy, run.router).values())
     if learn(run, out, optimizer, generator, state, log):
@@ -421,7 +444,7 @@ def train(args):
 def learn(run, out, optimizer, generator, state, log):
     """Steps state["step"] + 1 to args["steps"], each row of metrics to `log` too. Returns True if it was
     asked to stop before the end."""
-    args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
+    args, B, saved, trimmed, streak = run.args, run.args["batch"], time.monotonic(), 0.0, Counter()
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
     with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"],
@@ -436,6 +459,7 @@ def learn(run, out, optimizer, generator, state, log):
             start = time.perf_counter()
             sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
                           args["max_norm"], **how)
+            how["micro"] = sums["micro"]
             seconds = time.perf_counter() - start
             if time.monotonic() - trimmed > 10:  # seldom: a trimmed heap has to be paged in again
                 trim_memory()
@@ -447,27 +471,36 @@ def learn(run, out, optimizer, generator, state, log):
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
             if ranks.RANK == 0:
-                append(out / "metrics.jsonl", [row])
+                checkpoint.append(out / "metrics.jsonl", [row])
                 log(row)
                 if step % 10 == 1 or last:
                     bar.write(line(row))
-                    append(out / "samples.jsonl", samples(whole, step))
+                    checkpoint.append(out / "samples.jsonl", samples(whole, step))
+                if row["skipped"]:
+                    questions = [p.question for p in whole.problems]
+                    checkpoint.append(out / "skipped.jsonl", [row | dict(questions=questions)])
             bar.update()
-            # keep
+            advice = advise(streak, row)
+            hopeless = streak["skipped"] == HOPELESS
+            if advice and not hopeless:
+                bar.write(f"step {step:4d} | {advice}")
+            # keep: the best first, as a checkpoint says that it has been kept
             better = row.get("val", -1.0) > state["best"]
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
                          skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
             # Read once, as a signal may come at any moment; and what one rank decides, all do.
             due, stop = map(bool, ranks.total(due, len(asked)))
-            if due or last or stop:
-                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
-                                generator, **state)
-                if ranks.RANK == 0:
-                    checkpoint.rotate(out)
-                saved = time.monotonic()
             if better:
                 checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
+            if due or last or stop or hopeless:
+                path = out / f"step-{step:06d}.safetensors"
+                checkpoint.save(path, run.policy, run.router, optimizer, generator, **state)
+                if ranks.RANK == 0:
+                    checkpoint.rotate(out, path)
+                saved = time.monotonic()
+            if hopeless:
+                raise ValueError(advice)
             if stop and not last:
                 return True
     return False
@@ -505,10 +538,14 @@ def stop_signals():
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
-        return train(resolve(vars(parser().parse_args(argv))))
-    except (ValueError, OSError) as e:  # OSError: a disk that is full, a folder that may not be written
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
+        args = resolve(vars(parser().parse_args(argv)))
+        with contextlib.nullcontext() if ranks.RANK else checkpoint.locked(args["out"]):
+            if ranks.RANK == 0:
+                sweep(args["out"], age=0)
+                sweep(args["cache"] or cache_dir() / "states")
+            return train(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        return excuse("train.py", e)
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
     except KeyboardInterrupt:
@@ -517,4 +554,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while reading and evaluating, too
     sys.exit(main())
