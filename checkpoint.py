@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump
 
 import ranks
-from experts import write_whole
+from folders import write_whole
 
 
 def digest(tensors, state):

@@ -37,6 +37,7 @@ from answers import extract, number
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, excuse, held_out
+from settings import settings
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
 

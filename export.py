@@ -19,8 +19,10 @@ from safetensors.torch import load as parse
 from safetensors.torch import save
 
 import checkpoint
-from experts import LICENCES, TINY, Expert, write_whole
+from experts import LICENCES, TINY, Expert
+from folders import write_whole
 from run import build
+from settings import SETTINGS, resolve
 
 LORA, ROUTER = "adapter_model.safetensors", "router.safetensors"
 FILES = ("README.md", LORA, "adapter_config.json", ROUTER, "router.json", "run.json")
@@ -116,8 +118,6 @@ def licence(model):
 
 def command(args):
     """The train.py line of these settings, those of the pool spelt out."""
-    from train import SETTINGS  # which imports eval.py, which imports this file
-
     words = ["python", "train.py"]
     for name, default in ((name, default) for group in SETTINGS.values() for name, default, *_ in group):
         value = args[name]
@@ -180,8 +180,6 @@ def load(folder):
 
 def settings(said):
     """The settings in a run.json, if they are what train.py takes, with all that reaches outside reset."""
-    from train import SETTINGS, resolve
-
     for name, default, kind, _ in (setting for group in SETTINGS.values() for setting in group):
         value, kind = said.get(name, default), float | int if kind is float else kind
         if value != default and not (value in kind if isinstance(kind, tuple) else isinstance(value, kind)):

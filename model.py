@@ -17,17 +17,14 @@ vocabulary.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-KNOWN = {"llama": "Llama, SmolLM2", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3"}
-ROPES = ("default", "linear", "llama3", "yarn")  # the others change with the text's length: no cache could
+from folders import read_config, tensor_shapes, weight_files
 
 
 class LoRALinear(nn.Module):
@@ -259,7 +256,7 @@ class Policy(nn.Module):
         """
         from safetensors import safe_open
 
-        from experts import Expert, weight_files
+        from experts import Expert
 
         source = Expert(name)
         config = read_config(source.folder)
@@ -362,7 +359,7 @@ class Policy(nn.Module):
                 if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
                     break
 
-                reach = bucket(max(16, t + 1))  # as far as it is written and little more: products want it dense
+                reach = bucket(max(16, t + 1))  # as far as written, little more: products want it dense
 
                 def own(i, k, v, t=t, reach=reach):
                     if memory[i].shape[4] < reach:
@@ -419,67 +416,3 @@ class Policy(nn.Module):
         finally:
             for m in adapters:
                 m.merged = None
-
-
-def read_config(folder):
-    """The few facts of a config.json that the decoder needs, as a dict. Raises ValueError for what it cannot
-    run, and for numbers that no model has, before anything of such a size is made."""
-    from experts import loading
-
-    try:
-        raw = json.loads((Path(folder) / "config.json").read_text())
-        kind = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as e:
-        raise ValueError(f"{folder} holds no readable config.json: name a Hugging Face model folder") from e
-    if str(kind) not in KNOWN:
-        known = "; ".join(f"{k} ({v})" for k, v in KNOWN.items())
-        raise ValueError(f"{folder} is of architecture {kind!r}, but a policy is one of {known}")
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    with loading("config", folder):
-        c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        sizes = dict(head_dim=head_dim, window=c.max_position_embeddings) | {k: getattr(c, k) for k in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "vocab_size")}
-        odd = {k: n for k, n in sizes.items() if not 1 <= n <= 2**20}  # what no model has a million of
-        if odd or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
-            raise ValueError(f"{odd or sizes}, rms_norm_eps {c.rms_norm_eps}")
-        rope = c.rope_parameters
-        kind = rope.get("rope_type", "default")
-        inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim), 1.0
-        if kind in ROPES[1:]:
-            inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
-        if not (inv_freq.isfinite().all() and math.isfinite(scale)):
-            raise ValueError(f"{rope} gives angles that are not finite")
-    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
-        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
-    if kind not in ROPES:
-        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
-    return sizes | dict(
-        rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings, model_type=c.model_type,
-        inv_freq=inv_freq, rope_scale=scale, stop=stop_tokens(folder, c))
-
-
-def tensor_shapes(c):
-    """The part of a tensor's name before .weight or .bias -> the shape of the weight, by `read_config`."""
-    d, ff, V, D = c["hidden_size"], c["intermediate_size"], c["vocab_size"], c["head_dim"]
-    q, k = c["num_attention_heads"] * D, c["num_key_value_heads"] * D
-    return dict(embed_tokens=(V, d), lm_head=(V, d), q_proj=(q, d), k_proj=(k, d), v_proj=(k, d),
-                o_proj=(d, q), gate_proj=(ff, d), up_proj=(ff, d), down_proj=(d, ff), q_norm=(D,),
-                k_norm=(D,), norm=(d,), input_layernorm=(d,), post_attention_layernorm=(d,))
-
-
-def stop_tokens(folder, config):
-    """Ids that end a completion: generation_config.json's, else config.json's. Raises ValueError when neither
-    names one."""
-    from experts import read_json
-
-    ids = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
-    ids = config.eos_token_id if ids is None else ids
-    ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no completion ends: "
-                         "add it to its config.json")
-    return ids

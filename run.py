@@ -20,7 +20,8 @@ import torch
 import ranks
 from collab import ROUTED, assemble, make_router, noise, others, write
 from experts import Expert, line_ends, read
-from model import Policy, bucket, read_config
+from folders import read_config
+from model import Policy, bucket
 from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, join, out_of_memory, rollout
 

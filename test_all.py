@@ -33,9 +33,11 @@ import checkpoint
 import collab
 import experts
 import export
+import folders
 import ranks
 import rewards
 import rlvr
+import settings
 import train
 from answers import number
 from eval import load as load_run
@@ -476,7 +478,7 @@ def test_cache_hit_reads_nothing(tmp_path, monkeypatch):
 def test_damaged_shard_is_read_again(tmp_path, damage):
     expert = Expert(make_expert(tmp_path / "m"))
     first = read([expert], [TEXTS], progress=False)
-    [shard] = (experts.cache_dir() / "states").glob("*/*.safetensors")
+    [shard] = (folders.cache_dir() / "states").glob("*/*.safetensors")
     data = bytearray(shard.read_bytes())
     if damage.startswith("bit"):
         data[-3 if "states" in damage else 12] ^= 4
@@ -1191,9 +1193,9 @@ def test_what_the_prefix_does_and_who_learns(small):
                       for c in (router(batch.H)[0], None))
     first = slice(0, 2)
     want = k3(logp, bare)[first][sampled.mask[first]].mean().item()
-    got = prefix_effect(policy, batch, sampled, logp, 0.8, micro=2, first=2)
+    got = prefix_effect(policy, batch, sampled, logp, 0.8, 2, first=2)
     assert got == pytest.approx(want, rel=1e-3) and want > 0.01
-    assert prefix_effect(policy, batch, sampled, bare, 0.8, micro=2) == pytest.approx(0, abs=1e-6)
+    assert prefix_effect(policy, batch, sampled, bare, 0.8, 2) == pytest.approx(0, abs=1e-6)
     gradients(policy, router, batch, sampled, micro=3, **HOW)
     norms = [p.norm().item() for p in router.project.grad]
     grads(policy, router)
@@ -1501,7 +1503,7 @@ def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
             assert two.keys() == one.keys()
             for k in one:
                 torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-5)
-        with experts.safe_open(path, "pt") as f:
+        with folders.safe_open(path, "pt") as f:
             theirs, skipped = json.loads(f.metadata()["rest"])
         del sums["prefix_kl"], theirs["prefix_kl"]  # of each rank's own first prompts
         assert theirs.pop("expert_grad") == pytest.approx(sums.pop("expert_grad"), rel=1e-4)
@@ -1718,7 +1720,7 @@ def test_one_process_at_a_time_trains_in_a_folder(finished, tmp_path, capsys, mo
     with checkpoint.locked(tmp_path / "stray"):
         (tmp_path / "stray" / "kept").touch()
     assert (tmp_path / "stray" / "kept").exists()
-    assert train.resolve(dict(out=str(tmp_path / "stray")))["steps"] == 200  # an empty folder is no run
+    assert settings.resolve(dict(out=str(tmp_path / "stray")))["steps"] == 200  # an empty folder is no run
     monkeypatch.setattr(checkpoint, "fcntl", None)
     with checkpoint.locked(finished), checkpoint.locked(finished):
         pass
@@ -1727,8 +1729,8 @@ def test_one_process_at_a_time_trains_in_a_folder(finished, tmp_path, capsys, mo
 def test_repeated_arguments_are_accepted_and_others_named(finished, tmp_path, capsys):
     again = dict(resume=True, out=f"{finished}/", device="auto", micro=0, batch=6, group=4, val=12, seed=0,
                  experts=list(experts.POOLS["tiny"].experts), policy=experts.POOLS["tiny"].policy, steps=12)
-    args = train.resolve(again)
-    assert (args["steps"], args["device"], args["val"]) == (12, train.pick_device("auto"), 12)
+    args = settings.resolve(again)
+    assert (args["steps"], args["device"], args["val"]) == (12, settings.pick_device("auto"), 12)
     other = ("--seed", 7, "--batch", 6, "--experts", "tiny/logic")
     assert "; experts, seed would" in refused(capsys, "--resume", "--out", finished, *other)
     assert "--steps" in refused(capsys, "--resume", "--out", finished, "--steps", 0)
@@ -1738,14 +1740,15 @@ def test_repeated_arguments_are_accepted_and_others_named(finished, tmp_path, ca
 
 
 def test_a_commit_of_the_hub_is_a_repetition_of_its_name():
-    assert train.repeats("policy", "org/m", "org/m@abc") and train.repeats("experts", ["a/b"], ["a/b@c"])
-    assert not train.repeats("policy", "org/m@abd", "org/m@abc") and not train.repeats("experts", ["a"], [])
+    again = settings.repeats
+    assert again("policy", "org/m", "org/m@abc") and again("experts", ["a/b"], ["a/b@c"])
+    assert not again("policy", "org/m@abd", "org/m@abc") and not again("experts", ["a"], [])
 
 
 @pytest.mark.parametrize("harm", [
     "", "[]", "{}", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff",
     dict(batch=-1), dict(batch="6"), dict(lr=math.nan), dict(rank=1.5), dict(group=None), dict(seed=math.inf),
-    dict(task=None), dict(experts="tiny/logic"), dict(collab="hard"), dict(max_new=10**30), dict(rank=10**9)])
+    dict(task=None), dict(experts="tiny/logic"), dict(collab="loud"), dict(max_new=10**30), dict(rank=10**9)])
 def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, harm, capsys):
     (tmp_path / "run").mkdir()
     text = (finished / "config.json").read_text()
@@ -1787,13 +1790,13 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
         place.mkdir(exist_ok=True)
         for name in (half, other):
             (place / name).touch()
-    experts.sweep(tmp_path)
+    folders.sweep(tmp_path)
     assert len(list(tmp_path.rglob(half))) == 2
     os.utime(tmp_path / "fingerprint" / half, (0, 0))
     os.utime(tmp_path / other, (0, 0))
-    experts.sweep(tmp_path)
+    folders.sweep(tmp_path)
     assert len(list(tmp_path.rglob(half))) == 1 and len(list(tmp_path.rglob(other))) == 2
-    experts.sweep(tmp_path, age=0)
+    folders.sweep(tmp_path, age=0)
     assert not list(tmp_path.rglob(half)) and len(list(tmp_path.rglob(other))) == 2
 
 
@@ -1899,7 +1902,7 @@ def test_out_of_memory_halves_the_micro_batch(small, monkeypatch, capsys, error)
     optimizer = make_optimizer(policy, router, 0.0, 0.0, (0.9, 0.98), 0.0)
     calls.clear()
     assert update(policy, router, batch, sampled, optimizer, epochs=2, micro=2, **HOW)["micro"] == 1
-    assert calls == [2, 2, 1, 1] + [1] * 15  # the measure of the prefix and the second pass begin with what fitted
+    assert calls == [2, 2, 1, 1] + [1] * 15  # what comes after begins with what fitted
     room = 0
     with pytest.raises(ValueError, match="--group"):
         fit()
