@@ -185,7 +185,7 @@ def remembered(args, given):
 
 def repeats(name, value, was):
     """Does an argument say again what the run was started with? "auto" and 0 stood for what was found then,
-    a hub model's name for its commit of that day (see `config`)."""
+    a hub model's name for its commit of that day (train.config)."""
     if isinstance(value, list):
         return len(value) == len(was) and all(repeats("policy", *pair) for pair in zip(value, was))
     return (value == was or (name, value) in (("device", "auto"), ("micro", 0))
