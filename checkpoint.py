@@ -7,22 +7,29 @@ synced and renamed, so a reader finds either the old file or the new one, never 
 or written anywhere.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import warnings
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as dump
 
 import ranks
-from experts import write_whole
+from folders import write_whole
 
 
-def digest(tensors):
-    """sha256 over names, shapes and bytes: a flipped bit is found before it trains on."""
-    h = hashlib.sha256()
+def digest(tensors, state):
+    """sha256 over the state and names, shapes and bytes: a flipped bit is found before it trains on."""
+    h = hashlib.sha256(state.encode())
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
         h.update(
@@ -53,7 +60,7 @@ def save(path, policy, router, optimizer=None, generator=None, **state):
             tensors |= {f"optimizer.{i}.{k}": t.detach().cpu().contiguous() for k, t in moments.items()}
     if generators:
         tensors["generator"] = torch.cat(generators)  # the ranks' own, one behind the other
-    header = dict(state=json.dumps(state), sha256=digest(tensors))
+    header = dict(state=json.dumps(state), sha256=digest(tensors, json.dumps(state)))
     write_whole(Path(path), dump(tensors, metadata=header))
 
 
@@ -69,7 +76,7 @@ def load(path, policy, router, optimizer=None, generator=None):
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is no readable checkpoint ({e})") from e
-    if header.get("sha256") != digest(tensors):
+    if header.get("sha256") != digest(tensors, header.get("state", "")):
         raise ValueError(f"{path} is damaged: its checksum does not match")
     target = trainable(policy, router)
     for name, t in target.items():
@@ -90,14 +97,55 @@ def load(path, policy, router, optimizer=None, generator=None):
     return json.loads(header["state"])
 
 
+def append(path, rows):
+    with open(path, "a") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def trim(path, step):
+    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again.
+    Returns those that stay."""
+    kept = []
+    if path.exists():
+        for text in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one may have been torn
+                kept += [row] if (row := json.loads(text))["step"] <= step else []
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+    return kept
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One process at a time trains in `folder`, which is made: ValueError for the second. The kernel drops
+    the lock with its process, however that ends: a file `lock` that lies there means nothing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "a") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {folder}: wait, or choose another --out") from None
+        except OSError as e:
+            warnings.warn(f"{folder} lies where nothing can be locked ({e}): start no second run in it")
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == ["lock"]:  # nothing came of it
+                os.unlink(file.name)
+                folder.rmdir()
+
+
 def last(folder):
     """The checkpoints of a run, newest first."""
     return sorted(Path(folder).glob("step-*.safetensors"), reverse=True)
 
 
-def rotate(folder, keep=2):
-    for old in last(folder)[keep:]:
-        old.unlink()
+def rotate(folder, newest, keep=2):
+    """Delete all but `newest` and those before it, `keep` in all. What lies beyond it was found damaged."""
+    older = [path for path in last(folder) if path < newest]
+    for path in set(last(folder)) - {newest, *older[:keep - 1]}:
+        path.unlink()
 
 
 def load_last(folder, *where):

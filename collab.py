@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from experts import Expert, line_ends, rows_of
-from model import stop_tokens
+from folders import stop_tokens
 from router import Router
 
 WAYS = ("soft", "single", "prefix", "hard", "text")

@@ -36,7 +36,8 @@ import ranks
 from answers import extract, number
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
-from run import build, evaluate, held_out
+from run import build, evaluate, excuse, held_out
+from settings import settings
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
 
@@ -230,9 +231,9 @@ def finish(run, out):
     report = measure(run)
     if ranks.RANK:
         return 0
-    checkpoint.write_json(out / "eval.json", report)
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     figure(rows, report, out / "run.png")
+    checkpoint.write_json(out / "eval.json", report)  # last: it says that the run is finished
     print()
     show(report)
     print(f'figure: {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question}"')
@@ -285,8 +286,7 @@ def load(folder, best=False):
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
-    args = json.loads((folder / "config.json").read_text())["args"]
-    args = dict(control="none", write=64) | args  # a run of before there were any
+    args = settings(folder)
     if args["device"] != "cpu" and not torch.cuda.is_available():
         args["device"] = "cpu"
     run = build(args, training=False)
@@ -341,9 +341,8 @@ def main(argv=None):
         if a.json:
             print(json.dumps(report))
         return 0
-    except (ValueError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        return excuse("eval.py", e)
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
     except KeyboardInterrupt:

@@ -12,29 +12,26 @@ Two rules keep a state the same whatever else is in its batch. Texts are padded 
 model cannot see the padding, an encoder's mask hides it, and every token keeps the position it has alone. And
 nothing is ever cut: a text longer than the model's window is refused, not silently shortened.
 """
-import contextlib
 import hashlib
-import json
 import math
-import os
 import time
-import uuid
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from tqdm import tqdm
+
+from folders import (META_FILES, brief, cache_dir, count_parameters, file_hash, find_model, loading,
+                     read_json, weight_files, write_whole)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL = 50_000_000      # parameters: below, float32 costs little; above, bfloat16 halves memory and time
 TOKENS = {"cpu": 2048, "cuda": 16384}   # padded tokens a batch: keeps the device busy with little memory
 SHARD_SECONDS = 20                      # at most this much reading is lost when the process is killed
 FORMAT = "n-musketeers states 1"        # enters the fingerprint: another way of reading finds no old states
-META_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]      # config and tokenizer
 
 
 @dataclass(frozen=True)
@@ -93,103 +90,6 @@ LICENCES = dict.fromkeys((      # of hub models, for the card of an export
     "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-Math-1.5B-Instruct",
     "allenai/OLMo-2-0425-1B-Instruct"), "apache-2.0") | {
     "BAAI/bge-base-en-v1.5": "mit", "microsoft/phi-1_5": "mit", "Qwen/Qwen2.5-3B-Instruct": "qwen-research"}
-
-
-def cache_dir():
-    """Where what we keep lies: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers (states in `states`)."""
-    return Path(os.environ.get("N_MUSKETEERS_CACHE") or Path.home() / ".cache" / "n-musketeers")
-
-
-def brief(error):
-    return f"{type(error).__name__}: {error}".split("\n")[0]
-
-
-def write_whole(path, data):
-    """Write bytes so that the file is whole or not there, whatever happens meanwhile. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{uuid.uuid4().hex}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def find_model(source):
-    """(folder, commit): a local folder and None, or the snapshot of a hub model `org/name[@revision]`."""
-    if os.path.isdir(source):
-        return Path(source), None
-    from huggingface_hub import snapshot_download
-    repo, _, revision = source.partition("@")
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, ignore_patterns=["*/*"],
-                                        allow_patterns=[*META_FILES, "model*.safetensors"]))
-    except Exception as error:      # the errors of the hub's client share no base class
-        raise ValueError(f"{source} is no folder and cannot be had from the Hugging Face hub: name a folder, "
-                         f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
-    return folder, folder.name
-
-
-def read_json(path):
-    """The object in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: fetch this model again ({brief(error)})") from error
-
-
-def weight_files(folder):
-    """The safetensors files transformers would load. Raises ValueError if there are none."""
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file():
-        names = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
-    if not names or any(Path(name).name != name for name in names):     # ../elsewhere is not this model's
-        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
-                         "(other formats can run code and are never loaded)")
-    return [folder / name for name in names]
-
-
-def count_parameters(path):
-    """Numbers stored in a safetensors file, from its header alone."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged: fetch it again ({brief(error)})") from error
-
-
-def file_hash(path):
-    """sha256 of a file, remembered by path, size and time of change, as reading gigabytes takes seconds."""
-    stat, memo_file, memo = path.stat(), cache_dir() / "hashes.json", {}
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    with contextlib.suppress(ValueError, OSError):      # only a memo: unreadable or unwritable, we hash again
-        memo = read_json(memo_file)
-    if key not in memo:
-        with open(path, "rb") as file:
-            memo[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        with contextlib.suppress(OSError):
-            write_whole(memo_file, json.dumps(memo, indent=0).encode())
-    return memo[key]
-
-
-@contextlib.contextmanager
-def loading(what, source):
-    """Silence transformers' bars and load reports, and turn whatever it raises into one sentence."""
-    from transformers.utils import logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except Exception as error:      # one mistake may come as an OSError, KeyError, RuntimeError, ...
-        raise ValueError(f"the {what} of {source} cannot be loaded: fetch it again or name another model "
-                         f"({brief(error)})") from error
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 class Expert:

@@ -19,8 +19,10 @@ from safetensors.torch import load as parse
 from safetensors.torch import save
 
 import checkpoint
-from experts import LICENCES, TINY, Expert, write_whole
+from experts import LICENCES, TINY, Expert
+from folders import write_whole
 from run import build
+from settings import SETTINGS, resolve
 
 LORA, ROUTER = "adapter_model.safetensors", "router.safetensors"
 FILES = ("README.md", LORA, "adapter_config.json", ROUTER, "router.json", "run.json")
@@ -89,7 +91,7 @@ def write(run, source, folder, evaluated):
     texts, tensors, config = describe(run), weights(run), json.loads((source / "config.json").read_text())
     info, data = texts["run.json"], run.args["data"]
     info["versions"] = config["versions"]
-    info["sha256"] = {file: checkpoint.digest(x) for file, x in tensors.items()}
+    info["sha256"] = {file: checkpoint.digest(x, "") for file, x in tensors.items()}
     info["args"] = config["args"] | dict(policy=info["policy"]["source"], out=None, cache=None,
                                          experts=[e["source"] for e in info["experts"]],
                                          data=data and given(data))
@@ -116,8 +118,6 @@ def licence(model):
 
 def command(args):
     """The train.py line of these settings, those of the pool spelt out."""
-    from train import SETTINGS  # which imports eval.py, which imports this file
-
     words = ["python", "train.py"]
     for name, default in ((name, default) for group in SETTINGS.values() for name, default, *_ in group):
         value = args[name]
@@ -167,7 +167,7 @@ def load(folder):
             if kinds(found) != kinds(target):
                 raise ValueError(f"{file} has a tensor too many, too few or of another shape")
             finite = all(t.isfinite().all() for t in found.values())
-            if not finite or checkpoint.digest(found) != said["sha256"][file]:
+            if not finite or checkpoint.digest(found, "") != said["sha256"][file]:
                 raise ValueError(f"{file} is damaged: get it again")
             with torch.no_grad():
                 for k, t in target.items():
@@ -180,8 +180,6 @@ def load(folder):
 
 def settings(said):
     """The settings in a run.json, if they are what train.py takes, with all that reaches outside reset."""
-    from train import SETTINGS, resolve
-
     for name, default, kind, _ in (setting for group in SETTINGS.values() for setting in group):
         value, kind = said.get(name, default), float | int if kind is float else kind
         if value != default and not (value in kind if isinstance(kind, tuple) else isinstance(value, kind)):

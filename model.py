@@ -17,17 +17,14 @@ vocabulary.
 """
 
 import contextlib
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-KNOWN = {"llama": "Llama, SmolLM2", "qwen2": "Qwen2, Qwen2.5", "qwen3": "Qwen3"}
-ROPES = ("default", "linear", "llama3", "yarn")  # the others change with the text's length: no cache could
+from folders import read_config, tensor_shapes, weight_files
 
 
 class LoRALinear(nn.Module):
@@ -214,9 +211,11 @@ def _draw(logits, temperature, u, block=256):
     below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
     u = below(u * edges[:, -1:], edges[:, -1:])
     b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
+    b.clamp_(max=edges.shape[-1] - 1)  # logits that are NaN give any token, and their step is skipped
     inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
     rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
-    return (b * block + torch.searchsorted(inside, rest, right=True))[:, 0]
+    token = b * block + torch.searchsorted(inside, rest, right=True)
+    return token[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 class Policy(nn.Module):
@@ -254,18 +253,18 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu", neutral="zero"):
-        """The policy in folder or hub repository `name` ('name@revision' allowed).
+        """The policy in folder or hub repository `name` ('name@revision' allowed), with its `revision`.
 
         Raises ValueError, in one sentence with the mend: nothing there, no safetensors, an architecture or
-        rope not known.
+        rope not known, a tensor that is not what config.json says, found before any is read.
         """
         from safetensors import safe_open
 
-        from experts import Expert, weight_files
+        from experts import Expert
 
         source = Expert(name)
         config = read_config(source.folder)
-        files = {}
+        shapes, files = tensor_shapes(config), {}
         place = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
         for path in weight_files(source.folder):
             f = safe_open(path, framework="pt", device=place)
@@ -274,12 +273,20 @@ class Policy(nn.Module):
         def weight(key, optional=False):
             for stored in (key, key.removeprefix("model.")):  # a folder of the bare backbone lacks the prefix
                 if stored in files:
+                    there, (part, what) = files[stored].get_slice(stored), key.split(".")[-2:]
+                    want = shapes[part] if what == "weight" else shapes[part][:1]
+                    kind, shape = there.get_dtype(), tuple(there.get_shape())
+                    if kind not in ("F32", "F16", "BF16") or shape != want:
+                        raise ValueError(f"{name}: {key} is {shape} of {kind}, its config.json says {want}: "
+                                         "fetch the model again, not quantised")
                     return files[stored].get_tensor(stored).to(dtype)
             if optional:
                 return None
             raise ValueError(f"{name} is incomplete, tensor {key} is missing: fetch the model again")
 
-        return cls(config, weight, rank, alpha, neutral).to(device)
+        policy = cls(config, weight, rank, alpha, neutral).to(device)
+        policy.revision = source.revision
+        return policy
 
     # -- running
     @property
@@ -356,7 +363,7 @@ class Policy(nn.Module):
                 if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
                     break
 
-                reach = bucket(max(16, t + 1))  # as far as it is written and little more: products want it dense
+                reach = bucket(max(16, t + 1))  # as far as written, little more: products want it dense
 
                 def own(i, k, v, t=t, reach=reach):
                     if memory[i].shape[4] < reach:
@@ -413,46 +420,3 @@ class Policy(nn.Module):
         finally:
             for m in adapters:
                 m.merged = None
-
-
-def read_config(folder):
-    """The few facts of a config.json that the decoder needs, as a dict. Raises ValueError for what it cannot
-    run."""
-    try:
-        raw = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder} holds no readable config.json: name a Hugging Face model folder") from e
-    kind = raw.get("model_type")
-    if kind not in KNOWN:
-        known = "; ".join(f"{k} ({v})" for k, v in KNOWN.items())
-        raise ValueError(f"{folder} is of architecture {kind!r}, but a policy is one of {known}")
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    c = AutoConfig.from_pretrained(folder)
-    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
-        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: choose another policy")
-    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    rope = c.rope_parameters
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPES:
-        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: choose another policy")
-    inv_freq, scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim), 1.0
-    if kind != "default":
-        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "vocab_size")
-    return {k: getattr(c, k) for k in keys} | dict(
-        model_type=c.model_type, head_dim=head_dim, window=c.max_position_embeddings, inv_freq=inv_freq,
-        rope_scale=scale, stop=stop_tokens(folder, c))
-
-
-def stop_tokens(folder, config):
-    """Ids that end a completion: generation_config.json's, else config.json's. Raises ValueError when neither
-    names one."""
-    path = Path(folder) / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-    ids = config.eos_token_id if ids is None else ids
-    if ids is None:
-        raise ValueError(f"{folder} names no eos_token_id, so no completion ends: add it to its config.json")
-    return ids if isinstance(ids, list) else [ids]

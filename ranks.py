@@ -56,8 +56,7 @@ def meet(collective, *args, **how):
         if WORLD > 1:
             collective(*args, **how)
     except RuntimeError as e:  # gloo and nccl have no kind of their own for this
-        raise ConnectionError("another rank is gone, see what it said; go on from the last checkpoint with "
-                              f"--resume ({str(e).splitlines()[0]})") from e
+        raise ConnectionError(f"another rank is gone, see what it said ({str(e).splitlines()[0]})") from e
 
 
 def gather(value):

@@ -20,6 +20,7 @@ What is easy to get wrong, and where it is kept right here:
 - With one inner epoch the ratio is 1 and the loss about 0 by construction: watch the reward, not the loss.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import ranks
+
+HOPELESS, DROUGHT = 5, 20  # steps in a row: not finite, and it stops; without spread, and it is said
 
 
 @dataclass
@@ -145,13 +148,18 @@ def reference_logprobs(policy, batch, tokens, mask, temperature):
 
 
 @torch.no_grad()
-def prefix_effect(policy, batch, sampled, logp, temperature, first=4):
+def prefix_effect(policy, batch, sampled, logp, temperature, micro, first=4):
     """KL (nats a token) of the policy with its prefix from the same policy without it, LoRA on in both, from
     the tokens sampled for the step's first few prompts (k3). logp (B, G, T): theirs with the prefix, which
-    the step has anyway, so this costs one forward pass over `first` prompts without gradient."""
-    some, tokens, mask = batch[:first], sampled.tokens[:first], sampled.mask[:first]
-    without = policy.logprobs(policy.prefill(some.tokens, some.lengths), tokens, mask, temperature)[0]
-    return k3(logp[:first], without)[mask].mean().item()
+    the step has anyway, so this costs one forward pass over `first` prompts without gradient, `micro` at a
+    time."""
+    kl = []
+    for i in range(0, min(first, len(batch.problems)), micro):
+        part = slice(i, min(i + micro, first))
+        some, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
+        without = policy.logprobs(policy.prefill(some.tokens, some.lengths), tokens, mask, temperature)[0]
+        kl.append(k3(logp[part], without)[mask])
+    return torch.cat(kl).mean().item()
 
 
 def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, micro, max_new, old=None):
@@ -182,14 +190,40 @@ def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, mi
     return torch.cat(firsts), sums
 
 
-def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
-    """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums,
-    with grad_norm, skipped, prefix_kl, and expert_grad: the norm of the gradient, before clipping, of every
-    expert's projection in the router. `how` is what `gradients` takes.
+def out_of_memory(error):
+    """Every device says it in its own words; a CPU's are those of a plain RuntimeError."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
-    A step whose gradient is not finite is skipped and counted, never applied: one NaN in a weight ends a run.
-    Of several ranks each normalises by its own samples; weighted by its share of these, the gradients add up
-    to that of the whole step. So all see one norm, and skip together.
+
+def gradients_that_fit(policy, router, batch, sampled, *, micro, **how):
+    """`gradients` of the same samples, with micro-batches halved until memory suffices. Returns what it
+    returns, the sums with the micro that did. Raises ValueError if one prompt is too much."""
+    while True:
+        try:
+            old, sums = gradients(policy, router, batch, sampled, micro=micro, **how)
+            return old, sums | dict(micro=micro)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if not out_of_memory(error):
+                raise
+        if micro == 1:
+            raise ValueError("out of memory in the gradient pass of a single prompt: start anew with a lower "
+                             "--group or --max-new, or with a smaller policy")
+        for p in [*policy.parameters(), *(router.parameters() if router else ())]:
+            p.grad = None  # what some of the micro-batches have left
+        micro = -(-min(micro, len(batch.problems)) // 2)
+        print(f"out of memory in the gradient pass: {micro} prompts at a time from now on (--micro {micro})")
+
+
+def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
+    """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums, with grad_norm,
+    skipped, the micro that fitted, prefix_kl, and expert_grad: the norm of the gradient, before clipping, of
+    every expert's projection in the router. `how` is what `gradients` takes.
+
+    A step whose loss or gradient is not finite is skipped and counted, never applied: one NaN in a weight,
+    or in a moment of AdamW, ends a run. Of several ranks each normalises by its own samples; weighted by its
+    share of these, losses and gradients add up to those of the whole step. So all see the same and skip
+    together, while each cuts micro-batches that fit its own memory.
     """
     old, first, skipped = None, None, 0
     own = len(batch.problems) if how["dr"] else int(sampled.mask.sum())  # what `gradients` divides by
@@ -197,20 +231,38 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
     for _ in range(epochs):
         optimizer.zero_grad(set_to_none=True)
-        old, sums = gradients(policy, router, batch, sampled, old=old, **how)
+        old, sums = gradients_that_fit(policy, router, batch, sampled, old=old, **how)
+        how["micro"] = sums.pop("micro")
+        sums = dict(zip(sums, ranks.total(*(weight * s for s in sums.values()))))
         ranks.add_up(parameters, weight)
         experts = router.expert_grad() if hasattr(router, "expert_grad") else []
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(torch.isfinite(norm))
+        finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
         if finite:
             optimizer.step()
         skipped += not finite
-        sums = dict(zip(sums, ranks.total(*(weight * s for s in sums.values()))))
         if first is None:
-            effect = 0.0 if router is None else prefix_effect(policy, batch, sampled, old, how["temperature"])
+            effect = 0.0 if router is None else prefix_effect(policy, batch, sampled, old, how["temperature"],
+                                                              how["micro"])
             first = sums | dict(grad_norm=norm.item(), prefix_kl=ranks.total(effect)[0] / ranks.WORLD,
                                 expert_grad=experts)
-    return first | dict(skipped=skipped)
+    return first | dict(skipped=skipped, micro=how["micro"])
+
+
+def advise(streak, row):
+    """Count in `streak` (a Counter) the steps in a row that taught nothing. Returns advice when it is due."""
+    streak["dry"] = streak["dry"] + 1 if row["zero_spread"] == 1 else 0
+    streak["skipped"] = streak["skipped"] + 1 if row["skipped"] else 0
+    if streak["skipped"] == HOPELESS:
+        return (f"{HOPELESS} steps in a row gave a loss or gradient that is not finite and were skipped (see "
+                "skipped.jsonl): start anew with a lower --lr, --router-lr or --max-norm, or, if the device "
+                "is to blame, go on from the last good weights with --resume")
+    if streak["dry"] == DROUGHT:
+        mend = ("right: train on a harder --level" if row["accuracy"] > 0.5 else
+                "wrong: try an easier --level, a higher --temperature, --shots or another --template")
+        return (f"for {DROUGHT} steps every group was all right or all wrong, which teaches nothing; most "
+                f"are {mend}, in a new run")
+    return None
 
 
 def make_optimizer(policy, router, lr, router_lr, betas, weight_decay):

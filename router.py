@@ -59,7 +59,7 @@ class Router(nn.Module):
         self.register_buffer("gain", real.float())
         fan_in = torch.tensor(widths)[owner, None, None]
         self.project = nn.Parameter(torch.randn(len(owner), w, dim) * real[..., None] / fan_in.sqrt())
-        self.identity = nn.Parameter(torch.randn(len(widths), dim) * 0.02)  # who speaks, apart from what is said
+        self.identity = nn.Parameter(torch.randn(len(widths), dim) * 0.02)  # who speaks, whatever is said
         self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
         self.norm_in, self.norm_latent, self.norm_mlp, self.norm_out = (nn.LayerNorm(dim) for _ in range(4))
         self.to_q = nn.Linear(dim, dim, bias=False)

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import random
+import sys
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +20,10 @@ import torch
 import ranks
 from collab import ROUTED, assemble, make_router, noise, others, write
 from experts import Expert, line_ends, read
-from model import Policy, bucket, read_config
+from folders import read_config
+from model import Policy, bucket
 from rewards import TooFew, problems, prompt, verify
-from rlvr import Batch, join, rollout
+from rlvr import Batch, join, out_of_memory, rollout
 
 STATISTICS = 256  # training prompts that fix each expert's mean and spread, however long the run is
 USUAL = dict(val=120, test=256)  # held-out problems when nobody says how many
@@ -255,3 +257,15 @@ def free_memory(device):
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return float("inf")
+
+
+def excuse(program, error):
+    """Print the one sentence by which a user can mend an error, return exit code 2. A bug is raised again."""
+    if isinstance(error, OSError):  # a disk that is full, a folder that may not be written
+        error = f"{error}: mend that and go on with --resume, what was saved is whole"
+    elif isinstance(error, (RuntimeError, MemoryError)):
+        if not out_of_memory(error):
+            raise error
+        error = "out of memory: lower --batch, --group or --max-new, or choose smaller models"
+    print(f"{program}: {error}", file=sys.stderr)
+    return 2

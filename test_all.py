@@ -3,16 +3,23 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import contextlib
 import inspect
 import json
 import math
+import pickle
+import random
+import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import types
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import pytest
@@ -26,8 +33,11 @@ import checkpoint
 import collab
 import experts
 import export
+import folders
 import ranks
 import rewards
+import rlvr
+import settings
 import train
 from answers import number
 from eval import load as load_run
@@ -468,7 +478,7 @@ def test_cache_hit_reads_nothing(tmp_path, monkeypatch):
 def test_damaged_shard_is_read_again(tmp_path, damage):
     expert = Expert(make_expert(tmp_path / "m"))
     first = read([expert], [TEXTS], progress=False)
-    [shard] = (experts.cache_dir() / "states").glob("*/*.safetensors")
+    [shard] = (folders.cache_dir() / "states").glob("*/*.safetensors")
     data = bytearray(shard.read_bytes())
     if damage.startswith("bit"):
         data[-3 if "states" in damage else 12] ^= 4
@@ -1183,9 +1193,9 @@ def test_what_the_prefix_does_and_who_learns(small):
                       for c in (router(batch.H)[0], None))
     first = slice(0, 2)
     want = k3(logp, bare)[first][sampled.mask[first]].mean().item()
-    got = prefix_effect(policy, batch, sampled, logp, 0.8, first=2)
+    got = prefix_effect(policy, batch, sampled, logp, 0.8, 2, first=2)
     assert got == pytest.approx(want, rel=1e-3) and want > 0.01
-    assert prefix_effect(policy, batch, sampled, bare, 0.8) == pytest.approx(0, abs=1e-6)
+    assert prefix_effect(policy, batch, sampled, bare, 0.8, 2) == pytest.approx(0, abs=1e-6)
     gradients(policy, router, batch, sampled, micro=3, **HOW)
     norms = [p.norm().item() for p in router.project.grad]
     grads(policy, router)
@@ -1438,7 +1448,7 @@ def ranked(folder, how, quick):
 
     def finish(run, out):
         tensors = checkpoint.trainable(run.policy, run.router)
-        assert len(set(ranks.gather(checkpoint.digest(tensors)))) == 1  # the same weights on all
+        assert len(set(ranks.gather(checkpoint.digest(tensors, "")))) == 1  # the same weights on all
         some = run.items["train"]
         texts = [[run.expert_text(p, e) for p in some] for e in run.experts]
         assert torch.equal(run.batch(some).H, read(run.experts, texts, progress=False).float())
@@ -1493,7 +1503,7 @@ def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
             assert two.keys() == one.keys()
             for k in one:
                 torch.testing.assert_close(two[k], one[k], atol=1e-5, rtol=1e-5)
-        with experts.safe_open(path, "pt") as f:
+        with folders.safe_open(path, "pt") as f:
             theirs, skipped = json.loads(f.metadata()["rest"])
         del sums["prefix_kl"], theirs["prefix_kl"]  # of each rank's own first prompts
         assert theirs.pop("expert_grad") == pytest.approx(sums.pop("expert_grad"), rel=1e-4)
@@ -1530,6 +1540,8 @@ def test_log_sends_every_number(kind, module, tmp_path, monkeypatch):
     train.tracker(args)(dict(step=3, reward=0.5, attention=dict(a=0.25)))
     assert sent == {3: {"step": 3, "reward": 0.5, "attention/a": 0.25}}
     assert kind != "wandb" or os.environ["WANDB_MODE"] == "offline"
+
+
 # -- export
 @pytest.fixture(scope="module")
 def exported(finished, tmp_path_factory):
@@ -1622,7 +1634,7 @@ def resaved(change):
     def harm(folder):
         tensors = change(load_file(folder / ROUTER))
         save_file(tensors, folder / ROUTER)
-        edit(folder, "run.json", lambda info: info["sha256"].update({ROUTER: checkpoint.digest(tensors)}))
+        edit(folder, "run.json", lambda info: info["sha256"].update({ROUTER: checkpoint.digest(tensors, "")}))
     return harm
 
 
@@ -1635,7 +1647,7 @@ HARM = [  # (what a stranger changes in an export, what the one sentence names)
     (said(experts=["tiny/logic", "tiny/logic", "tiny/algorithmic"]), "experts"),
     (said(rank=10**9), "4096"), (said(latents=10**9), "4096"), (said(rank=4), "adapter_config.json"),
     (said(cue=None), "cue"), (said(seed="0"), "seed"), (said(temperature=-1), "temperature"),
-    (said(alpha=math.nan), "4096"), (said(experts={}), "experts"), (said(policy=3), "policy"),
+    (said(alpha=math.nan), "alpha"), (said(experts={}), "experts"), (said(policy=3), "policy"),
     (("adapter_config.json", lambda info: info.update(base_model_name_or_path="../x")), "base_model_name"),
     (("run.json", lambda info: info["policy"].update(fingerprint="0")), "policy"),
     (("run.json", lambda info: info.pop("args")), "args"), (("router.json", dict.clear), "router.json"),
@@ -1667,3 +1679,429 @@ def test_an_export_that_lies_is_refused(exported, tmp_path, harm, words, capsys,
 def test_a_run_or_an_export(finished, exported, capsys):
     for words in ([], [str(finished), "--from", str(exported)], ["--from", str(exported), "--best"]):
         assert eval_main(words) == 2 and "--from" in capsys.readouterr().err
+
+
+# -- faults: what was tried on it by hand is in results/FAULTS.md
+def stopped_at_five(finished, out):
+    """A copy of the finished run as if it had been stopped after step 5 of 10."""
+    shutil.copytree(finished, out)
+    (out / "step-000010.safetensors").unlink()
+    return out
+
+
+def refused(capsys, *argv):
+    """The one sentence with which train.py refuses; what was printed before it is dropped."""
+    assert train.main([*map(str, argv)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    return error[0]
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As near to a full disk as a process without privileges gets: no file grows beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_one_process_at_a_time_trains_in_a_folder(finished, tmp_path, capsys, monkeypatch):
+    with checkpoint.locked(finished):
+        assert "another process" in refused(capsys, "--resume", "--out", finished)
+    with pytest.raises(KeyError), checkpoint.locked(tmp_path / "new"):
+        assert "another process" in refused(capsys, *QUICK, "--out", tmp_path / "new")
+        raise KeyError
+    assert not (tmp_path / "new").exists()  # nothing came of it
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "lock").touch()  # of a process that was killed
+    with checkpoint.locked(tmp_path / "stray"):
+        (tmp_path / "stray" / "kept").touch()
+    assert (tmp_path / "stray" / "kept").exists()
+    assert settings.resolve(dict(out=str(tmp_path / "stray")))["steps"] == 200  # an empty folder is no run
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    with checkpoint.locked(finished), checkpoint.locked(finished):
+        pass
+
+
+def test_repeated_arguments_are_accepted_and_others_named(finished, tmp_path, capsys):
+    again = dict(resume=True, out=f"{finished}/", device="auto", micro=0, batch=6, group=4, val=12, seed=0,
+                 experts=list(experts.POOLS["tiny"].experts), policy=experts.POOLS["tiny"].policy, steps=12)
+    args = settings.resolve(again)
+    assert (args["steps"], args["device"], args["val"]) == (12, settings.pick_device("auto"), 12)
+    other = ("--seed", 7, "--batch", 6, "--experts", "tiny/logic")
+    assert "; experts, seed would" in refused(capsys, "--resume", "--out", finished, *other)
+    assert "--steps" in refused(capsys, "--resume", "--out", finished, "--steps", 0)
+    assert "without" not in refused(capsys, "--resume", "--out", tmp_path)
+    shutil.copy(finished / "step-000010.safetensors", tmp_path)  # a run whose config.json was lost
+    assert "holds a run" in refused(capsys, *QUICK, "--out", tmp_path)
+
+
+def test_a_commit_of_the_hub_is_a_repetition_of_its_name():
+    again = settings.repeats
+    assert again("policy", "org/m", "org/m@abc") and again("experts", ["a/b"], ["a/b@c"])
+    assert not again("policy", "org/m@abd", "org/m@abc") and not again("experts", ["a"], [])
+
+
+@pytest.mark.parametrize("harm", [
+    "", "[]", "{}", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff",
+    dict(batch=-1), dict(batch="6"), dict(lr=math.nan), dict(rank=1.5), dict(group=None), dict(seed=math.inf),
+    dict(task=None), dict(experts="tiny/logic"), dict(collab="loud"), dict(max_new=10**30), dict(rank=10**9)])
+def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, harm, capsys):
+    (tmp_path / "run").mkdir()
+    text = (finished / "config.json").read_text()
+    if isinstance(harm, dict):
+        config = json.loads(text)
+        config["args"] |= harm
+        harm = json.dumps(config)
+    (tmp_path / "run" / "config.json").write_bytes(harm.encode("utf-8", "surrogateescape"))
+    said = refused(capsys, "--resume", "--out", tmp_path / "run", "--steps", 12)
+    assert "damaged" in said or "GB" in said or "window" in said
+    assert eval_main([str(tmp_path / "run")]) == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_every_bit_of_a_checkpoint_counts(tmp_path, small):
+    """Header and tensors: whichever bit is flipped, and wherever it is cut, it is found; nothing changes."""
+    policy, router = small[0], make_router()
+    path = tmp_path / "step-000003.safetensors"
+    checkpoint.save(path, policy, router, step=3)
+    data, before = path.read_bytes(), [p.clone() for p in router.parameters()]
+    state = data.index(b'\\"step\\": 3') + 10  # "step": 3 becomes 2
+    header = int.from_bytes(data[:8], "little")
+    for at in (0, 7, 9, state, data.index(b"sha256") + 12, header + 4, header // 2, len(data) - 1):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        with pytest.raises(ValueError):
+            checkpoint.load(path, policy, router)
+    for size in (0, 7, 100, header + 8, len(data) - 1):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError):
+            checkpoint.load(path, policy, router)
+    assert all(torch.equal(a, b) for a, b in zip(before, router.parameters()))
+    path.write_bytes(data)
+    assert checkpoint.load(path, policy, router) == dict(step=3)
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    """In the run's folder all of it, in the cache what is old, and nobody else's *.part."""
+    half, other = "0123456789abcdef" * 2 + ".part", "film.part"
+    for place in (tmp_path, tmp_path / "fingerprint"):
+        place.mkdir(exist_ok=True)
+        for name in (half, other):
+            (place / name).touch()
+    folders.sweep(tmp_path)
+    assert len(list(tmp_path.rglob(half))) == 2
+    os.utime(tmp_path / "fingerprint" / half, (0, 0))
+    os.utime(tmp_path / other, (0, 0))
+    folders.sweep(tmp_path)
+    assert len(list(tmp_path.rglob(half))) == 1 and len(list(tmp_path.rglob(other))) == 2
+    folders.sweep(tmp_path, age=0)
+    assert not list(tmp_path.rglob(half)) and len(list(tmp_path.rglob(other))) == 2
+
+
+def test_a_passed_over_checkpoint_makes_room(tmp_path):
+    names = [f"step-{i:06d}.safetensors" for i in (2, 4, 6, 9)]
+    for name in names:
+        (tmp_path / name).touch()
+    checkpoint.rotate(tmp_path, tmp_path / names[2])  # 9 was damaged, the run went on from 4 to 6
+    assert [p.name for p in checkpoint.last(tmp_path)] == [names[2], names[1]]
+
+
+def test_a_full_disk_loses_nothing(finished, tmp_path, capsys):
+    """A checkpoint, a row and a shard that do not fit; with room again the run is the undisturbed one."""
+    out = stopped_at_five(finished, tmp_path / "run")
+    (out / ("0" * 32 + ".part")).touch()  # of a kill before
+    with files_of_at_most(10**6):  # a checkpoint has two
+        said = refused(capsys, "--resume", "--out", out)
+    assert "File too large" in said and "--resume" in said and not list(out.glob("*.part"))
+    assert not (out / "eval.json").exists()  # that of the run before it went on
+    length = (out / "metrics.jsonl").stat().st_size
+    with files_of_at_most(length + 100), pytest.raises(OSError):
+        checkpoint.append(out / "metrics.jsonl", [dict(step=11, text="x" * 200)])
+    assert (out / "metrics.jsonl").stat().st_size == length + 100  # torn
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    one, two = (load_file(folder / "step-000010.safetensors") for folder in (finished, out))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    strip = lambda out: [{k: v for k, v in r.items() if k not in TIMES} for r in rows(out)]
+    assert strip(finished) == strip(out)
+    expert = Expert(make_expert(tmp_path / "m"))
+    with files_of_at_most(300), pytest.warns(UserWarning, match="cannot be kept"):
+        H = read([expert], [TEXTS], tmp_path / "states", progress=False)
+    assert torch.equal(H, read([expert], [TEXTS], tmp_path / "states", progress=False))
+    assert not list((tmp_path / "states").rglob("*.part"))
+
+
+@pytest.mark.parametrize("fault", [math.nan, math.inf])
+def test_a_skipped_step_touches_neither_weights_nor_moments(small, monkeypatch, fault):
+    """Also when only the loss is not finite, and its gradient is."""
+    policy, router, batch, sampled = step_example(small)
+    optimizer = make_optimizer(policy, router, 1e-3, 1e-3, (0.9, 0.98), 0.1)
+    update(policy, router, batch, sampled, optimizer, micro=3, **HOW)
+    every = lambda: [t.clone() for p in optimizer.state for t in (p, *optimizer.state[p].values())]
+    before = every()
+    with monkeypatch.context() as m:
+        m.setattr(rlvr, "grpo_loss", lambda *a, **k: grpo_loss(*a, **k) + fault)
+        sums = update(policy, router, batch, sampled, optimizer, micro=3, **HOW)
+    assert sums["skipped"] == 1 and math.isfinite(sums["grad_norm"])
+    assert all(torch.equal(a, b) for a, b in zip(before, every(), strict=True))
+    assert update(policy, router, batch, sampled, optimizer, micro=3, **HOW)["skipped"] == 0
+
+
+def test_five_skipped_steps_in_a_row_stop_the_run(finished, tmp_path, capsys, monkeypatch):
+    """Each is written down with its questions; what is saved are the weights of step 5."""
+    out = stopped_at_five(finished, tmp_path / "run")
+    monkeypatch.setattr(rlvr, "grpo_loss", lambda *a, **k: grpo_loss(*a, **k) * math.nan)
+    said = refused(capsys, "--resume", "--out", out, "--steps", 15)
+    assert "--max-norm" in said and "--resume" in said and "skipped.jsonl" in said
+    skipped = rows(out, "skipped.jsonl")
+    assert [r["step"] for r in skipped] == [6, 7, 8, 9, 10]
+    assert all(len(r["questions"]) == 6 and math.isnan(r["loss"]) for r in skipped)
+    good, kept = (load_file(out / f"step-{n:06d}.safetensors") for n in (5, 10))
+    assert good.keys() == kept.keys() and all(torch.equal(good[k], kept[k]) for k in good if k != "generator")
+
+
+def test_logits_that_are_nan_do_not_end_the_sampler():
+    z = torch.randn(4, 300)
+    z[0, 3], z[1], z[2, 299] = math.nan, math.nan, math.inf
+    assert all(0 <= token < 300 for token in sample(z, 1.0).tolist())
+
+
+def test_a_drought_is_said_once():
+    row = lambda spread, right=0.0: dict(zero_spread=spread, accuracy=right, skipped=0)
+    streak, said = Counter(), []
+    for r in [row(1)] * 45 + [row(0.9)] + [row(1, 0.8)] * 25 + [row(0)] + [row(1)] * 19:
+        said += [rlvr.advise(streak, r)]
+    assert [i + 1 for i, text in enumerate(said) if text] == [20, 66]
+    assert "easier --level" in said[19] and "harder --level" in said[65]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_out_of_memory_halves_the_micro_batch(small, monkeypatch, capsys, error):
+    """The same samples, the same gradient, remembered; one prompt that does not fit is a sentence."""
+    policy, router, batch, sampled = step_example(small)
+    fit = lambda: rlvr.gradients_that_fit(policy, router, batch, sampled, micro=3, **HOW)[1]
+    policy.zero_grad()
+    want, expected = fit(), grads(policy, router)
+    room, calls, whole = 2, [], policy.logprobs
+
+    def logprobs(cache, tokens, *rest):
+        calls.append(len(tokens))  # the fourth call comes after a micro-batch that has left its gradient
+        if len(tokens) > room or len(calls) == 4:
+            raise error
+        return whole(cache, tokens, *rest)
+
+    monkeypatch.setattr(policy, "logprobs", logprobs)
+    got = fit()
+    assert calls == [3, 2, 2, 1] + [1] * 6 and (want.pop("micro"), got.pop("micro")) == (3, 1)
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
+    for a, b in zip(grads(policy, router), expected):
+        assert (a - b).norm() < 1e-4 * b.norm() + 1e-8
+    assert capsys.readouterr().out.count("at a time from now on") == 2
+    optimizer = make_optimizer(policy, router, 0.0, 0.0, (0.9, 0.98), 0.0)
+    calls.clear()
+    assert update(policy, router, batch, sampled, optimizer, epochs=2, micro=2, **HOW)["micro"] == 1
+    assert calls == [2, 2, 1, 1] + [1] * 15  # what comes after begins with what fitted
+    room = 0
+    with pytest.raises(ValueError, match="--group"):
+        fit()
+    if type(error) is RuntimeError:  # a mistake of ours is not hidden
+        error.args = ("shapes do not match",)
+        with pytest.raises(RuntimeError, match="shapes"):
+            fit()
+
+
+ODD = [("hidden_size", 10**9), ("hidden_size", 16), ("hidden_size", math.nan), ("num_hidden_layers", 10**6),
+       ("num_hidden_layers", 4), ("num_hidden_layers", -1), ("num_hidden_layers", "3"),
+       ("num_attention_heads", 0), ("num_attention_heads", -4), ("num_key_value_heads", 0),
+       ("num_key_value_heads", 3), ("num_key_value_heads", 10**9), ("intermediate_size", 10**12),
+       ("intermediate_size", "48"), ("vocab_size", 10**12), ("vocab_size", 5), ("head_dim", 10**12),
+       ("head_dim", -2), ("max_position_embeddings", 10**12), ("max_position_embeddings", math.inf),
+       ("rms_norm_eps", math.nan), ("rms_norm_eps", -1.0), ("tie_word_embeddings", "false"),
+       ("model_type", ["x"]), ("rope_parameters", dict(rope_type="default", rope_theta="x")),
+       ("rope_parameters", dict(rope_theta=-1e4)),
+       ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0))]
+
+
+@pytest.mark.parametrize("key, value", ODD)
+def test_absurd_numbers_of_a_model_are_one_sentence(tmp_path, key, value):
+    make_policy(tmp_path)
+    edit(tmp_path, "config.json", lambda c: c.update({key: value}))
+    with pytest.raises(ValueError) as error:
+        Policy.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def tensors_say(change):
+    """Rewrite the header of a safetensors file, leaving its bytes as they are."""
+    def harm(folder):
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        n = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + n])
+        change(header["model.norm.weight"])
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n:])
+    return harm
+
+
+@pytest.mark.parametrize("harm, message", [
+    (tensors_say(lambda t: t.update(shape=[10**9, 10**9])), "damaged"),
+    (tensors_say(lambda t: t.update(data_offsets=[0, 10**15])), "damaged"),
+    (tensors_say(lambda t: t.update(shape=[-32])), "damaged"),
+    (tensors_say(lambda t: t.update(shape=[16, 2])), "config.json says"),
+    (tensors_say(lambda t: t.update(dtype="I32")), "I32"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "damaged"),
+    (lambda f: (f / "generation_config.json").write_text("{"), "damaged"),
+    (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": 300}'), "eos_token_id"),
+    (lambda f: (f / "config.json").write_text("[]"), "config.json")])
+def test_lies_about_a_policys_tensors_are_one_sentence(tmp_path, harm, message):
+    make_policy(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        Policy.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_of_a_models_folder_is_ever_run(tmp_path):
+    """Neither code that its config names nor a pickle; the canary of each would show it."""
+    code = f"open({str(tmp_path / 'canary')!r}, 'w')\n"
+    for name, make in (("policy", make_policy), ("expert", make_expert)):
+        make(tmp_path / name)
+        (tmp_path / name / "x.py").write_text(code + "class Y: pass\n")
+        remote = dict(auto_map=dict(AutoConfig="x.Y", AutoModel="x.Y", AutoModelForCausalLM="x.Y"))
+        edit(tmp_path / name, "config.json", lambda c: c.update(remote))
+    Policy.load(tmp_path / "policy")
+    Expert(tmp_path / "expert").states(TEXTS)
+
+    class Pickled:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    for name in ("policy", "expert"):
+        (tmp_path / name / "model.safetensors").unlink()
+        (tmp_path / name / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
+        with pytest.raises(ValueError, match="no safetensors"):
+            (Policy.load if name == "policy" else Expert)(tmp_path / name)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_offline_hub_commits_a_second_start_and_sigterm(tmp_path, capsys):
+    """A process of its own: models out of $HF_HOME without network, by the commit that `main` is; a second
+    start is refused while it lives; SIGTERM saves."""
+    commits = dict(policy="a" * 40, logic="b" * 40)
+    for name, commit in commits.items():
+        model = tmp_path / "hub" / f"models--org--{name}"
+        shutil.copytree(f"tiny/{name}", model / "snapshots" / commit)
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text(commit)
+    out = tmp_path / "run"
+    command = [sys.executable, "-u", "train.py", *QUICK, "--out", out, "--pool", "tiny", "--steps", 200,
+               "--batch", 2, "--policy", "org/policy", "--experts", "org/logic"]
+    env = os.environ | dict(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    env.pop("HF_HUB_CACHE", None)
+    with subprocess.Popen([*map(str, command)], env=env, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:
+        before = list(iter(lambda: process.stdout.readline()[:6], "step  "))  # to the first step
+        assert process.poll() is None, before
+        assert "another process" in refused(capsys, "--resume", "--out", out)
+        process.terminate()
+        said = process.stdout.read()
+        assert process.wait() == 0 and "stopped and saved" in said
+    config = json.loads((out / "config.json").read_text())
+    assert config["policy"] == dict(source="org/policy", revision=commits["policy"])
+    assert config["experts"][0]["revision"] == commits["logic"]
+    assert config["args"]["policy"] == f"org/policy@{commits['policy']}"
+    assert config["args"]["experts"] == [f"org/logic@{commits['logic']}"]
+    assert checkpoint.last(out) and not list(out.glob("*.part"))
+
+
+# -- by hand: python test_all.py --kill 20
+SHORT = "--steps 12 --save-every 3 --eval-every 4 --val 8 --test 8 --batch 4 --max-new 4".split()
+
+
+def start(out, *more, wait=subprocess.Popen.wait):
+    """Run train.py, let `wait` wait for its end or for the moment to kill it. Returns (exit code, output)."""
+    with open(out.with_suffix(".log"), "w+") as log:
+        command = [sys.executable, "-u", "train.py", "--out", str(out), *map(str, more)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        wait(process)
+        process.kill()  # SIGKILL; of no effect on one that has ended
+        process.wait()
+        log.seek(0)
+        return process.returncode, log.read()
+
+
+MARKS = ("", "", "n-Musketeers", "largest expert", "a problem", "step    4 | val", "step   12 | reward")
+
+
+def moment(kind, share, late, out, states):
+    """What to wait for: `late` seconds after a line of the output (start, reading, first look, validation,
+    last evaluation), the same within a step, or a file that is being written, as far as a poll can see it."""
+    seen, since = set(), []
+
+    def reached():
+        if kind == "line":
+            return MARKS[int(share * len(MARKS))].encode() in out.with_suffix(".log").read_bytes()
+        if kind == "step":
+            metrics = out / "metrics.jsonl"
+            return metrics.exists() and metrics.read_bytes().count(b"\n") >= int(12 * share)
+        seen.update(p for place in (out, states) for p in place.rglob("*.part"))
+        return len(seen) > 10 * share
+
+    def wait(process):
+        while process.poll() is None and not (since and time.monotonic() >= since[0]):
+            if not since and reached():
+                since.append(time.monotonic() + (0 if kind == "write" else late))
+            time.sleep(0.0005)
+    return wait
+
+
+def outcome(out):
+    """All that must not depend on a kill: the tensors of every checkpoint kept, rows but for their times,
+    samples and the final report."""
+    files = sorted(out.glob("*.safetensors"))
+    tensors = {f"{path.name} {k}": t for path in files for k, t in load_file(path).items()}
+    kept = [{k: v for k, v in r.items() if k not in TIMES} for r in rows(out)]
+    return tensors, kept, rows(out, "samples.jsonl"), json.loads((out / "eval.json").read_text())
+
+
+def kill_and_resume(times, seed=0):
+    """SIGKILL at `times` moments spread over a run that begins with an empty cache, each resumed to the end
+    and compared with the undisturbed run. Returns how many ended otherwise."""
+    folder, chance, other = Path(tempfile.mkdtemp()), random.Random(seed), 0
+    os.environ["N_MUSKETEERS_CACHE"] = str(folder / "cache")  # hashes of files; the states lie elsewhere
+    began = time.monotonic()
+    assert start(folder / "whole", *SHORT, "--cache", folder / "whole-states")[0] == 0
+    tensors, *told = outcome(folder / "whole")
+    took = time.monotonic() - began
+    print(f"undisturbed: {took:.1f} s, {len(tensors)} tensors in its checkpoints", flush=True)
+    for i in range(times):
+        out, states, kind = folder / f"run{i}", folder / f"states{i}", ("line", "step", "write")[i % 3]
+        share, more = (i + chance.random()) / times, [*SHORT, "--cache", states]
+        late = chance.random() * (0.1 if kind == "step" else 3 if share < 0.3 else 0.5)  # start: it is slow
+        code, said = start(out, *more, wait=moment(kind, share, late, out, states))
+        begun = (out / "config.json").exists()
+        steps = len(rows(out)) if (out / "metrics.jsonl").exists() else 0
+        halves = sum(1 for place in (out, states) for _ in place.rglob("*.part"))
+        ended, again = start(out, *(["--resume"] if begun else more))
+        mine, *mine_told = outcome(out) if ended == 0 else ({}, None)
+        same = (mine.keys() == tensors.keys() and all(torch.equal(mine[k], tensors[k]) for k in mine)
+                and mine_told == told and not list(out.rglob("*.part")))
+        other += not same
+        last = re.split(r"[\n\r]+", said.strip())[-1]
+        went = re.search("resumed after step \\d+|no checkpoint|nothing is left", again)
+        print(f"{i + 1:2d} {'same ' if same else 'OTHER'} killed {code == -9} by {kind}, {steps:2d} rows, "
+              f"{halves} half files, at {last[:60]!r}; then {went.group() if went else 'started anew'}",
+              flush=True)
+        if not same:
+            print(again[-1500:])
+    print(f"{times - other} of {times} ended with the weights, moments, rows, samples and report of the "
+          "undisturbed run")
+    shutil.rmtree(folder)
+    return other
+
+
+if __name__ == "__main__":
+    sys.exit(bool(kill_and_resume(int(sys.argv[sys.argv.index("--kill") + 1]))))

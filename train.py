@@ -17,14 +17,11 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: a busy neighbour makes two threads crawl
 
-import argparse
 import contextlib
-import json
 import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,182 +30,17 @@ from tqdm import tqdm
 
 import checkpoint
 import ranks
-from collab import CONTROLS, PEOPLED, ROUTED, WAYS, listening, mutual_information, tokens_spent
+from collab import listening, mutual_information, tokens_spent
 from eval import finish
-from experts import POOLS, cached, write_whole
-from rewards import guessing_floor, known
-from rlvr import join, make_optimizer, rollout, set_rate, update
-from run import (STATISTICS, build, evaluate, fitting_micro, free_memory, memory_peak, memory_table,
+from experts import cached
+from folders import cache_dir, sweep
+from rewards import guessing_floor
+from rlvr import HOPELESS, advise, join, make_optimizer, rollout, set_rate, update
+from run import (STATISTICS, build, evaluate, excuse, fitting_micro, free_memory, memory_peak, memory_table,
                  trim_memory, used_memory)
+from settings import parser, resolve
 
 BETAS = (0.9, 0.98)
-
-# -- arguments
-PAPER_BYTES = 22e9  # a GPU for the paper's pool: policy 6.2 GB, one expert at a time, the gradient pass
-POOL = None  # the default is the pool's, which suits its size (experts.POOLS)
-SETTINGS = {  # group: [(name, default, type or choices, help with the reason for the default)]
-    "what to learn": [
-        ("task", POOL, str, "gsm8k, a Reasoning Gym dataset, arithmetic, logic, algorithmic; joined by +"),
-        ("level", POOL, str, "of generated tasks: tiny, easy, default, hard, or key=value,key=value"),
-        ("data", None, str, "GSM8K: folder with train.jsonl and test.jsonl (default: downloaded once)"),
-        ("template", POOL, ("auto", "chat", "plain"), "how the policy is asked; auto: chat if it can"),
-        ("shots", 0, int, "solved training examples before each problem")],
-    "who works together": [
-        ("pool", None, tuple(POOLS), "a named choice of policy, experts and defaults"),
-        ("policy", POOL, str, "folder or hub name: Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3"),
-        ("experts", POOL, list, "folders or hub names of the frozen experts, of any architecture"),
-        ("collab", "soft", WAYS, "soft: listen to all through the router; hard: to one, chosen for the "
-         "problem; text: read what they write; prefix: constant vectors; single: LoRA only"),
-        ("control", "none", CONTROLS, "what stands in for the experts' states: another problem's (shuffled), "
-         "noise of their mean and spread, those of untrained experts"),
-        ("write", POOL, int, "tokens an expert may write (--collab text)"),
-        ("read", "last", ("last", "first", "mean"), "which token's state of an expert is read (last: paper)"),
-        ("layer", -1, int, "which layer's state, 0 is the embedding (last: paper)"),
-        ("cue", "", str, "text appended to the experts' prompts, such as 'The answer is ' (none: paper)")],
-    "router and LoRA": [
-        ("latents", 8, int, "context tokens (paper)"),
-        ("router_width", POOL, int, "width of the router (512: paper)"),
-        ("router_heads", POOL, int, "attention heads of the router (8: paper)"),
-        ("router_temperature", POOL, float, "of its attention; below 1 sharpens"),
-        ("neutral", POOL, ("zero", "mean"), "a prefix that says nothing: zero (paper) or the mean embedding"),
-        ("rank", 8, int, "LoRA rank (paper)"),
-        ("alpha", 16.0, float, "LoRA updates are scaled by alpha / rank (twice the rank is usual)")],
-    "GRPO": [
-        ("steps", POOL, int, "optimiser steps"),
-        ("batch", POOL, int, "prompts a step (32: paper)"),
-        ("group", POOL, int, "completions a prompt (8: paper)"),
-        ("max_new", POOL, int, "tokens a completion may have (128: paper)"),
-        ("temperature", POOL, float, "of sampling and loss alike (1: the policy's own distribution)"),
-        ("beta", 0.04, float, "weight of the KL to the plain policy (paper); 0 saves its pass"),
-        ("clip_low", 0.2, float, "how far the ratio may fall (PPO's); matters with --epochs above 1"),
-        ("clip_high", 0.2, float, "how far the ratio may rise; more than --clip-low is DAPO's clip-higher"),
-        ("dr", False, bool, "Dr. GRPO: no division by the group's spread, constant normaliser"),
-        ("epochs", 1, int, "optimiser steps on each rollout (1: on-policy)"),
-        ("micro", 0, int, "prompts a micro-batch of the gradient pass (0: as fit); bounds memory only")],
-    "optimiser: AdamW, betas 0.9 and 0.98 (a shorter memory than 0.999 suits runs of some hundred steps)": [
-        ("lr", POOL, float, "of LoRA (1e-4: paper)"),
-        ("router_lr", POOL, float, "of the router (1e-4: paper)"),
-        ("warmup", 20, int, "steps to the full rate, constant after (Adam's first estimates are noisy)"),
-        ("weight_decay", 0.0, float, "none: few parameters, short runs"),
-        ("max_norm", 1.0, float, "gradient clip (usual)")],
-    "the run": [
-        ("eval_every", 25, int, "steps between validations"),
-        ("val", None, int, "validation problems (120, or as many as there are)"),
-        ("test", None, int, "held-out problems (256, most likely the paper's, or as many as there are)"),
-        ("out", None, str, "folder of the run (runs/<task>-<time>)"),
-        ("resume", False, bool, "go on with the run in --out; its settings are remembered"),
-        ("save_every", 0, int, "steps between checkpoints (0: one a minute)"),
-        ("cache", None, str, "folder of expert states (~/.cache/n-musketeers/states)"),
-        ("log", "none", ("none", "wandb", "tensorboard"), "metrics there too; wandb offline, see WANDB_MODE"),
-        ("seed", 0, int, "of weights, order of problems and sampling"),
-        ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
-        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
-LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
-             shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
-             weight_decay=0, write=1)
-
-
-def parser():
-    """Only what was given is in the namespace, so that it can be told from a default."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, settings in SETTINGS.items():
-        group = p.add_argument_group(title)
-        for name, default, kind, text in settings:
-            text += "" if default in (None, "", False) else f" [{default}]"
-            how = (dict(choices=kind) if isinstance(kind, tuple) else dict(nargs="*") if kind is list
-                   else dict(action="store_true") if kind is bool else dict(type=kind))
-            group.add_argument("--" + name.replace("_", "-"), help=text, default=argparse.SUPPRESS, **how)
-    return p
-
-
-def resolve(given):
-    """Every setting of the run as one dict: what was given, else the pool's. Raises ValueError."""
-    args = {name: default for group in SETTINGS.values() for name, default, *_ in group} | given
-    if args["resume"]:
-        return remembered(args, given)
-    args["device"] = pick_device(args["device"])
-    if args["pool"] is None and args["policy"] is None:
-        args["pool"] = pick_pool(args)
-    defaults = asdict(POOLS[args["pool"] or "small"])  # small's suit one's own policy, not its experts
-    if args["pool"] is None:
-        defaults["experts"] = ()
-    for name, value in defaults.items():
-        args[name] = value if args[name] is None else args[name]
-    if args["collab"] in PEOPLED and not args["experts"]:
-        raise ValueError(f"--collab {args['collab']} needs someone to listen to: name --experts, or use "
-                         "--collab single")
-    if args["control"] != "none" and args["collab"] not in ROUTED:
-        raise ValueError(f"--collab {args['collab']} reads no states that --control {args['control']} could "
-                         "replace: use --collab soft or hard, or no control")
-    if args["task"] == "gsm8k" and "steps" not in given and args["pool"] == "paper":
-        args["steps"] = 233  # the paper's: one epoch at 32 prompts a step
-    args["experts"] = list(args["experts"]) if args["collab"] in PEOPLED else []
-    for name, least in LEAST.items():
-        if args[name] is not None and args[name] < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be at least {least}")
-    for name in ("temperature", "router_temperature", "lr", "router_lr"):
-        if not args[name] > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {args[name]}, it must be above 0")
-    if args["rank"] == 0 and args["collab"] in ("single", "text"):
-        raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
-    args["out"] = args["out"] or f"runs/{args['task'].replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-    args["out"] = ranks.gather(args["out"])[0]  # clocks differ
-    if args["batch"] < ranks.WORLD:
-        raise ValueError(f"--batch {args['batch']} gives {ranks.WORLD} ranks not a prompt each: raise it")
-    args["ranks"] = ranks.WORLD
-    out = Path(args["out"])
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a run: choose another --out, or go on with --resume --out {out}")
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        raise ValueError(f"{out} cannot be a folder, there is a file of that name: choose another --out")
-    return args
-
-
-def remembered(args, given):
-    """The settings of the run in --out, with other --steps if asked; changes to others are refused."""
-    path = Path(args["out"] or ".") / "config.json"
-    if not args["out"] or not path.exists():
-        raise ValueError("--resume needs --out with the folder of a run that was started before")
-    try:
-        saved = dict(ranks=1) | args | given | json.loads(path.read_text())["args"]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({e}): start anew with another --out") from e
-    pick_device(saved["device"])
-    if saved["ranks"] != ranks.WORLD:
-        raise ValueError(f"{path.parent} is a run on {saved['ranks']} ranks, each with random numbers of its "
-                         f"own: resume it on as many, not on {ranks.WORLD}")
-    free = ("steps", "resume", "out", "log")
-    changed = sorted(k for k in given if k not in free and given[k] != saved[k])
-    if changed:
-        raise ValueError(f"--resume goes on with the same run; {', '.join(changed)} would make it another")
-    return saved | {k: given[k] for k in free if k in given}
-
-
-def pick_device(name):
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if name == "auto":
-        return next(d for d in ("cuda", "mps", "cpu") if there[d])
-    kind, _, index = name.partition(":")
-    valid = not index or (kind == "cuda" and index.isdigit() and int(index) < torch.cuda.device_count())
-    if not there.get(kind) or not valid:
-        raise ValueError(f"there is no {name} here: use --device {' or '.join(d for d in there if there[d])}")
-    return name
-
-
-def pick_pool(args):
-    """No pool named: the paper's where it fits, tiny where tiny was made for the task, else ask."""
-    made_for = POOLS["tiny"].task.split("+")
-    if args["task"] is None:
-        return "tiny"
-    for name in args["task"].split("+"):
-        known(name)
-    if args["device"] == "cuda" and torch.cuda.get_device_properties(0).total_memory > PAPER_BYTES:
-        return "paper"
-    if set(args["task"].split("+")) <= set(made_for):
-        return "tiny"
-    raise ValueError(f"{args['task']} is too much for the embedded pool, made for {', '.join(made_for)}: add "
-                     "--pool small, or --policy X --experts A B C")
-
 
 # -- what is about to happen
 READ_SPEED = dict(cpu=3e11, mps=3e12, cuda=1e14)  # floating-point operations a second, a cautious guess
@@ -320,11 +152,6 @@ def samples(sampled, step, problems=3):
                        reward=v.reward)
 
 
-def append(path, rows):
-    with open(path, "a") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def numbers(row, prefix=""):
     """Every number of a row, by its path: ("reward", 0.5), ("attention/logic", 0.3), ..."""
     for k, v in row.items():
@@ -354,24 +181,18 @@ def tracker(args):
     return send
 
 
-def trim(path, step):
-    """Drop the rows of a .jsonl beyond `step`: they tell of work that was lost and will be done again.
-    Returns those that stay."""
-    kept = []
-    if path.exists():
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the last line may have been torn by the stop
-                kept += [row] if (row := json.loads(text))["step"] <= step else []
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-    return kept
-
-
 def config(run):
-    """config.json: every setting, who took part, versions."""
+    """config.json: every setting, who took part, versions. A hub model is named with its commit, so that the
+    run goes on with the same weights when the hub has others."""
     packages = ("torch", "transformers", "numpy", "reasoning-gym")
     experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
                for e in run.experts]
-    return dict(args=run.args | dict(resume=False), form=run.form, experts=experts, trainable=trainable(run),
+    policy = dict(source=run.args["policy"], revision=run.policy.revision)
+    pin = lambda m: m["source"] + (f"@{m['revision']}" if m["revision"] and "@" not in m["source"] else "")
+    pinned = {e["source"]: pin(e) for e in experts}  # not those that --collab text left out
+    args = run.args | dict(resume=False, policy=pin(policy),
+                           experts=[pinned.get(e, e) for e in run.args["experts"]])
+    return dict(args=args, form=run.form, policy=policy, experts=experts, trainable=trainable(run),
                 tokens=tokens_spent(run, run.items["train"][:STATISTICS]),
                 versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
 
@@ -407,8 +228,10 @@ def train(args):
         show_one(run)
         baseline(run)
     if ranks.RANK == 0:
-        trim(out / "samples.jsonl", state["step"])
-        run.window.extend(row.get("choices", {}) for row in trim(out / "metrics.jsonl", state["step"]))
+        kept = [checkpoint.trim(out / f"{name}.jsonl", state["step"])
+                for name in ("metrics", "samples", "skipped")]
+        run.window.extend(row.get("choices", {}) for row in kept[0])
+        (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
         checkpoint.write_json(out / "config.json", about)
     ranks.same(checkpoint.trainable(run.policy, run.router).values())
     if learn(run, out, optimizer, generator, state, log):
@@ -421,7 +244,7 @@ def train(args):
 def learn(run, out, optimizer, generator, state, log):
     """Steps state["step"] + 1 to args["steps"], each row of metrics to `log` too. Returns True if it was
     asked to stop before the end."""
-    args, B, saved, trimmed = run.args, run.args["batch"], time.monotonic(), 0.0
+    args, B, saved, trimmed, streak = run.args, run.args["batch"], time.monotonic(), 0.0, Counter()
     how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
                dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
     with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"],
@@ -436,6 +259,7 @@ def learn(run, out, optimizer, generator, state, log):
             start = time.perf_counter()
             sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
                           args["max_norm"], **how)
+            how["micro"] = sums["micro"]
             seconds = time.perf_counter() - start
             if time.monotonic() - trimmed > 10:  # seldom: a trimmed heap has to be paged in again
                 trim_memory()
@@ -447,27 +271,36 @@ def learn(run, out, optimizer, generator, state, log):
             if step % args["eval_every"] == 0 or last:
                 row["val"] = validate(run, step, bar)
             if ranks.RANK == 0:
-                append(out / "metrics.jsonl", [row])
+                checkpoint.append(out / "metrics.jsonl", [row])
                 log(row)
                 if step % 10 == 1 or last:
                     bar.write(line(row))
-                    append(out / "samples.jsonl", samples(whole, step))
+                    checkpoint.append(out / "samples.jsonl", samples(whole, step))
+                if row["skipped"]:
+                    questions = [p.question for p in whole.problems]
+                    checkpoint.append(out / "skipped.jsonl", [row | dict(questions=questions)])
             bar.update()
-            # keep
+            advice = advise(streak, row)
+            hopeless = streak["skipped"] == HOPELESS
+            if advice and not hopeless:
+                bar.write(f"step {step:4d} | {advice}")
+            # keep: the best first, as a checkpoint says that it has been kept
             better = row.get("val", -1.0) > state["best"]
             state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
                          skipped=state["skipped"] + sums["skipped"])
             due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
             # Read once, as a signal may come at any moment; and what one rank decides, all do.
             due, stop = map(bool, ranks.total(due, len(asked)))
-            if due or last or stop:
-                checkpoint.save(out / f"step-{step:06d}.safetensors", run.policy, run.router, optimizer,
-                                generator, **state)
-                if ranks.RANK == 0:
-                    checkpoint.rotate(out)
-                saved = time.monotonic()
             if better:
                 checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
+            if due or last or stop or hopeless:
+                path = out / f"step-{step:06d}.safetensors"
+                checkpoint.save(path, run.policy, run.router, optimizer, generator, **state)
+                if ranks.RANK == 0:
+                    checkpoint.rotate(out, path)
+                saved = time.monotonic()
+            if hopeless:
+                raise ValueError(advice)
             if stop and not last:
                 return True
     return False
@@ -505,10 +338,14 @@ def stop_signals():
 def main(argv=None):
     """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
     try:
-        return train(resolve(vars(parser().parse_args(argv))))
-    except (ValueError, OSError) as e:  # OSError: a disk that is full, a folder that may not be written
-        print(f"train.py: {e}", file=sys.stderr)
-        return 2
+        args = resolve(vars(parser(__doc__).parse_args(argv)))
+        with contextlib.nullcontext() if ranks.RANK else checkpoint.locked(args["out"]):
+            if ranks.RANK == 0:
+                sweep(args["out"], age=0)
+                sweep(args["cache"] or cache_dir() / "states")
+            return train(args)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        return excuse("train.py", e)
     except SystemExit as e:  # argparse has said what is wrong
         return e.code
     except KeyboardInterrupt:
@@ -517,4 +354,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while reading and evaluating, too
     sys.exit(main())
