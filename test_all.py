@@ -44,7 +44,7 @@ from eval import load as load_run
 from eval import main as eval_main
 from eval import majority, pass_at, table, wilson
 from experts import Expert, cached, read
-from model import Policy, TokenLogprob, sample
+from model import Policy, TokenLogprob, attend_group, sample
 from rewards import REASONS, Problem, TooFew, problems, prompt, verify
 from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, k3, listen, make_optimizer, prefix_effect,
                   reference_logprobs, rollout, set_rate, update)
@@ -695,6 +695,37 @@ def test_cached_decoding_equals_the_full_forward(small):
                 best = hf(inputs_embeds=x[None]).logits[0, -1].argmax()
                 assert best == got[b, 0, t]
                 x = torch.cat((x, hf.get_input_embeddings()(best[None])))
+
+
+def test_a_long_decode_with_lora_is_the_full_forward(small):
+    """LoRA merged for the rollout and own keys that grow in steps of 16: each greedy token is that of the whole
+    text run at once, LoRA unmerged."""
+    policy, _ = small
+    wake_lora(policy)
+    tokens, _, _, *_ = example()
+    tokens, stop = tokens[:, :4], policy.stop
+    policy.stop = torch.tensor([-1])
+    got, _ = policy.generate(policy.prefill(tokens, torch.tensor([4, 4, 4])), 1, 40, temperature=0)
+    policy.stop = stop
+    assert policy.blocks[0].qkv.merged is None
+    with torch.no_grad():
+        for t in (0, 1, 15, 16, 17, 33, 39):
+            text = torch.cat((tokens, got[:, 0, :t]), 1)
+            last = policy.prefill(text, torch.full((3,), text.shape[1])).last
+            assert torch.equal(policy.logits(last).argmax(-1), got[:, 0, t])
+
+
+def test_attention_of_a_prompt_to_itself_equals_torch():
+    """A row without a shared part under a causal mask is what torch's own attention computes, gradients too."""
+    q, k, v = (torch.randn(2, 7, h, 8, requires_grad=True) for h in (6, 2, 2))
+    heads = lambda x: x.transpose(1, 2)
+    later, empty = torch.ones(7, 7, dtype=torch.bool).triu(1), torch.zeros(2, 2, 0, 8)
+    ours = attend_group(q[:, None], heads(k)[:, :, None], heads(v)[:, :, None], later, empty, empty, None)[:, 0]
+    want = heads(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True, enable_gqa=True))
+    torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
+    up = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(ours, (q, k, v), up), torch.autograd.grad(want, (q, k, v), up)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_completion_ends_with_its_stop_token(small):
