@@ -269,8 +269,8 @@ def report(figures):
     if "growth" in figures:
         base = ", ".join(f"{v} {k}" if k != "new" else f"{v} new tokens" for k, v in growth.BASE.items())
         text += ["## Growth\n", "One step of the training loop, no completion ending early, one thing "
-                 f"varied at a time from {base} (prompt: its tokens), 135M, bf16; tiny in fp32. MB at the peak "
-                 "above the libraries; then shares of the step.\n"]
+                 f"varied at a time from {base} (prompt: its tokens), 135M, bf16; tiny in fp32. "
+                 "MB at the peak above the libraries; then shares of the step.\n"]
         rows = []
         for row in figures["growth"]:
             whole = sum(row[p] for p in parts)

@@ -698,8 +698,8 @@ def test_cached_decoding_equals_the_full_forward(small):
 
 
 def test_a_long_decode_with_lora_is_the_full_forward(small):
-    """LoRA merged for the rollout and own keys that grow in steps of 16: each greedy token is that of the whole
-    text run at once, LoRA unmerged."""
+    """LoRA merged for the rollout and own keys that grow in steps of 16: each greedy token is that of the
+    whole text run at once, LoRA unmerged."""
     policy, _ = small
     wake_lora(policy)
     tokens, _, _, *_ = example()
@@ -716,12 +716,14 @@ def test_a_long_decode_with_lora_is_the_full_forward(small):
 
 
 def test_attention_of_a_prompt_to_itself_equals_torch():
-    """A row without a shared part under a causal mask is what torch's own attention computes, gradients too."""
+    """A row without a shared part under a causal mask is torch's own attention, gradients too."""
     q, k, v = (torch.randn(2, 7, h, 8, requires_grad=True) for h in (6, 2, 2))
     heads = lambda x: x.transpose(1, 2)
     later, empty = torch.ones(7, 7, dtype=torch.bool).triu(1), torch.zeros(2, 2, 0, 8)
-    ours = attend_group(q[:, None], heads(k)[:, :, None], heads(v)[:, :, None], later, empty, empty, None)[:, 0]
-    want = heads(F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True, enable_gqa=True))
+    own = (heads(x)[:, :, None] for x in (k, v))
+    ours = attend_group(q[:, None], *own, later, empty, empty, None)[:, 0]
+    want = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), is_causal=True, enable_gqa=True)
+    want = heads(want)
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=1e-5)
     up = torch.randn_like(want)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), up), torch.autograd.grad(want, (q, k, v), up)):
