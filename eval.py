@@ -81,7 +81,7 @@ def silence(run, items):
 
 def measure(run, samples=0, each=None):
     """Everything eval reports on the run's test items, as one JSON-able dict. each: a dict to be
-    filled with what is known of each item: right after and before, attention (of the first also by latent)."""
+    filled with what there is of each item: right after and before, attention (the first's also by latent)."""
     items = run.items["test"]
     with run.policy.plain():
         before = evaluate(run, items, None)[0]
