@@ -187,7 +187,7 @@ def report(rows):
     """Markdown: the table, what the pilot says, and the verdicts."""
     sd = pilot_sd(rows)
     text = [*table(rows), "", "Strict greedy accuracy in percent on the same held-out problems, mean and",
-            "population deviation over seeds; differences in points, paired by seed and item, bootstrap over both, 95%."]
+            "population deviation over seeds; differences paired by seed and item, bootstrap over both, 95%."]
     if sd is not None:
         text[-1] += f" The pilot's seeds deviate by {sd:.1f} points: five can show {detectable(sd):.1f}."
     text += ["", "| claim | verdict | figure |", "|---|---|---|"]
