@@ -57,10 +57,10 @@ FULL, HALF, LONG = "--steps 200 --test 1024", "--steps 100 --val 360 --test 8", 
 Run = namedtuple("Run", "id block task way seed size scale")  # scale: of RATES; None: chosen; 0: the pool's
 
 
-def blocks():
-    """block -> its runs, as the README's table counts them; one that two blocks share has one ID."""
+def blocks(more=0):
+    """block -> its runs, with so many more seeds; a run that two blocks share has one ID."""
     def cross(block, tasks, ways, seeds, size=FULL, scale=None):
-        name = "quick-" if block == "quick" else ""
+        name, seeds = ("quick-", seeds) if block == "quick" else ("", seeds + more * (block != "pilot"))
         return [Run(f"{name}{task}-{way}-{s}".replace(" ", "-"), block, task, way, s, size, scale)
                 for s in range(seeds) for way in ways for task in tasks]
     both, headline = ("arithmetic", "mix"), ("soft", "single", "prefix", "soft shuffled")
@@ -80,11 +80,11 @@ def blocks():
 EMBEDDED = [name for name in blocks() if name not in ("real", "quick")]
 
 
-def plan(names):
+def plan(names, more=0):
     """The runs of these blocks, each once, those first whose loss an early stop would rue most: the rates,
     the pilot, two seeds of everything, further seeds."""
     runs = {}
-    for r in [r for name in names for r in blocks()[name]]:
+    for r in [r for name in names for r in blocks(more)[name]]:
         runs.setdefault(r.id, r)
     return sorted(runs.values(), key=lambda r: (r.block != "rate", r.block != "pilot", r.seed // 2))
 
@@ -157,8 +157,9 @@ def collect(run, row):
         trainable=sum(config["trainable"].values()),
         seconds=round(sum(r["gen_s"] + r["train_s"] for r in metrics), 1))  # of the steps, whatever the stops
     tested = {k: report[k] for k in ("by_dataset", "attention_by", "silenced") if k in report}
-    return row, dict(experts=config["experts"], points=curve(metrics),
-                     attention_map=metrics[-1]["attention_map"], **tested, **items)
+    experts = [{k: e[k] for k in ("name", "width", "parameters")} for e in config["experts"]]
+    return row, dict(experts=experts, points=curve(metrics), attention_map=metrics[-1]["attention_map"],
+                     **tested, **items)
 
 
 def wide():
@@ -200,8 +201,8 @@ def record(run, words, code, folder):
     elif code in (0, 130, -signal.SIGTERM, -signal.SIGINT):
         return "stopped; the same command goes on with it"
     else:
-        log = (HERE / f"{RUNS / run.id}.log").read_text().strip().splitlines() or ["it said nothing"]
-        row |= dict(after=None, reason=f"exit code {code}: {log[-1][:200]}")
+        log = (HERE / f"{RUNS / run.id}.log").read_text().replace(folder or "models", "models").strip()
+        row |= dict(after=None, reason=f"exit code {code}: {log.splitlines()[-1][:200] if log else 'silent'}")
         said = f"FAILED, {row['reason']}"
     with open(RESULTS / "study.jsonl", "a") as f:
         f.write(json.dumps(row) + "\n")
@@ -258,7 +259,9 @@ def readme(text, made):
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--block", nargs="+", choices=EMBEDDED, default=[])
-    p.add_argument("--real", metavar="FOLDER", help="the block with the real models in this folder")
+    p.add_argument("--real", metavar="FOLDER", type=lambda name: str(Path(name)),
+                   help="the block with the real models in this folder")
+    p.add_argument("--more", type=int, default=0, help="seeds beyond the plan's, where an interval holds 0")
     p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     for name, text in dict(quick="four ways on the mix, two seeds", list="the plan, and what is done",
                            retry="make failed runs again", report="tables and verdicts as Markdown",
@@ -270,7 +273,7 @@ def parser():
 
 def make(a):
     """The runs that were asked for and are not there; the exit code: 1 if one has failed."""
-    runs = plan((["quick"] * a.quick + a.block + ["real"] * bool(a.real)) or EMBEDDED)
+    runs = plan((["quick"] * a.quick + a.block + ["real"] * bool(a.real)) or EMBEDDED, a.more)
     state = lambda: {r["id"]: "failed" if r["after"] is None else "done" for r in read_rows()}
     there = state()
     if a.list:

@@ -1678,7 +1678,7 @@ def test_the_plan_is_the_readmes():
     assert {k: len(v) for k, v in kinds.items()} == dict(rate=15, pilot=8, main=50, controls=16, saturate=18,
                                                          wide=3, real=12, quick=8)
     assert kinds["pilot"] < kinds["main"] and len(study.plan(kinds)) == sum(map(len, kinds.values())) - 8
-    assert len(study.plan(study.EMBEDDED)) == 102
+    assert len(study.plan(study.EMBEDDED)) == 102 and len(study.plan(["pilot", "main"], more=1)) == 60
     tried = [dict(block="rate", mode=way, after=0.5, val=val, lr=lr, router_lr=2 * lr) for lr, val in
              ((5e-4, 0.3), (1e-3, 0.4), (2e-3, 0.4)) for way in ("soft", "single", "prefix", "hard", "text")]
     for run in study.plan(kinds):
@@ -1717,6 +1717,7 @@ def test_the_study_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys)
     assert sum(curve["right_before"]) / row["n"] == pytest.approx(row["before"])
     assert len(curve["points"]) == 10 and {"reward", "attention_by"} <= set(curve["points"][0])
     assert torch.tensor(curve["heard"]).sum(-1).allclose(torch.tensor(1.0), atol=0.02)
+    assert str(tmp_path) not in json.dumps([row, curve["experts"]])  # nothing of the machine is published
     assert "| mix | soft | 0, 1 |" in capsys.readouterr().out
     ends.clear()
     assert study.main(["--quick"]) == 1 and made[8:] == ["quick-mix-prefix-0"]
