@@ -80,8 +80,9 @@ def silence(run, items):
     return result
 
 
-def measure(run, samples=0):
-    """Everything eval reports on the run's test items, as one JSON-able dict."""
+def measure(run, samples=0, each=None):
+    """Everything eval reports on the run's test items, as one JSON-able dict. each: a dict to be
+    filled with what there is of each item: right after and before, attention (the first's also by latent)."""
     items = run.items["test"]
     with run.policy.plain():
         before = evaluate(run, items, None)[0]
@@ -98,6 +99,13 @@ def measure(run, samples=0):
             d: dict(zip(names, torch.stack(x).mean(0).tolist())) for d, x in heard.items()}
         report["silenced"] = {e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
                               for e, v in silence(run, items).items()}
+    if each is not None:
+        rounded = lambda t: [[round(x, 2) for x in row] for row in t.tolist()]
+        each |= dict(dataset=[p.dataset for p in items], right=[int(v.strict) for v in after],
+                     right_before=[int(v.strict) for v in before])
+        if attention is not None:
+            each |= dict(heard=rounded(attention.mean((1, 2))), question=items[0].question,
+                         latents=rounded(attention[0].mean(0)))
     if samples:
         report["pass_at"], report["majority_at"] = sample_pass(run, items, samples)
     return report
@@ -228,9 +236,10 @@ def figure(rows, report, path):
 # -- commands
 def finish(run, out):
     """The end of training: before and after on held-out problems, the picture, and what to try next."""
-    report = measure(run)
+    report = measure(run, each=(each := {}))
     if ranks.RANK:
         return 0
+    (out / "items.json").write_text(json.dumps(each, separators=(",", ":")) + "\n")
     rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     figure(rows, report, out / "run.png")
     checkpoint.write_json(out / "eval.json", report)  # last: it says that the run is finished

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import checkpoint
+import claims
 import collab
 import experts
 import export
@@ -38,6 +39,7 @@ import ranks
 import rewards
 import rlvr
 import settings
+import study
 import train
 from answers import number
 from eval import load as load_run
@@ -2134,6 +2136,150 @@ def kill_and_resume(times, seed=0):
           "undisturbed run")
     shutil.rmtree(folder)
     return other
+
+
+# -- the study
+def test_the_plan_is_the_readmes():
+    """As many runs a block as it says, no ID twice, each command one that train.py takes."""
+    kinds = {name: {r.id for r in runs} for name, runs in study.blocks().items()}
+    assert {k: len(v) for k, v in kinds.items()} == dict(rate=15, pilot=8, main=50, controls=16, saturate=18,
+                                                         wide=3, real=12, quick=8)
+    assert kinds["pilot"] < kinds["main"] and len(study.plan(kinds)) == sum(map(len, kinds.values())) - 8
+    assert len(study.plan(study.EMBEDDED)) == 102 and len(study.plan(["pilot", "main"], more=1)) == 60
+    tried = [dict(block="rate", mode=way, after=0.5, val=val, lr=lr, router_lr=2 * lr) for lr, val in
+             ((5e-4, 0.3), (1e-3, 0.4), (2e-3, 0.4)) for way in ("soft", "single", "prefix", "hard", "text")]
+    for run in study.plan(kinds):
+        args = train.resolve(vars(settings.parser("").parse_args(study.command(run, tried, "models")[2:])))
+        assert args["collab"] == run.way.split()[0] and args["seed"] == run.seed
+        if run.block not in ("rate", "real"):
+            assert (args["test"], args["lr"], args["router_lr"]) == (1024, 1e-3, 2e-3)
+    assert study.chosen("soft noise", tried[:6]) == (1e-3, 2e-3)
+    with pytest.raises(ValueError, match="--block rate"):
+        study.chosen("hard", [])
+
+
+def test_the_study_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys):
+    """A finished run gets a row and a curve, a failed one a row that says why, a stopped one none; what has a
+    row is not made again, but for --retry; a second study is refused while one is at work."""
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
+    made, ends = [], {"quick-mix-single-0": "sys.exit('the disk is full')"}
+    ends["quick-mix-prefix-0"] = "sys.exit(130)"
+
+    def start(run, words, lock):
+        made.append(run.id)
+        if run.id not in ends:
+            shutil.copytree(finished, tmp_path / study.RUNS / run.id)
+        with open(tmp_path / study.RUNS / f"{run.id}.log", "w") as log:
+            return subprocess.Popen([sys.executable, "-c", "import sys; " + ends.get(run.id, "")], stderr=log)
+
+    monkeypatch.setattr(study, "start", start)
+    assert study.main(["--quick"]) == 1 and len(made) == 8
+    by = {r["id"]: r for r in study.read_rows()}
+    assert len(by) == 7 and by["quick-mix-single-0"]["reason"] == "exit code 1: the disk is full"
+    row, kept = by["quick-mix-soft-0"], json.loads((finished / "eval.json").read_text())
+    assert (row["after"], row["n"], row["steps"]) == (kept["after"]["strict"], kept["n"], 10)
+    curve = json.loads((tmp_path / "results" / "curves" / "quick-mix-soft-0.json").read_text())
+    assert sum(curve["right"]) / row["n"] == pytest.approx(row["after"])
+    assert sum(curve["right_before"]) / row["n"] == pytest.approx(row["before"])
+    assert len(curve["points"]) == 10 and {"reward", "attention_by"} <= set(curve["points"][0])
+    assert torch.tensor(curve["heard"]).sum(-1).allclose(torch.tensor(1.0), atol=0.02)
+    assert str(tmp_path) not in json.dumps([row, curve["experts"]])  # nothing of the machine is published
+    assert "| mix | soft | 0, 1 |" in capsys.readouterr().out
+    ends.clear()
+    assert study.main(["--quick"]) == 1 and made[8:] == ["quick-mix-prefix-0"]
+    assert study.main(["--quick", "--retry"]) == 0 and made[9:] == ["quick-mix-single-0"]
+    assert study.main(["--quick"]) == 0 and len(made) == 10
+    with open(tmp_path / study.RUNS / "lock", "w") as lock:
+        study.fcntl.flock(lock, study.fcntl.LOCK_EX)
+        assert study.main(["--quick"]) == 2 and "still at work" in capsys.readouterr().err
+
+
+def test_points_of_a_curve_are_means():
+    metrics = [dict(step=i, reward=float(i), attention={"a": i / 8}) for i in range(1, 9)]
+    metrics[3]["val"] = 0.25
+    first, second = study.curve(metrics, 2)
+    assert first == dict(step=4, reward=2.5, val=0.25, attention={"a": 0.3125}) and second["reward"] == 6.5
+
+
+def test_intervals_and_ranks_by_hand():
+    ones = [[1.0] * 8] * 3
+    assert claims.bootstrap_difference(ones, 0.25) == pytest.approx((0.75, 0.75, 0.75))
+    some = torch.arange(400).reshape(4, 100) % 2
+    mean, low, high = claims.bootstrap_difference(some)  # four seeds alike: a mean of 100 items with p = 1/2
+    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
+    x = [[0.0], [1.0], [2.0], [3.0]] * 25  # 100 seeds of variance 1.25, times 100/99
+    mean, low, high = claims.bootstrap_difference(x)
+    assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1.25 / 99), rel=0.06)
+    assert claims.spearman([1, 2, 3, 4], [1, 4, 9, 16]) == pytest.approx(1)
+    assert claims.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and claims.spearman([1, 2], [5, 5]) == 0
+    assert claims.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486832980505138)  # a tie, as scipy
+    t = torch.arange(9.).numpy()
+    assert abs(claims.detrended(t, 3 * t - 2)).max() == 0
+    assert claims.detrended(t, 3 * t + (t == 4)).argmax() == 4
+    assert claims.detectable(2.0) == pytest.approx(2.8 * 2 * math.sqrt(0.4)) == pytest.approx(3.541751)
+
+
+def made_up(task, way, share, seeds=3, n=200, **more):
+    """Rows of a way that is right in this share of the items."""
+    right = [int(i < share * n) for i in range(n)]
+    return [dict(task=task, way=way, seed=s, pool="tiny", after=share, before=0.1, n=n, trainable=1,
+                 seconds=1.0, right=right, points=[], **more) for s in range(seeds)]
+
+
+def verdicts(rows):
+    return {i: claims.verdict(parts(rows)) for i, (_, parts) in enumerate(claims.CLAIMS, 1)}
+
+
+def test_claims_are_judged_by_their_intervals():
+    names = [dict(name=name) for name in ("arithmetic", "logic", "algorithmic")]
+    listens = dict(experts=names, dataset=["chain_sum"] * 200, heard=[[0.8, 0.1, 0.1]] * 200)
+    rows = [*made_up("arithmetic", "soft", 0.6), *made_up("arithmetic", "single", 0.3),
+            *made_up("arithmetic", "prefix", 0.6), *made_up("mix", "soft", 0.6, **listens),
+            *made_up("mix", "prefix", 0.3), *made_up("arithmetic", "soft shuffled", 0.6, seeds=1),
+            *made_up("arithmetic", "soft first", 0.61), *made_up("mix", "soft first", 0.6),
+            *made_up("logic", "single", 0.95), *made_up("logic", "soft", 0.99)]
+    of = verdicts(rows)
+    assert [of[i][0] for i in range(1, 6)] == ["confirmed", "refuted", "open", "confirmed", "refuted"]
+    assert of[9] == ("confirmed", "it is heard most - 33: +66.7 [+66.7, +66.7] points, 3 runs")
+    assert {of[i][0] for i in (6, 7, 8, 10)} == {"open"} and {v for v, _ in verdicts([]).values()} == {"open"}
+    assert "+30.0" in of[1][1] and "| arithmetic | soft | 0, 1, 2 | 200 |" in claims.report(rows)
+
+
+def test_claims_about_attention():
+    """Entropy against reward with the trend out; hard tasks; the wide expert; static attention."""
+    wave = [math.sin(i) for i in range(40)]
+    point = lambda sign, end: [dict(step=i, reward=i + wave[i], attention_entropy=end + 0.1 * sign * wave[i])
+                               for i in range(40)]
+    wide = dict(experts=[dict(name="arithmetic"), dict(name="wide")], heard=[[0.8, 0.2]] * 200)
+    half = dict(ablate=dict(static=[int(i < 60) for i in range(200)]))
+    same = dict(ablate=dict(static=[int(i < 120) for i in range(200)]))
+    for sign, verdict in ((-1, "confirmed"), (1, "refuted")):  # of both signs the reward rises
+        rows = [*made_up("arithmetic", "soft", 0.6, **same), *made_up("arithmetic hard", "soft", 0.6),
+                *made_up("mix", "soft", 0.6, **half, experts=[], heard=[], dataset=[]),
+                *made_up("arithmetic", "soft wide", 0.5, **wide)]
+        for r in rows:
+            r["points"] = point(sign, 0.5 if r["task"] == "arithmetic" else 0.5 - 0.2 * sign)
+        rows = [r for r in rows if r["task"] != "mix"]
+        of = verdicts(rows)
+        assert of[6][0] == verdict and of[8][0] == "refuted" and of[10][0] == "open"
+        assert of[7][0] == ("refuted" if verdict == "confirmed" else "confirmed")
+    rows += made_up("mix", "soft", 0.6, **half, experts=wide["experts"], heard=[[1, 0]] * 200,
+                    dataset=["chain_sum"] * 200)
+    assert verdicts(rows)[10][0] == "confirmed"
+
+
+def test_readme_shows_what_the_study_found():
+    """What stands between the markers is what the results give now; without results there are no markers."""
+    text = Path("README.md").read_text()
+    if (study.RESULTS / "study.jsonl").exists():
+        assert study.readme(text, study.report(study.judged())) == text, "run python study.py --readme"
+    else:
+        assert study.BEGIN not in text and study.END not in text
+    between = f"a\n{study.BEGIN}\n{{}}\n{study.END}\nb".format
+    assert study.readme(between("old"), "new") == between("new")
+    with pytest.raises(ValueError, match="markers"):
+        study.readme("a", "new")
 
 
 if __name__ == "__main__":

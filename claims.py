@@ -1,0 +1,196 @@
+"""
+Which claims hold: verdicts, with their intervals, from the study's rows and curves alone.
+
+A row here is a line of results/study.jsonl with the keys of its curve file. What would refute a claim stands
+in `judge`, MARGIN and CLAIMS, and was written before the study was made. Each interval is a 95% one by
+itself: of twenty differences that are nothing, about one will seem something.
+"""
+import math
+
+import numpy as np
+
+SPECIALIST = dict(chain_sum="arithmetic", family_relationships="logic", count_primes="algorithmic")
+
+
+# -- statistics
+def bootstrap_difference(a, b=0.0, draws=4000):
+    """(mean, low, high) of a - b, paired, with a 95% interval. a, b (seeds, items), the same items for every
+    seed: both are drawn anew (Owen 2007, 0712.1111), by a fixed generator. About their own mean k seeds
+    spread too little, by sqrt((k - 1) / k): so much are they drawn apart."""
+    d = np.asarray(a, float) - np.asarray(b, float)
+    (k, n), centre = d.shape, d.mean()
+    d = d + (d.mean(1, keepdims=True) - centre) * (math.sqrt(k / max(1, k - 1)) - 1)
+    g = np.random.default_rng(0)
+    seeds, items = (g.multinomial(m, np.full(m, 1 / m), draws) / m for m in (k, n))
+    low, high = np.quantile(((seeds @ d) * items).sum(1), (0.025, 0.975))
+    return float(centre), float(low), float(high)
+
+
+def ranks(x):
+    """1 for the least; equal values share the mean of their ranks."""
+    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count - 1) / 2)[place]
+
+
+def spearman(x, y):
+    """Rank correlation; 0.0 where one of them is constant."""
+    x, y = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
+    norm = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm else 0.0
+
+
+def detrended(steps, x):
+    """What of x a straight line over the steps does not tell: two series that both drift correlate for
+    nothing."""
+    left = x - np.polyval(np.polyfit(steps, x, 1), steps)
+    return np.where(np.abs(left) < 1e-9 * (1 + np.abs(x).max()), 0.0, left)
+
+
+def detectable(sd, seeds=5):
+    """The difference of two means over `seeds` seeds of this deviation that a two-sided test at 5% finds in
+    80% of studies: 2.8 (1.96 + 0.84) standard errors."""
+    return 2.8 * sd * math.sqrt(2 / seeds)
+
+
+# -- claims
+MARGIN = dict(points=5.0, nats=0.05, rho=0.1)  # smaller than this is no difference
+
+
+def judge(low, high, margin, same):
+    """What is claimed to be more than 0 is confirmed by an interval above 0, refuted by one below 0 or within
+    the margin. What is claimed to be the `same` is confirmed within the margin, else refuted without 0."""
+    within = max(-low, high) <= margin
+    if same:
+        return "confirmed" if within else "refuted" if low > 0 or high < 0 else "open"
+    return "confirmed" if low > 0 else "refuted" if high < 0 or within else "open"
+
+
+def measured(what, a, b=0.0, unit="points", same=False):
+    """(verdict, sentence) on a - b, each (runs, items); it takes two runs to say anything about a way."""
+    if len(a) < 2:
+        return "open", f"{what}: not measured on two runs"
+    d = bootstrap_difference(a, b)
+    return judge(*d[1:], MARGIN[unit], same), f"{what}: {shown(d, unit)}, {len(a)} runs"
+
+
+def shown(d, unit="points"):
+    fmt = "+.1f" if unit == "points" else "+.2f"
+    return f"{d[0]:{fmt}} [{d[1]:{fmt}}, {d[2]:{fmt}}] {unit}"
+
+
+def runs_of(rows, task, way):
+    return {r["seed"]: r for r in rows if (r["task"], r["way"]) == (task, way)}
+
+
+def paired(rows, task, a, b):
+    """Right or wrong, in points, of two ways on the seeds that both have: two of (seeds, items)."""
+    a, b = runs_of(rows, task, a), runs_of(rows, task, b)
+    return [100 * np.array([of[s]["right"] for s in sorted(a.keys() & b.keys())]) for of in (a, b)]
+
+
+def minus(rows, a, b, *tasks, same=False):
+    return [measured(f"{task}, {a} - {b}", *paired(rows, task, a, b), same=same) for task in tasks]
+
+
+def saturated(rows):
+    """Single against soft on every task where single is right in 90% or more after training."""
+    tasks = sorted({r["task"] for r in rows})
+    after = {t: np.mean([r["after"] for r in runs_of(rows, t, "single").values()] or [0]) for t in tasks}
+    parts = minus(rows, "single", "soft", *(t for t in tasks if after[t] >= 0.9))
+    return parts or [("open", f"single saturates nowhere, at most {max(after.values(), default=0):.0%}")] + [
+        ("open", said) for _, said in minus(rows, "single", "soft", "logic", "algorithmic")]
+
+
+def falling(rows):
+    """Less than no correlation, so its opposite is claimed to be above 0."""
+    raw, rest = [], []
+    for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["points"]) > 2):
+        step, x, y = np.array([[p["step"], p["attention_entropy"], p["reward"]] for p in r["points"]]).T
+        raw, rest = raw + [spearman(x, y)], rest + [[-spearman(detrended(step, x), detrended(step, y))]]
+    return [measured(f"minus Spearman's rho (with the trend {-np.mean(raw or [0]):+.2f})", rest, unit="rho")]
+
+
+def concentrated(rows):
+    easy, hard = (runs_of(rows, t, "soft") for t in ("arithmetic", "arithmetic hard"))
+    end = lambda r: [np.mean([p["attention_entropy"] for p in r["points"][-5:]])]  # the last tenth
+    a, b = ([end(of[s]) for s in sorted(easy.keys() & hard.keys())] for of in (easy, hard))
+    return [measured("entropy at the end, arithmetic - arithmetic hard", np.array(a), np.array(b), "nats")]
+
+
+def heard(rows, task, way, what, pick):
+    """pick(attention by item and expert, its run, names) against an even share of the experts."""
+    some = list(runs_of(rows, task, way).values())
+    names = [e["name"] for e in some[0]["experts"]] if some else [""]
+    values = [100.0 * pick(np.array(r["heard"]), r, names) for r in some]
+    return [measured(f"{what} - {100 / len(names):.0f}", values, 100 / len(names))]
+
+
+def agrees(attention, run, names):
+    return attention.argmax(-1) == [names.index(SPECIALIST[d]) for d in run["dataset"]]
+
+
+def static(rows, task, same):
+    """What the run loses with its mean attention: curves hold it once eval.py --ablate has been asked."""
+    some = [r for r in runs_of(rows, task, "soft").values() if "static" in r.get("ablate", {})]
+    a, b = [r["right"] for r in some], [r["ablate"]["static"] for r in some]
+    return [measured(f"{task}, as trained - static", 100 * np.array(a), 100 * np.array(b), same=same)]
+
+
+CLAIMS = (  # all parts must hold, and one that is refuted refutes
+    ("Soft beats single on arithmetic", lambda rows: minus(rows, "soft", "single", "arithmetic")),
+    ("It beats a learned constant prefix", lambda rows: minus(rows, "soft", "prefix", "arithmetic", "mix")),
+    ("It beats shuffled states, noise and untrained experts",
+     lambda rows: minus(rows, "soft", "soft shuffled", "arithmetic", "mix")
+     + minus(rows, "soft", "soft noise", "mix") + minus(rows, "soft", "soft untrained", "mix")),
+    ("The first token's state does as well as the last's",
+     lambda rows: minus(rows, "soft first", "soft", "arithmetic", "mix", same=True)),
+    ("Single wins where the task saturates (single at 90% or more)", saturated),
+    ("Attention's entropy falls as reward rises, trend removed", falling),
+    ("Attention concentrates more on harder tasks", concentrated),
+    ("Larger experts are preferred whatever they know (a wide one with random weights)",
+     lambda rows: heard(rows, "arithmetic", "soft wide", "its share",
+                        lambda attention, run, names: attention[:, names.index("wide")])),
+    ("The router's choice agrees with who could have solved it (the specialist; tiny/README.md has who can)",
+     lambda rows: heard(rows, "mix", "soft", "it is heard most", agrees)),
+    ("Static attention suffices on easy arithmetic and not on the mix",
+     lambda rows: static(rows, "arithmetic", True) + static(rows, "mix", False)))
+
+
+def verdict(parts):
+    verdicts, sentences = zip(*parts)
+    return next((v for v in ("refuted", "open") if v in verdicts), "confirmed"), "; ".join(sentences)
+
+
+# -- what is reported
+def pilot_sd(rows):
+    """Deviation over seeds in points, pooled over the pilot's groups of two; None before it is done."""
+    groups = [[100 * r["after"] for s, r in runs_of(rows, t, w).items() if s < 2]
+              for t in ("arithmetic", "mix") for w in ("soft", "single")]
+    return math.sqrt(np.mean([np.var(g, ddof=1) for g in groups])) if min(map(len, groups)) > 1 else None
+
+
+def table(rows):
+    yield "| task | collaboration | seeds | n | before | after | minus single | trained | seconds |"
+    yield "|---" * 9 + "|"
+    for task, way in sorted({(r["task"], r["way"]) for r in rows}):
+        some = runs_of(rows, task, way)
+        of = lambda k: np.array([r[k] for r in some.values()])
+        spread = lambda k: f"{100 * of(k).mean():.1f} ± {100 * of(k).std():.1f}"
+        a, b = paired(rows, task, way, "single")
+        gain = shown(bootstrap_difference(a, b)) if way != "single" and len(a) > 1 else ""
+        cells = (task, way, ", ".join(map(str, sorted(some))), of("n")[0], spread("before"), spread("after"),
+                 gain, f"{of('trainable')[0]:,}", f"{of('seconds').mean():.0f}")
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def report(rows):
+    """Markdown: the table, what the pilot says, and the verdicts."""
+    sd = pilot_sd(rows)
+    text = [*table(rows), "", "Strict greedy accuracy in percent on the same held-out problems, mean and",
+            "population deviation over seeds; differences paired by seed and item, bootstrap over both, 95%."]
+    if sd is not None:
+        text[-1] += f" The pilot's seeds deviate by {sd:.1f} points: five can show {detectable(sd):.1f}."
+    text += ["", "| claim | verdict | figure |", "|---|---|---|"]
+    for i, (claim, parts) in enumerate(CLAIMS, 1):
+        text.append("| ({}) {} | **{}** | {} |".format(i, claim, *verdict(parts(rows))))
+    return "\n".join(text)
