@@ -2149,7 +2149,7 @@ def test_the_plan_is_the_readmes():
     tried = [dict(block="rate", mode=way, after=0.5, val=val, lr=lr, router_lr=2 * lr) for lr, val in
              ((5e-4, 0.3), (1e-3, 0.4), (2e-3, 0.4)) for way in ("soft", "single", "prefix", "hard", "text")]
     for run in study.plan(kinds):
-        args = train.resolve(vars(settings.parser("").parse_args(study.command(run, tried, "models")[2:])))
+        args = settings.resolve(vars(settings.parser("").parse_args(study.command(run, tried, "models")[2:])))
         assert args["collab"] == run.way.split()[0] and args["seed"] == run.seed
         if run.block not in ("rate", "real"):
             assert (args["test"], args["lr"], args["router_lr"]) == (1024, 1e-3, 2e-3)
