@@ -85,8 +85,10 @@ def relations(run, report, rows):
     result = {}
     if report.get("heard"):
         mean = np.mean(report["heard"], 0).tolist()
-        result["experts"] = {e.name: dict(parameters=e.params, attention=x) for e, x in zip(run.experts, mean)}
-        result["size_spearman"] = spearman([e.params for e in run.experts], mean)
+        sizes = [e.params for e in run.experts]
+        result["experts"] = {e.name: dict(parameters=n, attention=x)
+                             for e, n, x in zip(run.experts, sizes, mean)}
+        result["size_spearman"] = spearman(sizes, mean)
         if rows:
             result["spearman"] = together([r["attention_entropy"] for r in rows], [r["reward"] for r in rows])
     return result
@@ -143,7 +145,7 @@ def stand_in(run, kind):
     if run.router is None or (way not in ROUTED and kind != "zero"):
         raise ValueError(f"--collab {way} has nothing that --ablate {kind} could replace: use a soft run")
     if way == "hard" and kind in ("static", "uniform"):
-        raise ValueError(f"--collab hard hears one expert, so --ablate {kind} has no attention to spread: use "
+        raise ValueError(f"--collab hard hears one expert, --ablate {kind} has no attention to spread: use "
                          "shuffle, zero or drop:NAME")
     if named:
         return run, without(run, kind[5:])
@@ -175,7 +177,7 @@ def ablate(run, kinds):
 
 def ablation_table(result):
     """Markdown, a row for every kind and dataset, in percent and points."""
-    lines = ["| replaced | problems | n | as trained | ablated | difference, 95% | McNemar p |", "|---" * 7 + "|"]
+    lines = ["| replaced | problems | n | as trained | ablated | change, 95% | McNemar p |", "|---" * 7 + "|"]
     for kind, whole in result["kinds"].items():
         parts = {"all": whole} | (whole["by_dataset"] if len(whole["by_dataset"]) > 1 else {})
         lines += [f"| {kind} | {d} | {x['n']} | {x['trained']:.1%} | {x['ablated']:.1%} | "
@@ -193,8 +195,8 @@ def classes(answers, common=10):
     frequent answers it is (None: another). name -> a class for each answer."""
     values = [number(a) for a in answers]
     if all(v is not None and v.denominator == 1 for v in values):
-        result = {"ones digit": [abs(v) % 10 for v in values], "tens digit": [abs(v) // 10 % 10 for v in values],
-                  "sign": [v < 0 for v in values]}
+        result = {"ones digit": [abs(v) % 10 for v in values],
+                  "tens digit": [abs(v) // 10 % 10 for v in values], "sign": [v < 0 for v in values]}
         return {name: x for name, x in result.items() if len(set(x)) > 1}
     usual = {a for a, _ in Counter(answers).most_common(common)}
     return {"answer": [a if a in usual else None for a in answers]}
@@ -255,18 +257,16 @@ def depths(expert):
 
 def probe_table(result):
     """Markdown: held-out accuracy, the training problems' in brackets."""
-    cells, columns = {}, list(dict.fromkeys((r["dataset"], r["target"]) for r in result))
+    cells, columns = {("most frequent class", "", ""): {}}, {}
     for r in result:
-        column = r["dataset"], r["target"]
-        cells.setdefault(("most frequent class", "", ""), {})[column] = f"{r['chance']:.0%}"
-        row = (r["expert"], f"{r['layer']} of {r['of']}", r["read"])
+        column, row = f"{r['dataset']}, {r['target']}", (r["expert"], f"{r['layer']} of {r['of']}", r["read"])
+        columns[column] = f"{r['chance']:.0%}, n = {r['n']}"
         cells.setdefault(row, {})[column] = f"{r['held']:.0%} ({r['train']:.0%})"
-    n = min(r["n"] for r in result)
-    lines = [" | ".join(["| expert", "layer", "read", *(f"{d}, {t}" for d, t in columns)]) + " |",
-             "|---" * (3 + len(columns)) + "|"]
-    lines += ["| " + " | ".join([*row, *(said[c] for c in columns)]) + " |" for row, said in cells.items()]
-    return "\n".join([*lines, "", f"Linear probe: share right on held-out problems (on training problems); {n} "
-                      f"held out or more, standard error at most {50 / math.sqrt(n):.1f} points."])
+    cells["most frequent class", "", ""] = columns
+    head = [["expert", "layer", "read", *columns], ["---"] * (3 + len(columns))]
+    rows = [[*row, *(said[c] for c in columns)] for row, said in cells.items()]
+    lines = ["| " + " | ".join(row) + " |" for row in head + rows]
+    return "\n".join(lines) + "\n\nLinear probe: share right on held-out problems (on training problems)."
 
 
 # -- from files alone
@@ -277,28 +277,21 @@ def way(record):
 
 
 def records(paths):
-    """For each folder of a finished run or file of results/curves one dict: task, collab, control, read,
-    seed, n, before and after (dict(strict=...)), by_dataset, curve (rows by step), and where known right,
-    right_before, heard, datasets (by test item), attention_by, silenced, example, ablate, experts."""
+    """For each folder of a finished run or file of results/curves what eval.measure reports, and curve (rows
+    by step) and ablate; of a file, what it holds."""
     found = []
     for path in map(Path, paths):
-        if path.is_dir() and not (path / "eval.json").exists():
-            raise ValueError(f"{path} holds no finished run (no eval.json): let it finish first")
-        if not path.exists():
-            raise ValueError(f"{path} is not there: name finished runs, or files of results/curves")
         r = read_json(path / "eval.json" if path.is_dir() else path)
+        if not r:
+            raise ValueError(f"{path} holds no finished run (no eval.json): let it finish first")
         if path.is_dir():
-            r["curve"] = metrics(path)
-            r["ablate"] = read_json(path / "ablate.json") or None
-        else:
-            r = dict(collab=r["mode"]) | r
-        if "after" not in r:
-            share = lambda right: dict(strict=sum(right) / len(right))
-            pick = lambda right, d: [x for x, of in zip(right, r["datasets"]) if of == d]
-            r |= dict(n=len(r["right"]), before=share(r["right_before"]), after=share(r["right"]))
-            r["by_dataset"] = {d: dict(n=r["datasets"].count(d), before=share(pick(r["right_before"], d)),
-                                       after=share(pick(r["right"], d))) for d in dict.fromkeys(r["datasets"])}
-        found.append(r)
+            r |= dict(curve=metrics(path), ablate=read_json(path / "ablate.json"))
+        elif "after" not in r:
+            parts = {d: [i for i, x in enumerate(r["datasets"]) if x == d] for d in r["datasets"]}
+            share = lambda key, of: dict(strict=sum(r[key][i] for i in of) / len(of))
+            both = lambda of: dict(n=len(of), before=share("right_before", of), after=share("right", of))
+            r |= both(range(len(r["right"]))) | dict(by_dataset={d: both(of) for d, of in parts.items()})
+        found.append(dict(collab=r.get("mode")) | r)
     return found
 
 
@@ -316,13 +309,13 @@ def grouped(found):
     return groups
 
 
-def against_single(runs, singles):
-    """How far runs are above the single runs of the same task, seeds and items: "" where these are not
-    known."""
-    alone = {r["seed"]: r.get("right") for r in singles}
-    D = [np.subtract(r["right"], alone[r["seed"]]) for r in runs if r.get("right") and alone.get(r["seed"])
-         and len(r["right"]) == len(alone[r["seed"]])]
-    return f"{points(np.mean(D), bootstrap(D))}, {len(D)} seeds" if D and len({len(d) for d in D}) == 1 else ""
+def above(runs, singles):
+    """The paired difference of runs from the single runs of the same seeds; "" where items are not known."""
+    alone = {r["seed"]: r.get("right", []) for r in singles}
+    D = [np.subtract(r["right"], alone[r["seed"]]) for r in runs
+         if r.get("right") and len(r["right"]) == len(alone.get(r["seed"], []))]
+    D = [d for d in D if len(d) == len(D[0])]
+    return f"{points(np.mean(D), bootstrap(D))}, {len(D)} seeds" if D else ""
 
 
 def table(paths):
@@ -336,10 +329,11 @@ def table(paths):
         before, after = (spread([r[when]["strict"] for r in runs]) for when in ("before", "after"))
         parts = ", ".join(f"{d} {spread([r['by_dataset'][d]['after']['strict'] for r in runs])}"
                           for d in runs[0]["by_dataset"])
-        above = against_single(runs, groups.get((task, "single"), [])) if how != "single" else ""
-        seeds = ", ".join(str(r["seed"]) for r in runs)
-        lines.append(f"| {task} | {how} | {seeds} | {runs[0]['n']} | {before} | {after} | {parts} | {above} |")
-    return "\n".join(lines)
+        more = above(runs, groups.get((task, "single"), [])) if how != "single" else ""
+        seeds, n = ", ".join(str(r["seed"]) for r in runs), runs[0]["n"]
+        lines.append(f"| {task} | {how} | {seeds} | {n} | {before} | {after} | {parts} | {more} |")
+    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; above single: points, "
+                      "paired by problem, bootstrap over seeds and problems."])
 
 
 # -- one problem from text to reward
@@ -354,34 +348,29 @@ def walk(run):
                       run.args["max_new"], run.args["temperature"], generator)
         if out.rewards.std(correction=0) > 0:
             break
-    lines = [f"A {problem.dataset} problem that was not trained on; its answer is {problem.answer!r}.", ""]
-    say = lambda text, indent=2: lines.extend(textwrap.wrap(text, 110, initial_indent=" " * indent,
-                                                            subsequent_indent=" " * (indent + 2)))
+    lines = [f"A {problem.dataset} problem, held out of training; its answer is {problem.answer!r}."]
+    say = lambda text: lines.extend(textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    "))
     say(f"the policy reads {len(run.ids[problem.question])} tokens: {run.policy_text(problem)!r}")
     for e in run.readers:
         text = run.expert_text(problem, e)
-        say(f"{e.name} reads {len(e.tokenize([text])[0])} tokens: {text!r}")
+        say(f"{e.name} (width {e.width}) reads {len(e.tokenize([text])[0])} tokens: {text!r}")
     context, A = listen(run.router, batch.H)
     if A is not None:
-        _, heads, L, N = A.shape
-        widths = ", ".join(f"{e.name} {e.width}" for e in run.readers)
-        say(f"states H {tuple(batch.H.shape)}: a vector for each reader, padded with zeros to the widest "
-            f"({widths})")
-        say(f"attention A {tuple(A.shape)}: {heads} heads of {L} latents share themselves out among {N} "
-            "experts; mean over heads, by latent, and over all:")
-        w = max(len(e.name) for e in run.experts)
+        say(f"states H {tuple(batch.H.shape)}: one vector of each, padded with zeros to the widest")
+        say(f"attention A {tuple(A.shape)}: heads, latents, experts; mean over heads, by latent and in all:")
         for e, row in zip(run.experts, A[0].mean(0).T.tolist()):
-            shown = " ".join(f"{x:.2f}" for x in row[:12]) + (" ..." if L > 12 else "")
-            say(f"{e.name:{w}}  {shown}  all {sum(row) / L:.2f} {'█' * round(20 * sum(row) / L)}", 4)
+            shown, share = " ".join(f"{x:.2f}" for x in row[:12]), sum(row) / len(row)
+            say(f"{e.name[:20]:20} {shown} all {share:.2f} {'█' * round(10 * share)}")
     if context is not None:
         sizes = context[0].float().square().mean(-1).sqrt().tolist()
-        say(f"prefix C {tuple(context.shape)}: {len(sizes)} vectors before the prompt, each this far from "
-            "neutral, in spreads of the policy's embeddings: " + " ".join(f"{x:.2f}" for x in sizes))
-    mean, spread = out.rewards.mean().item(), out.rewards.std(correction=0).item()
+        say(f"prefix C {tuple(context.shape)}: vectors before the prompt, each this far from neutral, in "
+            "spreads of the policy's embeddings: " + " ".join(f"{x:.2f}" for x in sizes))
+    mean, dr, spread = out.rewards.mean().item(), run.args["dr"], out.rewards.std(correction=0).item()
     say(f"{len(out.texts[0])} completions sampled at temperature {run.args['temperature']:g}; mean reward "
-        f"{mean:.3f}, spread {spread:.3f}; advantage = (reward - mean) / spread:")
-    rows = zip(out.texts[0], out.verdicts[0], out.rewards[0].tolist(), advantages(out.rewards)[0].tolist())
-    for text, verdict, reward, advantage in rows:
-        text = repr(text if len(text) <= 56 else "... " + text[-52:])
-        lines.append(f"    {text:58} {verdict.reason:12} reward {reward:g}   advantage {advantage:+z.2f}"[:110])
+        f"{mean:.3f}, spread {spread:.3f}; advantage: reward - mean" + ":" * dr + ", by the spread:" * (not dr))
+    gained = advantages(out.rewards, not dr)[0].tolist()
+    rows = zip(out.texts[0], out.verdicts[0], out.rewards[0].tolist(), gained)
+    for text, v, reward, advantage in rows:
+        said = repr(text if len(text) <= 44 else "... " + text[-40:])[:50]
+        lines.append(f"    {said:50} {v.reason:12} reward {reward:.1f}   advantage {advantage:+z.2f}")
     return "\n".join(lines)

@@ -126,12 +126,13 @@ def show(report):
         silenced = ", ".join(f"{e} {100 * c:+z.0f}" for e, c in cost.items())
         print(f"  {d}: listens to {listens}" + (f"; silenced, {silenced} points" if cost else ""))
     if "experts" in report:
-        said = (f"{e} {x['parameters'] / 1e6:.2f} M: {x['attention']:.2f}" for e, x in report["experts"].items())
-        print(f"  size and attention: {', '.join(said)}; Spearman {signed(report['size_spearman'])}")
+        said = ", ".join(f"{e} {x['parameters'] / 1e6:.2f} M: {x['attention']:.2f}"
+                         for e, x in report["experts"].items())
+        print(f"  size and attention: {said}; Spearman {signed(report['size_spearman'])}")
     if "spearman" in report:
         x = report["spearman"]
-        print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; of their changes "
-              f"from step to step {signed(x['changes'])}")
+        print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; of their "
+              f"changes from step to step {signed(x['changes'])}")
 
 
 def signed(rho):
@@ -180,7 +181,7 @@ def look(run, a):
     elif a.ablate:
         report = analysis.ablate(run, a.ablate)
         print(analysis.ablation_table(report))
-        if a.run:
+        if a.run and not a.best:  # beside eval.json, which is of the last checkpoint
             checkpoint.write_json(folder / "ablate.json", report)
     else:
         report = measure(run, a.samples)
@@ -241,8 +242,7 @@ def main(argv=None):
             print(*([table(a.run)] if a.table else figures.draw(a.run, Path(a.out))), sep="\n")
             return 0
         if len(a.run) > 1 or (a.n is not None and a.n < 1) or a.samples < 0:
-            raise ValueError("one run at a time without --table or --figures; --n is at least 1 and --samples "
-                             "at least 0")
+            raise ValueError("one run at a time without --table or --figures; --n is at least 1, --samples 0")
         run = export.load(a.source) if a.source else load(a.run[0], a.best)
         if a.export:
             export.write(run, a.run[0], a.export, evaluated=not a.best)
