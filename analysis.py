@@ -332,8 +332,8 @@ def table(paths):
         more = above(runs, groups.get((task, "single"), [])) if how != "single" else ""
         seeds, n = ", ".join(str(r["seed"]) for r in runs), runs[0]["n"]
         lines.append(f"| {task} | {how} | {seeds} | {n} | {before} | {after} | {parts} | {more} |")
-    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; above single: points, "
-                      "paired by problem, bootstrap over seeds and problems."])
+    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; above single: "
+                      "points, paired by problem, bootstrap over seeds and problems."])
 
 
 # -- one problem from text to reward
@@ -365,10 +365,11 @@ def walk(run):
         sizes = context[0].float().square().mean(-1).sqrt().tolist()
         say(f"prefix C {tuple(context.shape)}: vectors before the prompt, each this far from neutral, in "
             "spreads of the policy's embeddings: " + " ".join(f"{x:.2f}" for x in sizes))
-    mean, dr, spread = out.rewards.mean().item(), run.args["dr"], out.rewards.std(correction=0).item()
+    how = "reward - mean" if run.args["dr"] else "(reward - mean) / spread"
+    mean, spread = out.rewards.mean().item(), out.rewards.std(correction=0).item()
     say(f"{len(out.texts[0])} completions sampled at temperature {run.args['temperature']:g}; mean reward "
-        f"{mean:.3f}, spread {spread:.3f}; advantage: reward - mean" + ":" * dr + ", by the spread:" * (not dr))
-    gained = advantages(out.rewards, not dr)[0].tolist()
+        f"{mean:.3f}, spread {spread:.3f}; advantage {how}:")
+    gained = advantages(out.rewards, not run.args["dr"])[0].tolist()
     rows = zip(out.texts[0], out.verdicts[0], out.rewards[0].tolist(), gained)
     for text, v, reward, advantage in rows:
         said = repr(text if len(text) <= 44 else "... " + text[-40:])[:50]
