@@ -83,7 +83,7 @@ def curves(ax, groups):
         after, end = [r["after"]["strict"] for r in runs], max(r["curve"][-1]["step"] for r in runs)
         error = [[np.std(after)]] * 2 if len(runs) > 1 else np.abs(np.subtract(
             runs[0]["after"].get("ci95", after * 2), after))[:, None]
-        ax.errorbar(end * 1.03, np.mean(after), error, color=COLOURS[i % 8], marker="s", capsize=3)
+        ax.errorbar(end * (1.02 + 0.02 * i), np.mean(after), error, color=COLOURS[i % 8], marker="s", capsize=3)
     if len(groups) == len(runs) == 1:
         band(ax, series(runs, "reward"), "training reward, mean of 10 steps", "grey", 10)
     ax.axhline(runs[0]["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
