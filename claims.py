@@ -104,15 +104,15 @@ def saturated(rows):
 def falling(rows):
     """Less than no correlation, so its opposite is claimed to be above 0."""
     raw, rest = [], []
-    for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["points"]) > 2):
-        step, x, y = np.array([[p["step"], p["attention_entropy"], p["reward"]] for p in r["points"]]).T
+    for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["curve"]) > 2):
+        step, x, y = np.array([[p["step"], p["attention_entropy"], p["reward"]] for p in r["curve"]]).T
         raw, rest = raw + [spearman(x, y)], rest + [[-spearman(detrended(step, x), detrended(step, y))]]
     return [measured(f"minus Spearman's rho (with the trend {-np.mean(raw or [0]):+.2f})", rest, unit="rho")]
 
 
 def concentrated(rows):
     easy, hard = (runs_of(rows, t, "soft") for t in ("arithmetic", "arithmetic hard"))
-    end = lambda r: [np.mean([p["attention_entropy"] for p in r["points"][-5:]])]  # the last tenth
+    end = lambda r: [np.mean([p["attention_entropy"] for p in r["curve"][-5:]])]  # the last tenth
     a, b = ([end(of[s]) for s in sorted(easy.keys() & hard.keys())] for of in (easy, hard))
     return [measured("entropy at the end, arithmetic - arithmetic hard", np.array(a), np.array(b), "nats")]
 
@@ -126,13 +126,13 @@ def heard(rows, task, way, what, pick):
 
 
 def agrees(attention, run, names):
-    return attention.argmax(-1) == [names.index(SPECIALIST[d]) for d in run["dataset"]]
+    return attention.argmax(-1) == [names.index(SPECIALIST[d]) for d in run["datasets"]]
 
 
 def static(rows, task, same):
-    """What the run loses with its mean attention: curves hold it once eval.py --ablate has been asked."""
-    some = [r for r in runs_of(rows, task, "soft").values() if "static" in r.get("ablate", {})]
-    a, b = [r["right"] for r in some], [r["ablate"]["static"] for r in some]
+    """What the run loses with its mean attention (eval.py RUN --ablate static)."""
+    some = [r["ablate"] for r in runs_of(rows, task, "soft").values() if "ablate" in r]
+    a, b = [x["right"] for x in some], [x["kinds"]["static"]["right"] for x in some]
     return [measured(f"{task}, as trained - static", 100 * np.array(a), 100 * np.array(b), same=same)]
 
 

@@ -88,9 +88,9 @@ class Router(nn.Module):
         """Expert states (..., N, D), padding and all, to slices (..., M, w)."""
         return H.flatten(-2)[..., self.columns].unflatten(-1, self.real.shape)
 
-    def forward(self, H, mask=None):
+    def forward(self, H, mask=None, attention=None):
         """H (B, N, D) expert states, zero beyond an expert's width; mask (B, N) or (N,), True where the
-        expert is present.
+        expert is present; attention (heads, L, N) to use in place of its own, at test time.
 
         Returns context tokens C (B, L, d_policy), in spreads of the policy's embeddings, and attention (B,
         heads, L, N). An absent expert gets attention exactly 0, and neither influence nor gradient. At least
@@ -99,7 +99,7 @@ class Router(nn.Module):
         mask = None if mask is None else mask.expand(H.shape[:2])
         if mask is not None:  # its states may hold anything, NaN too
             H = H.masked_fill(~mask[..., None], 0.0)
-        return self.attend(self.entries(self.standard(H)), mask)
+        return self.attend(self.entries(self.standard(H)), mask, attention)
 
     def standard(self, H):
         """States H (B, N, D) from their mean, in their spreads, in slices (B, M, w)."""
@@ -127,7 +127,7 @@ class Router(nn.Module):
         total = squares.new_zeros(len(self.identity)).index_add(0, self.owner[:len(squares)], squares)
         return total.sqrt().tolist()
 
-    def attend(self, E, mask=None):
+    def attend(self, E, mask=None, attention=None):
         """The latents' questions to E (B, N, dim), whatever projected it: what `forward` returns."""
         split = lambda x: x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., heads, n, dim / heads)
         q = split(self.to_q(self.norm_latent(self.latents)))  # (heads, L, ·): the same for every prompt
@@ -135,7 +135,7 @@ class Router(nn.Module):
         scores = q @ k.transpose(-1, -2) * self.scale  # (B, heads, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
-        A = scores.float().softmax(-1)
+        A = scores.float().softmax(-1) if attention is None else attention.to(scores.device).expand_as(scores)
         heard = (A.to(v.dtype) @ v).transpose(-3, -2).flatten(-2)  # (B, L, dim)
 
         z = self.latents + self.to_z(heard)

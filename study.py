@@ -149,17 +149,19 @@ def about(run, words, folder):
 def collect(run, row):
     """The row of a finished run, begun in `row`, and its curve."""
     out = HERE / RUNS / run.id
-    report, config, items = (json.loads((out / f"{f}.json").read_text()) for f in ("eval", "config", "items"))
+    report, config = (json.loads((out / f"{f}.json").read_text()) for f in ("eval", "config"))
     metrics = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
     row |= {k: config["args"][k] for k in ("read", "control", "cue", "steps", "lr", "router_lr")} | dict(
         before=report["before"]["strict"], after=report["after"]["strict"], n=report["n"],
         lenient=report["after"]["lenient"], val=metrics[-1]["val"],
         trainable=sum(config["trainable"].values()),
         seconds=round(sum(r["gen_s"] + r["train_s"] for r in metrics), 1))  # of the steps, whatever the stops
-    tested = {k: report[k] for k in ("by_dataset", "attention_by", "silenced") if k in report}
+    kept = ("attention_by", "silenced", "datasets", "right", "right_before", "heard", "example")
     experts = [{k: e[k] for k in ("name", "width", "parameters")} for e in config["experts"]]
-    return row, dict(experts=experts, points=curve(metrics), attention_map=metrics[-1]["attention_map"],
-                     **tested, **items)
+    more = dict(ablate=json.loads(asked.read_text())) if (asked := out / "ablate.json").exists() else {}
+    return row, {k: row[k] for k in ("id", "task", "mode", "control", "read", "seed")} | dict(
+        experts=experts, curve=curve(metrics), attention_map=metrics[-1]["attention_map"],
+        **{k: report[k] for k in kept if k in report}, **more)
 
 
 def wide():
@@ -180,7 +182,9 @@ def start(run, words, lock):
     """The run's process, gone on with where its folder is left of a stop. It holds the lock as we do: while
     it lives, even without us, no second study starts."""
     out = HERE / RUNS / run.id
-    if (out / "config.json").exists():
+    if (out / "eval.json").exists():
+        words = f"python eval.py {RUNS / run.id} --ablate static shuffle zero --n 1024".split()
+    elif (out / "config.json").exists():
         words = ["python", "train.py", "--resume", "--out", str(RUNS / run.id)]
     env = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,11 @@ def carry_out(todo, a):
                     busy[run] = words, start(run, words, lock)
                 time.sleep(0.2)
                 for run, (words, process) in list(busy.items()):
-                    if process.poll() is not None:
+                    tested, asked = (HERE / RUNS / run.id / f"{f}.json" for f in ("eval", "ablate"))
+                    due = run.way == "soft" and tested.exists() and not asked.exists()
+                    if process.poll() == 0 and due:
+                        busy[run] = words, start(run, words, lock)  # and what its attention was worth
+                    elif process.poll() is not None:
                         del busy[run]
                         said, left = record(run, words, process.returncode, a.real), len(waiting) + len(busy)
                         minutes = (time.monotonic() - began) / (total - left) * left / 60

@@ -20,6 +20,7 @@ import tempfile
 import time
 import types
 from collections import Counter, namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import analysis
 import checkpoint
 import claims
 import collab
 import experts
 import export
+import figures
 import folders
 import ranks
 import rewards
@@ -1419,6 +1422,136 @@ def test_every_way_trains_and_is_found_again(way, control, finished, tmp_path, c
     assert label in table([out, finished]) and "| soft |" in table([out, finished])
 
 
+def test_statistics_by_hand():
+    assert analysis.mcnemar([1] * 5 + [0, 1], [0] * 5 + [0, 1]) == 0.0625
+    assert analysis.mcnemar([1, 0, 1], [1, 0, 1]) == 1 == analysis.mcnemar([1, 0], [0, 1])
+    assert analysis.mcnemar([0, 0, 0, 1], [1, 1, 1, 0]) == pytest.approx(2 * 5 / 16)
+    assert analysis.bootstrap([1, 1, 1]) == [1, 1]
+    low, high = analysis.bootstrap([0, 1] * 200)  # of a share of one half: 0.5 -+ 1.96 * 0.5 / sqrt(400)
+    assert (low, high) == pytest.approx((0.451, 0.549), abs=0.004)
+    seeds = [[0] * 50 + [1] * 50, [1] * 100, [0] * 100]  # it is they that differ
+    wide = analysis.bootstrap(seeds)
+    assert wide[0] < 0.1 and wide[1] > 0.9 and wide == analysis.bootstrap(seeds)
+    assert analysis.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert analysis.spearman([1, 2, 3], [3, 3, 3]) is None
+    assert analysis.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # ties share 2.5
+
+
+def test_drift_alone_is_no_relation():
+    """Two series that have nothing in common but that both move: their changes show it."""
+    g = torch.Generator().manual_seed(0)
+    t = torch.linspace(0, 1, 300)
+    x, y = t + 0.1 * torch.randn(300, generator=g), -t ** 0.5 + 0.1 * torch.randn(300, generator=g)
+    got = analysis.together(x.tolist(), y.tolist())
+    assert got["rho"] < -0.7 and abs(got["changes"]) < 0.15
+    z = (y - 0.3 * torch.randn(300, generator=g)).tolist()
+    assert analysis.together(z, [-v for v in z])["changes"] == pytest.approx(-1)
+
+
+def test_probe_finds_what_is_there_and_nothing_else():
+    g = torch.Generator().manual_seed(0)
+    y, X = torch.randint(0, 10, (700,), generator=g), torch.randn(700, 24, generator=g)
+    fit, held = analysis.linear(X[:500], y[:500], X[500:], y[500:])
+    assert held < 0.2
+    planted = X + F.one_hot(y).float() @ torch.randn(10, 24, generator=g) * 3 + 100
+    fit, held = analysis.linear(planted[:500], y[:500], planted[500:], y[500:])
+    assert fit > 0.98 and held > 0.97
+    asked = analysis.classes(["-17", "8"])
+    assert asked == {"ones digit": [7, 8], "tens digit": [1, 0], "sign": [True, False]}
+    assert analysis.classes(["a", "b", "a"], common=1) == {"answer": ["a", None, "a"]}
+
+
+@pytest.fixture(scope="module")
+def loaded(finished):
+    run = load_run(finished)
+    run.prepare(run.items["test"])
+    run.router.out.weight.data.mul_(20)  # so that attention is seen in the answers
+    return run
+
+
+def test_ablations_are_what_they_say(loaded):
+    run, items = loaded, loaded.items["test"]
+    H, own = run.batch(items).H, loaded.router
+    _, static = analysis.stand_in(run, "static")
+    some = run.items["train"][:run.args["steps"] * run.args["batch"]]
+    with torch.no_grad():
+        mean = own(run.batch(some).H)[1].mean(0)
+        context, A = static(H)
+        torch.testing.assert_close(A, mean.expand_as(A))
+        E = own.entries(own.standard(H))
+        v = own.to_kv(E).chunk(2, -1)[1].unflatten(-1, (own.heads, -1)).transpose(1, 2)
+        z = own.latents + own.to_z((mean @ v).transpose(1, 2).flatten(-2))  # Router.attend, with that mean
+        torch.testing.assert_close(context, own.out(own.norm_out(z + own.mlp(own.norm_mlp(z)))))
+        assert not torch.allclose(context, own(H)[0], atol=1e-4)
+        assert (analysis.stand_in(run, "uniform")[1](H)[1] == torch.tensor(1 / 3)).all()
+        zero = analysis.stand_in(run, "zero")[1](H)[0]
+        assert zero.shape == context.shape and not zero.any()
+    batch = run.batch(items)  # and the policy reads the neutral vector in every place
+    kept = run.policy.prefill(batch.tokens, batch.lengths, zero).keys[-1]
+    word = run.policy.embed[0].clone()
+    run.policy.embed[0] = run.policy.neutral
+    eight = torch.zeros(12, 8, dtype=torch.long)
+    told = run.policy.prefill(torch.cat((eight, batch.tokens), 1), batch.lengths + 8).keys[-1]
+    run.policy.embed[0] = word
+    real = int(batch.lengths.min()) + 8
+    torch.testing.assert_close(kept[:, :, :real], told[:, :, :real])
+    moved = analysis.shuffled(run, items).batch(items).H
+    same = (moved[:, None] == H[None]).flatten(2).all(2)  # each has the states of one other problem
+    assert (same.sum(1) == 1).all() and (same.sum(0) == 1).all() and not same.diagonal().any()
+
+
+def test_dropping_is_silencing(loaded):
+    kinds = [f"drop:{name}" for name in NAMED] + ["uniform", "shuffle"]
+    got = analysis.ablate(loaded, kinds)
+    for name, verdicts in analysis.silence(loaded, loaded.items["test"]).items():
+        assert got["kinds"][f"drop:{name}"]["right"] == [v.strict for v in verdicts]
+    whole = got["kinds"]["shuffle"]
+    parts = whole["by_dataset"].values()
+    assert sum(p["n"] for p in parts) == whole["n"] == 12
+    assert whole["trained"] == pytest.approx(sum(got["right"]) / 12)
+
+
+@pytest.mark.parametrize("way, kind, words", [
+    ("soft", "nonsense", "drop:NAME"), ("soft", "drop:nobody", "arithmetic"), ("hard", "static", "shuffle"),
+    ("prefix", "uniform", "soft"), ("single", "zero", "single"), ("text", "shuffle", "text")])
+def test_a_senseless_ablation_is_refused(loaded, way, kind, words):
+    router = None if way in ("single", "text") else loaded.router
+    other = replace(loaded, args=loaded.args | dict(collab=way), router=router)
+    with pytest.raises(ValueError, match=words):
+        analysis.stand_in(other, kind)
+
+
+def test_figures_walk_and_table_of_a_run(finished, tmp_path, capsys):
+    """From the folder and from a file of results/curves alike, without a model; then with it."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert eval_main([str(run), "--ablate", "zero", "drop:logic", "--n", "12", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "| zero | all | 12 |" in out
+    assert json.loads(out.splitlines()[-1])["kinds"].keys() == {"zero", "drop:logic"}
+    report = json.loads((run / "eval.json").read_text())
+    keys = "task control read seed attention_by silenced right"
+    assert set(report["experts"]) == NAMED and -1 <= report["spearman"]["rho"] <= 1
+    curve = {k: report[k] for k in (*keys.split(), "right_before", "heard", "datasets")}
+    curve |= dict(id="x", mode="soft", curve=rows(run), seed=1)
+    (tmp_path / "soft.json").write_text(json.dumps(curve))
+    single = curve | dict(mode="single", heard=[], attention_by={}, silenced={}, right=[0] * 12)
+    (tmp_path / "single.json").write_text(json.dumps(single))
+    paths = [str(run), str(tmp_path / "soft.json"), str(tmp_path / "single.json")]
+    assert eval_main([*paths, "--figures", "--out", str(tmp_path / "figures")]) == 0
+    made = {p.name for p in (tmp_path / "figures").iterdir() if p.stat().st_size > 5000}
+    assert made == {f"{p.__name__}.{kind}" for p, _ in figures.PICTURES for kind in ("png", "svg")}
+    capsys.readouterr()
+    assert eval_main([*paths, "--table"]) == 0
+    out = capsys.readouterr().out
+    assert "| soft | 0, 1 | 12 |" in out and "1 seeds |" in out
+    assert f"{100 * sum(curve['right']) / 12:+z.1f} [" in out
+    assert eval_main([str(run), "--walk"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 110 and "H (1, 3, 160)" in out
+    assert out.count("   advantage ") == 4  # of the group
+
+
 def test_wilson_and_pass_at_k_by_hand():
     assert wilson(8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4) and wilson(0, 5)[0] == 0.0
     assert [pass_at(k, 4, 1) for k in (1, 2, 4)] == [0.25, 0.5, 1.0] and pass_at(2, 4, 0) == 0.0
@@ -1626,9 +1759,9 @@ def test_an_export_is_the_run(finished, exported, tmp_path, monkeypatch, capsys)
     shutil.copytree(exported, tmp_path / "elsewhere")
     for where in ([str(finished)], ["--from", "elsewhere"]):
         assert eval_main([*where, "--n", "18", "--samples", "2", "--json"]) == 0
-        reports.append(capsys.readouterr().out.splitlines()[-1])
+        reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
         monkeypatch.chdir(tmp_path)
-    assert reports[0] == reports[1]
+    assert reports[0].pop("spearman") and reports[0] == reports[1]  # an export has no log of the training
     runs = load_run(finished), export.load("elsewhere")
     items = runs[0].items["test"]
     for run in runs:
@@ -2224,7 +2357,7 @@ def made_up(task, way, share, seeds=3, n=200, **more):
     """Rows of a way that is right in this share of the items."""
     right = [int(i < share * n) for i in range(n)]
     return [dict(task=task, way=way, seed=s, pool="tiny", after=share, before=0.1, n=n, trainable=1,
-                 seconds=1.0, right=right, points=[], **more) for s in range(seeds)]
+                 seconds=1.0, right=right, curve=[], **more) for s in range(seeds)]
 
 
 def verdicts(rows):
@@ -2233,7 +2366,7 @@ def verdicts(rows):
 
 def test_claims_are_judged_by_their_intervals():
     names = [dict(name=name) for name in ("arithmetic", "logic", "algorithmic")]
-    listens = dict(experts=names, dataset=["chain_sum"] * 200, heard=[[0.8, 0.1, 0.1]] * 200)
+    listens = dict(experts=names, datasets=["chain_sum"] * 200, heard=[[0.8, 0.1, 0.1]] * 200)
     rows = [*made_up("arithmetic", "soft", 0.6), *made_up("arithmetic", "single", 0.3),
             *made_up("arithmetic", "prefix", 0.6), *made_up("mix", "soft", 0.6, **listens),
             *made_up("mix", "prefix", 0.3), *made_up("arithmetic", "soft shuffled", 0.6, seeds=1),
@@ -2252,20 +2385,21 @@ def test_claims_about_attention():
     point = lambda sign, end: [dict(step=i, reward=i + wave[i], attention_entropy=end + 0.1 * sign * wave[i])
                                for i in range(40)]
     wide = dict(experts=[dict(name="arithmetic"), dict(name="wide")], heard=[[0.8, 0.2]] * 200)
-    half = dict(ablate=dict(static=[int(i < 60) for i in range(200)]))
-    same = dict(ablate=dict(static=[int(i < 120) for i in range(200)]))
+    asked = lambda n: dict(ablate=dict(right=[int(i < 120) for i in range(200)], kinds=dict(static=dict(
+        right=[int(i < n) for i in range(200)]))))
+    half, same = asked(60), asked(120)
     for sign, verdict in ((-1, "confirmed"), (1, "refuted")):  # of both signs the reward rises
         rows = [*made_up("arithmetic", "soft", 0.6, **same), *made_up("arithmetic hard", "soft", 0.6),
-                *made_up("mix", "soft", 0.6, **half, experts=[], heard=[], dataset=[]),
+                *made_up("mix", "soft", 0.6, **half, experts=[], heard=[], datasets=[]),
                 *made_up("arithmetic", "soft wide", 0.5, **wide)]
         for r in rows:
-            r["points"] = point(sign, 0.5 if r["task"] == "arithmetic" else 0.5 - 0.2 * sign)
+            r["curve"] = point(sign, 0.5 if r["task"] == "arithmetic" else 0.5 - 0.2 * sign)
         rows = [r for r in rows if r["task"] != "mix"]
         of = verdicts(rows)
         assert of[6][0] == verdict and of[8][0] == "refuted" and of[10][0] == "open"
         assert of[7][0] == ("refuted" if verdict == "confirmed" else "confirmed")
     rows += made_up("mix", "soft", 0.6, **half, experts=wide["experts"], heard=[[1, 0]] * 200,
-                    dataset=["chain_sum"] * 200)
+                    datasets=["chain_sum"] * 200)
     assert verdicts(rows)[10][0] == "confirmed"
 
 
