@@ -10,7 +10,6 @@ Differences are paired: the same problems on both sides, so what makes a problem
 """
 
 import json
-import math
 import statistics
 import textwrap
 from collections import Counter
@@ -27,57 +26,9 @@ from experts import Expert, read, read_json
 from rewards import TooFew
 from rlvr import advantages, listen, rollout
 from run import evaluate, held_out
+from stats import bootstrap, paired, spearman, together
 
 KINDS = ("static", "uniform", "shuffle", "zero")  # and drop:NAME
-
-
-# -- statistics
-def wilson(right, n, z=1.96):
-    """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1.    8 of 10 -> [0.49,
-    0.94]"""
-    p, zn = right / n, z * z / n
-    centre, half = (p + zn / 2) / (1 + zn), z * math.sqrt(p * (1 - p) / n + zn / (4 * n)) / (1 + zn)
-    return [max(0.0, centre - half), min(1.0, centre + half)]
-
-
-def bootstrap(D, times=10_000):
-    """95% interval of the mean of D (n,) or (seeds, n), paired differences by item: items, and seeds where
-    there are several, are drawn again with replacement (percentiles; a fixed generator). Of two or three
-    seeds it is too narrow, as so few cannot show how much they differ."""
-    D, generator = np.atleast_2d(np.asarray(D, float)), np.random.default_rng(0)
-    S, n = D.shape
-    columns, count = np.unique(D, axis=1, return_counts=True)  # items alike are drawn together: one law
-    seeds, items = generator.multinomial(S, [1 / S] * S, times), generator.multinomial(n, count / n, times)
-    return np.quantile((seeds @ columns * items).sum(1) / (S * n), (0.025, 0.975)).tolist()
-
-
-def mcnemar(a, b):
-    """Exact two-sided p that a and b (right or wrong by item) are equally good: of the items on which they
-    disagree, is it a fair coin that decides?    5 lost, none won -> 2 / 2^5 = 0.0625"""
-    lost, won = sum(x > y for x, y in zip(a, b)), sum(x < y for x, y in zip(a, b))
-    tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
-    return min(1.0, 2 * tail / 2 ** (lost + won))
-
-
-def paired(a, b):
-    """How b does against a (lists of right or wrong, the same items)."""
-    return dict(n=len(a), trained=sum(a) / len(a), ablated=sum(b) / len(b),
-                difference=(sum(b) - sum(a)) / len(a), ci95=bootstrap(np.subtract(b, a)), p=mcnemar(a, b))
-
-
-def spearman(x, y):
-    """Correlation of ranks, ties sharing theirs; None where one of the series never changes."""
-    def ranked(values):
-        _, place, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
-        return (count.cumsum() - (count - 1) / 2)[place]
-    a, b = ranked(x), ranked(y)
-    return float(np.corrcoef(a, b)[0, 1]) if min(a.std(), b.std(), len(a) - 2) > 0 else None
-
-
-def together(x, y):
-    """Spearman of two series, and of their changes from step to step: two series that both drift correlate
-    for nothing, their changes do not."""
-    return dict(n=len(x), rho=spearman(x, y), changes=spearman(np.diff(x), np.diff(y)))
 
 
 def relations(run, report, rows):
@@ -90,7 +41,8 @@ def relations(run, report, rows):
                              for e, n, x in zip(run.experts, sizes, mean)}
         result["size_spearman"] = spearman(sizes, mean)
         if rows:
-            result["spearman"] = together([r["attention_entropy"] for r in rows], [r["reward"] for r in rows])
+            of = lambda key: [r[key] for r in rows]
+            result["spearman"] = together(of("step"), of("attention_entropy"), of("reward"))
     return result
 
 

@@ -14,6 +14,7 @@ resident before, each side in a process of its own. results/SPEED.md is written 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import json
@@ -305,7 +306,7 @@ def main(argv=None):
         print(json.dumps(children[what](**how)))
         return 0
     size = (dict(prompts=4, new=32, rounds=2, grow=False) if a.quick
-            else dict(prompts=8, new=64, rounds=5, grow=True))
+            else dict(prompts=8, new=64, rounds=3, grow=True))
     figures = json.loads(a.json.read_text()) if a.json and a.json.exists() else {}
     figures["where"] = dict(command=" ".join(["python", *sys.argv]), threads=torch.get_num_threads(),
                             python=platform.python_version(), machine=platform.machine(),

@@ -9,47 +9,9 @@ import math
 
 import numpy as np
 
+from stats import bootstrap, detectable, together
+
 SPECIALIST = dict(chain_sum="arithmetic", family_relationships="logic", count_primes="algorithmic")
-
-
-# -- statistics
-def bootstrap_difference(a, b=0.0, draws=4000):
-    """(mean, low, high) of a - b, paired, with a 95% interval. a, b (seeds, items), the same items for every
-    seed: both are drawn anew (Owen 2007, 0712.1111), by a fixed generator. About their own mean k seeds
-    spread too little, by sqrt((k - 1) / k): so much are they drawn apart."""
-    d = np.asarray(a, float) - np.asarray(b, float)
-    (k, n), centre = d.shape, d.mean()
-    d = d + (d.mean(1, keepdims=True) - centre) * (math.sqrt(k / max(1, k - 1)) - 1)
-    g = np.random.default_rng(0)
-    seeds, items = (g.multinomial(m, np.full(m, 1 / m), draws) / m for m in (k, n))
-    low, high = np.quantile(((seeds @ d) * items).sum(1), (0.025, 0.975))
-    return float(centre), float(low), float(high)
-
-
-def ranks(x):
-    """1 for the least; equal values share the mean of their ranks."""
-    _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
-
-
-def spearman(x, y):
-    """Rank correlation; 0.0 where one of them is constant."""
-    x, y = ranks(x) - ranks(x).mean(), ranks(y) - ranks(y).mean()
-    norm = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norm) if norm else 0.0
-
-
-def detrended(steps, x):
-    """What of x a straight line over the steps does not tell: two series that both drift correlate for
-    nothing."""
-    left = x - np.polyval(np.polyfit(steps, x, 1), steps)
-    return np.where(np.abs(left) < 1e-9 * (1 + np.abs(x).max()), 0.0, left)
-
-
-def detectable(sd, seeds=5):
-    """The difference of two means over `seeds` seeds of this deviation that a two-sided test at 5% finds in
-    80% of studies: 2.8 (1.96 + 0.84) standard errors."""
-    return 2.8 * sd * math.sqrt(2 / seeds)
 
 
 # -- claims
@@ -69,13 +31,13 @@ def measured(what, a, b=0.0, unit="points", same=False):
     """(verdict, sentence) on a - b, each (runs, items); it takes two runs to say anything about a way."""
     if len(a) < 2:
         return "open", f"{what}: not measured on two runs"
-    d = bootstrap_difference(a, b)
-    return judge(*d[1:], MARGIN[unit], same), f"{what}: {shown(d, unit)}, {len(a)} runs"
+    D = np.asarray(a, float) - np.asarray(b, float)
+    return judge(*bootstrap(D), MARGIN[unit], same), f"{what}: {shown(D, unit)}, {len(D)} runs"
 
 
-def shown(d, unit="points"):
-    fmt = "+.1f" if unit == "points" else "+.2f"
-    return f"{d[0]:{fmt}} [{d[1]:{fmt}}, {d[2]:{fmt}}] {unit}"
+def shown(D, unit="points"):
+    fmt, (low, high) = "+.1f" if unit == "points" else "+.2f", bootstrap(D)
+    return f"{np.mean(D):{fmt}} [{low:{fmt}}, {high:{fmt}}] {unit}"
 
 
 def runs_of(rows, task, way):
@@ -105,8 +67,8 @@ def falling(rows):
     """Less than no correlation, so its opposite is claimed to be above 0."""
     raw, rest = [], []
     for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["curve"]) > 2):
-        step, x, y = np.array([[p["step"], p["attention_entropy"], p["reward"]] for p in r["curve"]]).T
-        raw, rest = raw + [spearman(x, y)], rest + [[-spearman(detrended(step, x), detrended(step, y))]]
+        of = together(*([p[key] for p in r["curve"]] for key in ("step", "attention_entropy", "reward")))
+        raw, rest = raw + [of["rho"] or 0.0], rest + [[-(of["detrended"] or 0.0)]]
     return [measured(f"minus Spearman's rho (with the trend {-np.mean(raw or [0]):+.2f})", rest, unit="rho")]
 
 
@@ -177,7 +139,7 @@ def table(rows):
         of = lambda k: np.array([r[k] for r in some.values()])
         spread = lambda k: f"{100 * of(k).mean():.1f} ± {100 * of(k).std():.1f}"
         a, b = paired(rows, task, way, "single")
-        gain = shown(bootstrap_difference(a, b)) if way != "single" and len(a) > 1 else ""
+        gain = shown(a - b) if way != "single" and len(a) > 1 else ""
         cells = (task, way, ", ".join(map(str, sorted(some))), of("n")[0], spread("before"), spread("after"),
                  gain, f"{of('trainable')[0]:,}", f"{of('seconds').mean():.0f}")
         yield f"| {' | '.join(map(str, cells))} |"

@@ -23,6 +23,7 @@ problems.
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import json
@@ -38,12 +39,13 @@ import checkpoint
 import export
 import figures
 import ranks
-from analysis import by_dataset, silence, table, wilson
+from analysis import by_dataset, silence, table
 from answers import extract, number
 from rewards import Problem, guessing_floor
 from rlvr import listen, rollout
 from run import build, evaluate, excuse, held_out
 from settings import settings
+from stats import wilson
 
 
 def score(verdicts):
@@ -132,8 +134,8 @@ def show(report):
         print(f"  size and attention: {said}; Spearman {signed(report['size_spearman'])}")
     if "spearman" in report:
         x = report["spearman"]
-        print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; of their "
-              f"changes from step to step {signed(x['changes'])}")
+        print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; with "
+              f"their trends taken out {signed(x['detrended'])}")
 
 
 def signed(rho):

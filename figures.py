@@ -13,7 +13,8 @@ import textwrap
 
 import numpy as np
 
-from analysis import bootstrap, grouped, records, together, way
+from analysis import grouped, records, way
+from stats import bootstrap, together
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
 
@@ -163,10 +164,10 @@ def attention(groups):
 def entropy(groups):
     fig, (axes,) = sheet(1, 2, 3.6)
     for colour, ((task, how), runs) in zip(COLOURS, groups.items()):
-        rho = [together(*(list(series([r], key)[0].values()) for key in ("attention_entropy", "reward")))
-               for r in runs]
+        both = [[series([r], key)[0] for key in ("attention_entropy", "reward")] for r in runs]
+        rho = [together(list(x), list(x.values()), list(y.values())) for x, y in both]
         mean = lambda key: np.mean([x[key] for x in rho if x[key] is not None] or [np.nan])
-        label = f"{task}\n{how}, {seeds(runs)}: ρ {mean('rho'):+.2f}, of changes {mean('changes'):+.2f}"
+        label = f"{task}\n{how}, {seeds(runs)}: ρ {mean('rho'):+.2f}, trend out {mean('detrended'):+.2f}"
         band(axes[0], series(runs, "attention_entropy"), label, colour, 5)
         band(axes[1], series(runs, "reward"), None, colour, 5)
     axes[0].set(ylabel="entropy of attention (nats)", ylim=(0, None))

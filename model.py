@@ -195,12 +195,12 @@ def sample(logits, temperature, generator=None):
 
     Inverse transform on two levels: blocks of the vocabulary first, then a token inside the block. It needs
     one uniform number a row and one pass over V, where torch.multinomial needs V exponential draws (half of a
-    decode step here). On a CPU a few rows at a time: their probabilities stay in its cache.
+    decode step here). A few rows at a time: on a CPU their probabilities stay in its cache.
     """
     if temperature == 0:
         return logits.argmax(-1)
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    rows = len(logits) if logits.is_cuda else 16
+    rows = 64 if logits.is_cuda else 16
     return torch.cat([_draw(z, temperature, part) for z, part in zip(logits.split(rows), u.split(rows))])
 
 

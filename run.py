@@ -163,6 +163,8 @@ def build(args, announce=None, training=True):
     if announce:
         announce(args, items, readers, itself, form, dtype, lambda p, e: expert_prompt(p, e, args["cue"]))
 
+    if args["device"].startswith("cuda"):  # the policy is held in bf16, without autocast; the router in fp32
+        torch.set_float32_matmul_precision("high")  # whose products tf32 is enough for
     torch.manual_seed(args["seed"])
     policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])
     router = make_router(args, experts, readers, policy.config["hidden_size"])

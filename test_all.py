@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
 import inspect
@@ -42,12 +43,13 @@ import ranks
 import rewards
 import rlvr
 import settings
+import stats
 import study
 import train
 from answers import number
 from eval import load as load_run
 from eval import main as eval_main
-from eval import majority, pass_at, table, wilson
+from eval import majority, pass_at, table
 from experts import Expert, cached, read
 from model import Policy, TokenLogprob, attend_group, sample
 from rewards import REASONS, Problem, TooFew, problems, prompt, verify
@@ -55,6 +57,7 @@ from rlvr import (Batch, Rollout, advantages, gradients, grpo_loss, k3, listen, 
                   reference_logprobs, rollout, set_rate, update)
 from router import Router
 from run import evaluate, ordered
+from stats import wilson
 
 torch.set_num_threads(1)  # for models this small two threads only wait for each other
 os.chdir(Path(__file__).parent)
@@ -1423,29 +1426,29 @@ def test_every_way_trains_and_is_found_again(way, control, finished, tmp_path, c
 
 
 def test_statistics_by_hand():
-    assert analysis.mcnemar([1] * 5 + [0, 1], [0] * 5 + [0, 1]) == 0.0625
-    assert analysis.mcnemar([1, 0, 1], [1, 0, 1]) == 1 == analysis.mcnemar([1, 0], [0, 1])
-    assert analysis.mcnemar([0, 0, 0, 1], [1, 1, 1, 0]) == pytest.approx(2 * 5 / 16)
-    assert analysis.bootstrap([1, 1, 1]) == [1, 1]
-    low, high = analysis.bootstrap([0, 1] * 200)  # of a share of one half: 0.5 -+ 1.96 * 0.5 / sqrt(400)
+    assert stats.mcnemar([1] * 5 + [0, 1], [0] * 5 + [0, 1]) == 0.0625
+    assert stats.mcnemar([1, 0, 1], [1, 0, 1]) == 1 == stats.mcnemar([1, 0], [0, 1])
+    assert stats.mcnemar([0, 0, 0, 1], [1, 1, 1, 0]) == pytest.approx(2 * 5 / 16)
+    assert stats.bootstrap([1, 1, 1]) == [1, 1]
+    low, high = stats.bootstrap([0, 1] * 200)  # of a share of one half: 0.5 -+ 1.96 * 0.5 / sqrt(400)
     assert (low, high) == pytest.approx((0.451, 0.549), abs=0.004)
     seeds = [[0] * 50 + [1] * 50, [1] * 100, [0] * 100]  # it is they that differ
-    wide = analysis.bootstrap(seeds)
-    assert wide[0] < 0.1 and wide[1] > 0.9 and wide == analysis.bootstrap(seeds)
-    assert analysis.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
-    assert analysis.spearman([1, 2, 3], [3, 3, 3]) is None
-    assert analysis.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # ties share 2.5
+    wide = stats.bootstrap(seeds)
+    assert wide[0] < 0.1 and wide[1] > 0.9 and wide == stats.bootstrap(seeds)
+    assert stats.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
+    assert stats.spearman([1, 2, 3], [3, 3, 3]) is None
+    assert stats.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # ties share 2.5
 
 
 def test_drift_alone_is_no_relation():
-    """Two series that have nothing in common but that both move: their changes show it."""
+    """Two series that have nothing in common but that both move: without the trend it shows."""
     g = torch.Generator().manual_seed(0)
     t = torch.linspace(0, 1, 300)
     x, y = t + 0.1 * torch.randn(300, generator=g), -t ** 0.5 + 0.1 * torch.randn(300, generator=g)
-    got = analysis.together(x.tolist(), y.tolist())
-    assert got["rho"] < -0.7 and abs(got["changes"]) < 0.15
+    got = stats.together(range(300), x.tolist(), y.tolist())
+    assert got["rho"] < -0.7 and abs(got["detrended"]) < 0.15
     z = (y - 0.3 * torch.randn(300, generator=g)).tolist()
-    assert analysis.together(z, [-v for v in z])["changes"] == pytest.approx(-1)
+    assert stats.together(range(300), z, [-v for v in z])["detrended"] == pytest.approx(-1)
 
 
 def test_probe_finds_what_is_there_and_nothing_else():
@@ -2336,21 +2339,19 @@ def test_points_of_a_curve_are_means():
 
 
 def test_intervals_and_ranks_by_hand():
-    ones = [[1.0] * 8] * 3
-    assert claims.bootstrap_difference(ones, 0.25) == pytest.approx((0.75, 0.75, 0.75))
     some = torch.arange(400).reshape(4, 100) % 2
-    mean, low, high = claims.bootstrap_difference(some)  # four seeds alike: a mean of 100 items with p = 1/2
-    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
+    low, high = stats.bootstrap(some)  # four seeds alike: a mean of 100 items with p = 1/2
+    assert low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
     x = [[0.0], [1.0], [2.0], [3.0]] * 25  # 100 seeds of variance 1.25, times 100/99
-    mean, low, high = claims.bootstrap_difference(x)
+    low, high = stats.bootstrap(x)
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1.25 / 99), rel=0.06)
-    assert claims.spearman([1, 2, 3, 4], [1, 4, 9, 16]) == pytest.approx(1)
-    assert claims.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and claims.spearman([1, 2], [5, 5]) == 0
-    assert claims.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486832980505138)  # a tie, as scipy
+    assert stats.spearman([1, 2, 3, 4], [1, 4, 9, 16]) == pytest.approx(1)
+    assert stats.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and stats.spearman([1, 2], [5, 5]) is None
+    assert stats.spearman([1, 2, 2, 4], [1, 3, 2, 4]) == pytest.approx(0.9486832980505138)  # a tie, as scipy
     t = torch.arange(9.).numpy()
-    assert abs(claims.detrended(t, 3 * t - 2)).max() == 0
-    assert claims.detrended(t, 3 * t + (t == 4)).argmax() == 4
-    assert claims.detectable(2.0) == pytest.approx(2.8 * 2 * math.sqrt(0.4)) == pytest.approx(3.541751)
+    assert abs(stats.detrended(t, 3 * t - 2)).max() == 0
+    assert stats.detrended(t, 3 * t + (t == 4)).argmax() == 4
+    assert stats.detectable(2.0) == pytest.approx(2.8 * 2 * math.sqrt(0.4)) == pytest.approx(3.541751)
 
 
 def made_up(task, way, share, seeds=3, n=200, **more):
