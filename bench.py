@@ -146,7 +146,26 @@ def bench_rollout(folder, size):
              (("ours", mine), ("generate, eager", eager), ("generate, sdpa", sdpa), ("products", limit))}
     print("  tokens a second: " + ", ".join(f"{k} {v:,.0f}" for k, v in speed.items()))
     return dict(rollout_ratio=ratio(faster, mine), rollout_limit_share=ratio(limit, mine),
-                tokens_a_second=speed)
+                tokens_a_second=speed, rollout_profile=profile(ours))
+
+
+OPERATIONS = {"products with the weights": ("mm", "addmm"), "products of attention": ("bmm",),
+              "softmax": ("_softmax",), "copies": ("copy_", "cat", "fill_", "masked_fill_"),
+              "norms, rotation, SwiGLU, sums": ("mul", "add", "sub", "neg", "silu", "pow", "mean", "rsqrt",
+                                                "_fused_rms_norm", "sum", "div", "max", "gather")}
+
+
+def profile(run):
+    """Share of run()'s operator time by kind; the profiler itself makes the many small ones look longer."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CPU]) as p:
+        run()
+    spent = {e.key: e.self_cpu_time_total for e in p.key_averages()}
+    found = {kind: sum(spent.pop(f"aten::{op}", 0) for op in ops) for kind, ops in OPERATIONS.items()}
+    found["the rest: dispatch, views, indices"] = sum(spent.values())
+    return {kind: t / sum(found.values()) for kind, t in found.items()}
 
 
 def scoring(folder, prompts, new, copies, group=8):
@@ -266,7 +285,8 @@ def report(figures):
     if "tokens_a_second" in figures:
         text += ["Tokens a second in the rollout, prefill included: "
                  + ", ".join(f"{k} {v:,.0f}" for k, v in figures["tokens_a_second"].items())
-                 + " (the matrix products alone: the limit).\n"]
+                 + " (the products alone: the limit). What the rollout's time is made of, by profiler: "
+                 + ", ".join(f"{k} {v:.0%}" for k, v in figures["rollout_profile"].items()) + ".\n"]
     if "growth" in figures:
         base = ", ".join(f"{v} {k}" if k != "new" else f"{v} new tokens" for k, v in growth.BASE.items())
         text += ["## Growth\n", "One step of the training loop, no completion ending early, one thing "

@@ -215,14 +215,15 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
             (f"gradient pass, {micro} prompts at a time (--micro)",
              layers * micro * ((S + G * T) * kept + scores) * size),
             ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),
+            ("working memory of the libraries", 200 << 20),
             ("largest expert, only while reading",
              max((e.params * e.dtype.itemsize for e in experts), default=0))]
 
 
 def memory_peak(table):
     """Bytes at the worst moment of `memory_table`: sampling, the gradient pass and reading take turns."""
-    frozen, trained, sampling, gradient, chunk, reading = (size for _, size in table)
-    return max(reading, frozen + trained + max(sampling, gradient + chunk))
+    frozen, trained, sampling, gradient, chunk, libraries, reading = (size for _, size in table)
+    return libraries + max(reading, frozen + trained + max(sampling, gradient + chunk))
 
 
 def fitting_micro(args, policy, experts, dtype, prompt_tokens):
