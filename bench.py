@@ -285,7 +285,9 @@ def report(figures):
     if "tokens_a_second" in figures:
         text += ["Tokens a second in the rollout, prefill included: "
                  + ", ".join(f"{k} {v:,.0f}" for k, v in figures["tokens_a_second"].items())
-                 + " (the products alone: the limit). What the rollout's time is made of, by profiler: "
+                 + " (the products alone: the limit).\n"]
+    if "rollout_profile" in figures:
+        text += ["What the rollout's time is made of, by profiler: "
                  + ", ".join(f"{k} {v:.0%}" for k, v in figures["rollout_profile"].items()) + ".\n"]
     if "growth" in figures:
         base = ", ".join(f"{v} {k}" if k != "new" else f"{v} new tokens" for k, v in growth.BASE.items())

@@ -159,11 +159,16 @@ def bench_peers(folder, size):
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
     ours = child("steps", folder=str(folder), prompts=8, prompt=96, rounds=3)
-    said = subprocess.run([python, "-c", TRL, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    for rows in (64, 32, 16):  # at once; the same step in parts where memory does not hold it whole
+        said = subprocess.run([python, "-c", TRL, str(folder), str(rows)], stdout=subprocess.PIPE, text=True)
+        if said.returncode == 0:
+            break
+    else:
+        raise ValueError(f"TRL could not do a step, see above: {python} -c 'import trl' should work")
     theirs = json.loads(said.stdout.splitlines()[-1])
     step = sum(v for k, v in ours.items() if k != "mb")
-    print(f"  TRL {theirs['version']}: {theirs['seconds']} s a step, {theirs['mb']:,.0f} MB; "
-          f"ours {step:.1f} s, {ours['mb']:,.0f} MB")
+    print(f"  TRL {theirs['version']}, {rows} rows at once: {theirs['seconds']} s a step, "
+          f"{theirs['mb']:,.0f} MB; ours {step:.1f} s, {ours['mb']:,.0f} MB")
     return dict(trl_step_ratio=spread([t / step for t in theirs["seconds"]]),
                 trl_memory_share=spread([ours["mb"] / theirs["mb"]]))
 
@@ -173,7 +178,7 @@ import json, sys, time
 import torch, trl, transformers
 from datasets import Dataset
 from peft import LoraConfig
-folder = sys.argv[1]
+folder, rows = sys.argv[1], int(sys.argv[2])
 status = lambda field: next(x for x in open("/proc/self/status") if x.startswith(field))
 resident = lambda field: int(status(field).split()[1]) / 1024
 before, marks = resident("VmRSS"), []
@@ -182,7 +187,8 @@ class Clock(transformers.TrainerCallback):
     def on_step_end(self, *a, **k): marks.append(time.perf_counter())
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-config = trl.GRPOConfig(output_dir=sys.argv[1] + "/trl", per_device_train_batch_size=64, num_generations=8,
+config = trl.GRPOConfig(output_dir=sys.argv[1] + "/trl", per_device_train_batch_size=rows,
+    gradient_accumulation_steps=64 // rows, num_generations=8,
     max_completion_length=64, max_steps=3, beta=0.04, learning_rate=1e-4, bf16=True, use_cpu=True,
     report_to=[], save_strategy="no", gradient_checkpointing=False,
     model_init_kwargs=dict(dtype=torch.bfloat16))
