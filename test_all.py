@@ -2301,11 +2301,12 @@ def test_the_study_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "results")
     made, ends = [], {"quick-mix-single-0": "sys.exit('the disk is full')"}
     ends["quick-mix-prefix-0"] = "sys.exit(130)"
+    asked = dict(right=[1] * 12, kinds=dict(static=dict(right=[1] * 12)))
 
     def start(run, words, lock):
         out = tmp_path / study.RUNS / run.id
         if out.exists():  # asked, once it is trained, what its attention was worth
-            (out / "ablate.json").write_text('{"right": [], "kinds": {}}')
+            (out / "ablate.json").write_text(json.dumps(asked))
         else:
             made.append(run.id)
         if run.id not in ends and not out.exists():
@@ -2323,7 +2324,7 @@ def test_the_study_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys)
     assert sum(curve["right"]) / row["n"] == pytest.approx(row["after"])
     assert sum(curve["right_before"]) / row["n"] == pytest.approx(row["before"])
     assert len(curve["curve"]) == 10 and {"reward", "attention_by"} <= set(curve["curve"][0])
-    assert curve["ablate"] == dict(right=[], kinds={})
+    assert curve["ablate"] == asked
     assert torch.tensor(curve["heard"]).sum(-1).allclose(torch.tensor(1.0), atol=0.02)
     assert str(tmp_path) not in json.dumps([row, curve["experts"]])  # nothing of the machine is published
     assert "| mix | soft | 0, 1 |" in capsys.readouterr().out
