@@ -32,7 +32,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
-BARS = dict(rollout_ratio="≥ 3", rollout_limit_share="≥ 0.6", gradient_time_ratio="≥ 1.7",
+BARS = dict(rollout_ratio="≥ 3", rollout_limit_share="≥ 0.6", rollout_ratio_compiled="≥ 3",
+            rollout_limit_share_compiled="≥ 0.6", gradient_time_ratio="≥ 1.7",
             gradient_memory_share="≤ 0.6", logprob_time_share="≤ 1.15", logprob_memory_share="≤ 0.25",
             router_ratio_n8="≥ 2", router_ratio_wide="≥ 0.9", start_s="≤ 8",
             experts_8_over_1_step="≤ 1.05", verify_ms_64="≤ 20", memory_estimate="0.8 to 1.2",
@@ -112,15 +113,17 @@ def child(what, **how):
 
 # -- the parts
 def bench_rollout(folder, size):
-    """Ours, generate with eager and with sdpa attention, and the matrix products alone, end to end."""
+    """Ours, plain and with --compile, generate with eager and with sdpa attention, and the matrix products
+    alone, end to end."""
     from transformers import AutoModelForCausalLM
 
-    policy, (tokens, lengths), new = load(folder), texts(size["prompts"], 128), size["new"]
-    generator, rows = torch.Generator().manual_seed(0), size["prompts"] * 8
+    policy, fused, (tokens, lengths) = load(folder), load(folder), texts(size["prompts"], 128)
+    generator, rows, new = torch.Generator().manual_seed(0), size["prompts"] * 8, size["new"]
+    fused.fuse()
 
-    def ours():
-        with torch.no_grad():
-            policy.generate(policy.prefill(tokens, lengths), 8, new, 1.0, generator)
+    @torch.no_grad()
+    def ours(policy=policy):
+        policy.generate(policy.prefill(tokens, lengths), 8, new, 1.0, generator)
 
     def theirs(attention):
         hf = AutoModelForCausalLM.from_pretrained(
@@ -140,12 +143,16 @@ def bench_rollout(folder, size):
                 for w in some:
                     F.linear(x[w.shape[1]], w)
 
-    mine, eager, sdpa, limit = alternate(size["rounds"], ours, theirs("eager"), theirs("sdpa"), products)
+    mine, compiled, eager, sdpa, limit = alternate(
+        size["rounds"], ours, lambda: ours(fused), theirs("eager"), theirs("sdpa"), products)
     faster = min((eager, sdpa), key=statistics.median)
     speed = {name: rows * new / statistics.median(t) for name, t in
-             (("ours", mine), ("generate, eager", eager), ("generate, sdpa", sdpa), ("products", limit))}
+             (("ours", mine), ("ours, compiled", compiled), ("generate, eager", eager),
+              ("generate, sdpa", sdpa), ("products", limit))}
     print("  tokens a second: " + ", ".join(f"{k} {v:,.0f}" for k, v in speed.items()))
     return dict(rollout_ratio=ratio(faster, mine), rollout_limit_share=ratio(limit, mine),
+                rollout_ratio_compiled=ratio(faster, compiled),
+                rollout_limit_share_compiled=ratio(limit, compiled),
                 tokens_a_second=speed, rollout_profile=profile(ours))
 
 

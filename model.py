@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     def __init__(self, config, weight, rank, alpha):
         super().__init__()
-        self.D, self.eps = config["head_dim"], config["rms_norm_eps"]
+        self.D, self.eps, self.fused = config["head_dim"], config["rms_norm_eps"], None
         self.H, self.K = config["num_attention_heads"], config["num_key_value_heads"]
 
         def linear(*names):
@@ -93,18 +93,28 @@ class Block(nn.Module):
     def norm(self, x, weight):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
-    def forward(self, x, cos, sin, attend):
-        """x (..., T, d); cos, sin broadcast to (..., T, 1, D / 2); attend(q, k, v), each (..., T, heads,
-        D)."""
+    def heads(self, x, cos, sin):
+        """Of x (..., T, d) the queries (..., T, H, D), keys and values (..., T, K, D); cos, sin broadcast to
+        (..., T, 1, D / 2)."""
         heads = self.qkv(self.norm(x, self.norm1)).unflatten(-1, (-1, self.D))  # (..., T, H + 2 K, D)
         qk, v = heads.split((self.H + self.K, self.K), -2)
         if self.q_norm is not None:
             q, k = qk.split((self.H, self.K), -2)
             qk = torch.cat((self.norm(q, self.q_norm), self.norm(k, self.k_norm)), -2)
         q, k = rotate(qk, cos, sin).split((self.H, self.K), -2)
-        x = x + self.o(attend(q, k, v).flatten(-2))
+        return q, k, v
+
+    def rest(self, x, y):
+        """x (..., T, d) with what attention found, y (..., T, H, D), and the MLP's answer to it."""
+        x = x + self.o(y.flatten(-2))
         gate, up = self.gate_up(self.norm(x, self.norm2)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
+
+    def forward(self, x, cos, sin, attend):
+        """x (..., T, d); attend(q, k, v) -> (..., T, H, D)."""
+        fused = x.shape[-2] == 1 and not torch.is_grad_enabled()
+        heads, rest = self.fused if self.fused and fused else (self.heads, self.rest)
+        return rest(x, attend(*heads(x, cos, sin)))
 
 
 @dataclass
@@ -399,6 +409,13 @@ class Policy(nn.Module):
         logp, entropy = TokenLogprob.apply(h, self.head, F.pad(targets, (0, more)), temperature, chunk)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
+
+    def fuse(self, backend="inductor"):
+        """From now on sampling runs through torch.compile, but for attention: the small operations around
+        the products become one each. Half a minute of work, for each new shape; rounded a little otherwise."""
+        heads, rest = (torch.compile(f, backend=backend) for f in (Block.heads, Block.rest))
+        for block in self.blocks:
+            block.fused = heads.__get__(block), rest.__get__(block)
 
     # -- LoRA
     def adapters(self):

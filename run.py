@@ -167,6 +167,8 @@ def build(args, announce=None, training=True):
         torch.set_float32_matmul_precision("high")  # whose products tf32 is enough for
     torch.manual_seed(args["seed"])
     policy = Policy.load(args["policy"], args["rank"], args["alpha"], dtype, args["device"], args["neutral"])
+    if args["compile"]:
+        policy.fuse()
     router = make_router(args, experts, readers, policy.config["hidden_size"])
     if router is not None:
         router.to(args["device"])

@@ -9,6 +9,8 @@ said a whole set of settings, which the run keeps in its config.json; --resume a
 import argparse
 import json
 import math
+import os
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +81,8 @@ SETTINGS = {  # group: [(name, default, type or choices, help with the reason fo
         ("log", "none", ("none", "wandb", "tensorboard"), "metrics there too; wandb offline, see WANDB_MODE"),
         ("seed", 0, int, "of weights, order of problems and sampling"),
         ("device", "auto", str, "cpu, cuda, mps; auto: the best there is"),
-        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on")]}
+        ("dtype", "auto", ("auto", "float32", "bfloat16"), "of the policy; auto: bfloat16 from 50M on"),
+        ("compile", False, bool, "sample through torch.compile: a minute first, then faster; needs g++")]}
 LEAST = dict(batch=1, group=2, steps=1, max_new=1, eval_every=1, val=1, test=1, latents=1, epochs=1, rank=0,
              shots=0, micro=0, save_every=0, warmup=0, seed=0, router_width=1, router_heads=1, beta=0,
              weight_decay=0, clip_low=0, clip_high=0, temperature=1e-3, router_temperature=1e-3, lr=1e-9,
@@ -127,6 +130,8 @@ def resolve(given):
     check(args)
     if args["rank"] == 0 and args["collab"] in ("single", "text"):
         raise ValueError(f"--rank 0 with --collab {args['collab']} leaves nothing to train: give LoRA a rank")
+    if args["compile"] and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name yours in CXX, or do without")
     if args["batch"] < ranks.WORLD:
         raise ValueError(f"--batch {args['batch']} gives {ranks.WORLD} ranks not a prompt each: raise it")
     args["ranks"] = ranks.WORLD

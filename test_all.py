@@ -723,6 +723,37 @@ def test_a_long_decode_with_lora_is_the_full_forward(small):
             assert torch.equal(policy.logits(last).argmax(-1), got[:, 0, t])
 
 
+def test_a_compiled_rollout_is_the_plain_one(tmp_path):
+    """The graphs that torch.compile takes of a block give the same tokens, merged LoRA in them, rollout after
+    rollout with other weights; with a gradient they have no part."""
+    make_policy(tmp_path)
+    plain, fused = Policy.load(tmp_path), Policy.load(tmp_path)
+    fused.load_state_dict(plain.state_dict())
+    ran = []
+
+    def backend(graph, _):
+        return lambda *inputs: (ran.append(1), graph(*inputs))[1]
+
+    fused.fuse(backend)
+    tokens, lengths, prefix, answer, mask = example()
+    for rollout in range(2):
+        wake_lora(plain)
+        fused.load_state_dict(plain.state_dict())
+        ran.clear()
+        got, want = (p.generate(p.prefill(tokens, lengths, prefix), 2, 8, 1.0, torch.Generator().manual_seed(3))
+                     for p in (fused, plain))
+        assert torch.equal(got[0], want[0]) and len(ran) == 7 * 3 * 2  # tokens, blocks, graphs of a block
+    ran.clear()
+    fused.logprobs(fused.prefill(tokens, lengths, prefix), answer[..., :2], mask[..., :2])
+    assert not ran
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="install g"):
+        settings.resolve(dict(pool="tiny", compile=True, out="runs/never"))
+
+
 def test_attention_of_a_prompt_to_itself_equals_torch():
     """A row without a shared part under a causal mask is torch's own attention, gradients too."""
     q, k, v = (torch.randn(2, 7, h, 8, requires_grad=True) for h in (6, 2, 2))
