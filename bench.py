@@ -271,8 +271,6 @@ def bench_verify(folder, size):
     return dict(verify_ms_64=spread([1000 * t for t in times]))
 
 
-
-
 # -- what is written
 def table(head, rows):
     rows = (head, ["---"] * len(head), *rows)

@@ -20,6 +20,7 @@ import torch
 
 from bench import HERE, QWEN, alternate, child, load, random_model, ratio, resident, spread, texts
 
+
 def trainer(folder, prompts, group=8, prompt=128, new=64, experts=3, tiny=False):
     """A function that does one step of the training loop and returns its seconds by part. No completion ends
     early; the states of `experts` experts of width 1,024 (tiny: 160) are in the cache."""
