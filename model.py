@@ -412,7 +412,8 @@ class Policy(nn.Module):
 
     def fuse(self, backend="inductor"):
         """From now on sampling runs through torch.compile, but for attention: the small operations around
-        the products become one each. Half a minute of work, for each new shape; rounded a little otherwise."""
+        the products become one each. It takes half a minute for each new shape, and rounds a little
+        otherwise."""
         heads, rest = (torch.compile(f, backend=backend) for f in (Block.heads, Block.rest))
         for block in self.blocks:
             block.fused = heads.__get__(block), rest.__get__(block)

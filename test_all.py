@@ -740,8 +740,8 @@ def test_a_compiled_rollout_is_the_plain_one(tmp_path):
         wake_lora(plain)
         fused.load_state_dict(plain.state_dict())
         ran.clear()
-        got, want = (p.generate(p.prefill(tokens, lengths, prefix), 2, 8, 1.0, torch.Generator().manual_seed(3))
-                     for p in (fused, plain))
+        seed = lambda: torch.Generator().manual_seed(3)
+        got, want = (p.generate(p.prefill(tokens, lengths, prefix), 2, 8, 1.0, seed()) for p in (fused, plain))
         assert torch.equal(got[0], want[0]) and len(ran) == 7 * 3 * 2  # tokens, blocks, graphs of a block
     ran.clear()
     fused.logprobs(fused.prefill(tokens, lengths, prefix), answer[..., :2], mask[..., :2])
