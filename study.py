@@ -182,7 +182,7 @@ def start(run, words, lock):
     """The run's process, gone on with where its folder is left of a stop. It holds the lock as we do: while
     it lives, even without us, no second study starts."""
     out = HERE / RUNS / run.id
-    if (out / "eval.json").exists():
+    if run.way == "soft" and (out / "eval.json").exists():
         words = f"python eval.py {RUNS / run.id} --ablate static shuffle zero --n 1024".split()
     elif (out / "config.json").exists():
         words = ["python", "train.py", "--resume", "--out", str(RUNS / run.id)]

@@ -741,7 +741,8 @@ def test_a_compiled_rollout_is_the_plain_one(tmp_path):
         fused.load_state_dict(plain.state_dict())
         ran.clear()
         seed = lambda: torch.Generator().manual_seed(3)
-        got, want = (p.generate(p.prefill(tokens, lengths, prefix), 2, 8, 1.0, seed()) for p in (fused, plain))
+        got, want = (p.generate(p.prefill(tokens, lengths, prefix), 2, 8, 1.0, seed())
+                     for p in (fused, plain))
         assert torch.equal(got[0], want[0]) and len(ran) == 7 * 3 * 2  # tokens, blocks, graphs of a block
     ran.clear()
     fused.logprobs(fused.prefill(tokens, lengths, prefix), answer[..., :2], mask[..., :2])
@@ -2366,6 +2367,20 @@ def test_the_study_goes_on_where_it_was(finished, tmp_path, monkeypatch, capsys)
     with open(tmp_path / study.RUNS / "lock", "w") as lock:
         study.fcntl.flock(lock, study.fcntl.LOCK_EX)
         assert study.main(["--quick"]) == 2 and "still at work" in capsys.readouterr().err
+
+
+def test_a_run_stopped_after_its_evaluation_is_gone_on_with(tmp_path, monkeypatch):
+    """Only soft is asked for ablations, which the others would refuse; they resume, and are at their end."""
+    monkeypatch.setattr(study, "HERE", tmp_path)
+    ran = []
+    monkeypatch.setattr(study.subprocess, "Popen", lambda words, **how: ran.append(words[1:]))
+    with open(tmp_path / "lock", "w") as lock:
+        for run in study.blocks()["quick"][:3]:
+            for name in ("config", "eval"):
+                folders.write_whole(tmp_path / study.RUNS / run.id / f"{name}.json", b"{}")
+            study.start(run, ["python", "train.py"], lock)
+    assert [words[0] for words in ran] == ["eval.py", "train.py", "train.py"]
+    assert all("--resume" in words for words in ran[1:])
 
 
 def test_points_of_a_curve_are_means():
