@@ -161,19 +161,20 @@ def bench_peers(folder, size):
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
-    ours = child("steps", folder=str(folder), prompts=8, prompt=96, rounds=3)
+    measure = lambda: child("steps", folder=str(folder), prompts=8, prompt=96)
+    ours = [measure()]  # before and after theirs: the machine's speed drifts
     for rows in (64, 32, 16):  # at once; the same step in parts where memory does not hold it whole
         said = subprocess.run([python, "-c", TRL, str(folder), str(rows)], stdout=subprocess.PIPE, text=True)
         if said.returncode == 0:
             break
     else:
         raise ValueError(f"TRL could not do a step, see above: {python} -c 'import trl' should work")
-    theirs = json.loads(said.stdout.splitlines()[-1])
-    step = sum(v for k, v in ours.items() if k != "mb")
+    theirs, ours = json.loads(said.stdout.splitlines()[-1]), [*ours, measure()]
+    steps = [sum(v for k, v in one.items() if k != "mb") for one in ours]
     print(f"  TRL {theirs['version']}, {rows} rows at once: {theirs['seconds']} s a step, "
-          f"{theirs['mb']:,.0f} MB; ours {step:.1f} s, {ours['mb']:,.0f} MB")
-    return dict(trl_step_ratio=spread([t / step for t in theirs["seconds"]]),
-                trl_memory_share=spread([ours["mb"] / theirs["mb"]]))
+          f"{theirs['mb']:,.0f} MB; ours {steps} s, {[one['mb'] for one in ours]} MB")
+    return dict(trl_step_ratio=spread([t / step for t, step in zip(theirs["seconds"], steps)]),
+                trl_memory_share=spread([one["mb"] / theirs["mb"] for one in ours]))
 
 
 TRL = """
