@@ -77,9 +77,10 @@ def band(ax, series, label, colour, width=1):
     ax.set_xlabel("training step")
 
 
-def curves(ax, groups):
-    """The learning curves of one task's groups."""
-    for i, ((task, how), runs) in enumerate(groups.items()):
+def curves(ax, groups, ways):
+    """The learning curves of one task's groups; a way's colour is its place in `ways`."""
+    for (task, how), runs in groups.items():
+        i = ways.index(how)
         band(ax, series(runs, "val"), f"{how}, {seeds(runs)}", COLOURS[i % 8])
         after, end = [r["after"]["strict"] for r in runs], max(r["curve"][-1]["step"] for r in runs)
         error = [[np.std(after)]] * 2 if len(runs) > 1 else np.abs(np.subtract(
@@ -114,7 +115,7 @@ def figure(rows, report, path):
     r, by = report | dict(curve=rows), report.get("attention_by", {})
     fig, axes = sheet(1 + bool(by), 1 + bool(by), 3.5)
     group = report["task"], way(report)
-    curves(axes[0, 0], {group: [r]})
+    curves(axes[0, 0], {group: [r]}, [group[1]])
     lines = [(d, e) for d, heard in by.items() for e in heard
              if len(by) == 1 or heard[e] == max(heard.values())]
     for colour, (d, e) in zip(COLOURS, lines):
@@ -130,10 +131,10 @@ def figure(rows, report, path):
 
 # -- several runs
 def learning(groups):
-    tasks = list(dict.fromkeys(task for task, _ in groups))
+    tasks, ways = (list(dict.fromkeys(g[i] for g in groups)) for i in (0, 1))
     fig, axes = sheet(-(-len(tasks) // 2), min(2, len(tasks)), 3.5)
     for ax, task in zip(axes.flat, tasks):
-        curves(ax, {g: runs for g, runs in groups.items() if g[0] == task})
+        curves(ax, {g: runs for g, runs in groups.items() if g[0] == task}, ways)
     return fig
 
 
@@ -240,11 +241,11 @@ PICTURES = ((learning, "curve"), (attention, "attention_by"), (entropy, "attenti
             (specialisation, "attention_by"), (right_and_wrong, "heard"), (ablations, "ablate"))
 
 
-def draw(paths, out):
-    """Every picture that these runs allow, each as PNG and SVG in the folder `out`; returns the files."""
+def draw(paths, out, pictures=PICTURES):
+    """The pictures that these runs allow, each as PNG and SVG in the folder `out`; returns the files."""
     found, files = records(paths), []
     out.mkdir(parents=True, exist_ok=True)
-    for picture, needs in PICTURES:
+    for picture, needs in pictures:
         groups = grouped(r for r in found if r.get(needs))
         fig = picture(groups) if groups else None
         for kind in ("png", "svg") if fig else ():

@@ -6,7 +6,8 @@ The study: which runs, made by one command, a row of results each.
     python study.py --list                the plan, and what of it is done
     python study.py --block rate pilot    some blocks
     python study.py --real FOLDER         real models: the folders named in REAL below
-    python study.py --report              tables and verdicts as Markdown; --readme puts them into README.md
+    python study.py --report              tables and verdicts as Markdown; --readme puts them into README.md,
+                                          with results/walk.txt, and draws results/figures
 
 A run is one train.py with a command line of its own. It leaves a row in results/study.jsonl (a failure too:
 after is null, and --retry tries again) and results/curves/ID.json: learning curve, attention, and who was
@@ -32,7 +33,6 @@ from claims import SPECIALIST, report
 
 HERE = Path(__file__).resolve().parent
 RESULTS, RUNS, WIDE = HERE / "results", Path("runs/study"), "runs/study/wide"  # runs: as commands name them
-BEGIN, END = "<!-- study:begin -->", "<!-- study:end -->"
 
 # -- the plan
 CHAIN = "--task chain_sum --level min_terms={},max_terms={},min_digits=1,max_digits={}"
@@ -257,11 +257,27 @@ def judged(quick=False):
             if r["after"] is not None and r["block"] != "rate" and quick == (r["block"] == "quick")]
 
 
-def readme(text, made):
-    """README's text with what stands between the markers made anew. Raises ValueError without markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md lacks the markers: put {BEGIN} and {END} where the study is to stand")
-    return text[:text.index(BEGIN)] + f"{BEGIN}\n{made}\n" + text[text.index(END):]
+def readme(text, rows):
+    """README's text with what stands between its markers made anew. Raises ValueError without markers."""
+    walk = "".join(f"    {line}\n" for line in (RESULTS / "walk.txt").read_text().splitlines())
+    for name, made in (("study", report(rows)), ("walk", walk.rstrip())):
+        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"README.md lacks the lines {begin.strip()} and {end.strip()}: put them where it "
+                             "is to stand")
+        text = text[:text.index(begin)] + begin + made + text[text.index(end):]
+    return text
+
+
+def pictures(rows):
+    """README's: how all ways learn, and where soft listens, on arithmetic and the mix."""
+    import figures
+
+    both = [r for r in rows if r["task"] in ("arithmetic", "mix")
+            and r["way"] not in ("soft noise", "soft untrained", "soft wide")]  # legible; the table has them
+    learning, *others = figures.PICTURES
+    for chosen, some in (([learning], both), (others, [r for r in both if r["way"] == "soft"])):
+        figures.draw([RESULTS / "curves" / f"{r['id']}.json" for r in some], RESULTS / "figures", chosen)
 
 
 def parser():
@@ -311,7 +327,8 @@ def main(argv=None):
         print(report(judged(a.quick)))
         if a.readme:
             path = HERE / "README.md"
-            path.write_text(readme(path.read_text(), report(judged())))
+            path.write_text(readme(path.read_text(), judged()))
+            pictures(judged())
         return 0
     except (ValueError, OSError) as e:
         print(f"study.py: {e}", file=sys.stderr)

@@ -2458,16 +2458,12 @@ def test_claims_about_attention():
 
 
 def test_readme_shows_what_the_study_found():
-    """What stands between the markers is what the results give now; without results there are no markers."""
-    text = Path("README.md").read_text()
-    if (study.RESULTS / "study.jsonl").exists():
-        assert study.readme(text, study.report(study.judged())) == text, "run python study.py --readme"
-    else:
-        assert study.BEGIN not in text and study.END not in text
-    between = f"a\n{study.BEGIN}\n{{}}\n{study.END}\nb".format
-    assert study.readme(between("old"), "new") == between("new")
-    with pytest.raises(ValueError, match="markers"):
-        study.readme("a", "new")
+    """What stands between the markers is what the results give now."""
+    text, rows = Path("README.md").read_text(), study.judged()
+    assert study.readme(text, rows) == text, "run python study.py --readme"
+    assert study.readme(text.replace("<!-- walk:begin -->", "<!-- walk:begin -->\nold"), rows) == text
+    with pytest.raises(ValueError, match="walk:end"):
+        study.readme(text.replace("<!-- walk:end -->", ""), rows)
 
 
 if __name__ == "__main__":
