@@ -142,9 +142,11 @@ def families(groups):
     """The datasets of these groups, and a sheet with a row for a group and a column for a dataset."""
     most = max((list(runs[0]["attention_by"]) for runs in groups.values()), key=len)
     fig, axes = sheet(len(groups), len(most), sharey=True)
-    for row, (group, runs) in zip(axes, groups.items()):
+    several = len({task for task, _ in groups}) > 1
+    for row, ((task, how), runs) in zip(axes, groups.items()):
         for ax, dataset in zip(row, runs[0]["attention_by"]):
-            ax.set_title(f"{dataset}\n{group[1]}, {seeds(runs)}", fontsize=9)
+            where = f", trained on {task}" * several
+            ax.set_title(f"{dataset}{where}\n{how}, {seeds(runs)}", fontsize=9)
         for ax in row[len(runs[0]["attention_by"]):]:
             ax.axis("off")
         row[0].set(ylabel="share of attention", ylim=(0, 1))

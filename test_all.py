@@ -736,7 +736,7 @@ def test_a_compiled_rollout_is_the_plain_one(tmp_path):
 
     fused.fuse(backend)
     tokens, lengths, prefix, answer, mask = example()
-    for rollout in range(2):
+    for _ in range(2):
         wake_lora(plain)
         fused.load_state_dict(plain.state_dict())
         ran.clear()
