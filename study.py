@@ -263,7 +263,7 @@ def readme(text, rows):
     for name, made in (("study", report(rows)), ("walk", walk.rstrip())):
         begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"README.md lacks {begin.strip()} or {end.strip()}: put both where it is to stand")
+            raise ValueError(f"README.md lacks {begin.strip()} or {end.strip()}: put them back")
         text = text[:text.index(begin)] + begin + made + text[text.index(end):]
     return text
 
