@@ -277,6 +277,14 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
+def met(value, bar):
+    """Is a median within its bar: "≥ 3", "≤ 0.6" or "0.8 to 1.2"?"""
+    low, _, high = bar.partition(" to ")
+    if high:
+        return float(low) <= value <= float(high)
+    return value >= float(bar[2:]) if bar[0] == "≥" else value <= float(bar[2:])
+
+
 def report(figures):
     """results/SPEED.md as text."""
     import growth  # which imports this file
@@ -285,8 +293,9 @@ def report(figures):
     parts = ["cache", "rollout", "verification", "reference", "gradient"]
     text = ["# Speed\n", f"Written by `python bench.py` ({', '.join(f'{k} {v}' for k, v in where.items())}). "
             "What each figure is: `bench.py`. Median of the rounds, least and greatest.\n",
-            table(("figure", "median", "least", "greatest", "bar"),
-                  [(k, *map(number, figures[k]), bar) for k, bar in BARS.items() if k in figures])]
+            table(("figure", "median", "least", "greatest", "bar", "met"),
+                  [(k, *map(number, figures[k]), bar, "yes" if met(figures[k][0], bar) else "**no**")
+                   for k, bar in BARS.items() if k in figures])]
     if "tokens_a_second" in figures:
         text += ["Tokens a second in the rollout, prefill included: "
                  + ", ".join(f"{k} {v:,.0f}" for k, v in figures["tokens_a_second"].items())

@@ -90,9 +90,10 @@ def curves(ax, groups, ways):
     if len(groups) == len(runs) == 1:
         band(ax, series(runs, "reward"), "training reward, mean of 10 steps", "grey", 10)
     ax.axhline(runs[0]["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
-    ax.set(ylabel="share right, greedy", ylim=(0, 1))
+    room = 0.4 if len(groups) > 3 else 0  # for the legend, above the curves
+    ax.set(ylabel="share right, greedy", ylim=(0, 1 + room), yticks=np.arange(0, 1.01, 0.2))
     ax.set_title(f"{task}\nvalidation; squares: test, n = {runs[0]['n']}", fontsize=9)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=8, **dict(ncols=2, loc="upper left") if room else {})
 
 
 def matrices(axes, group, runs):
