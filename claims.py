@@ -69,8 +69,9 @@ def falling(rows):
     for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["curve"]) > 2):
         of = together(*([p[key] for p in r["curve"]] for key in ("step", "attention_entropy", "reward")))
         raw, rest = raw + [of["rho"] or 0.0], rest + [[-(of["detrended"] or 0.0)]]
-    return [measured(f"Spearman's rho over 50 points of a run {np.mean(raw or [0]):+.2f}; the trend taken out "
-                     "and the sign turned", rest, unit="rho")]
+    raw = np.mean(raw or [0])
+    return [measured(f"Spearman's rho over 50 points of a run {raw:+.2f}; the trend out and the sign turned",
+                     rest, unit="rho")]
 
 
 def concentrated(rows):
@@ -172,8 +173,9 @@ def report(rows):
     text = [*table(rows), "", "Strict greedy accuracy in percent on the same held-out problems, mean and",
             "population deviation over seeds; differences paired by seed and item, bootstrap over both, 95%."]
     if sd is not None:
-        text += ["With the pilot's deviation over seeds, {:.1f} points pooled ({:.1f} in the group that "
-                 "varies most), five seeds find".format(*sd), "a difference of {:.1f} ({:.1f}) points in 80% of such studies.".format(*map(detectable, sd))]
+        one, two = ("{:.1f} ({:.1f})".format(*pair) for pair in (sd, map(detectable, sd)))
+        text += [f"With the pilot's deviation over seeds, {one} points pooled (in the group that varies most),",
+                 f"five seeds find a difference of {two} points in 80% of such studies."]
     text += ["", "| claim | verdict | figure |", "|---|---|---|"]
     for i, (claim, parts) in enumerate(CLAIMS, 1):
         text.append("| ({}) {} | **{}** | {} |".format(i, claim, *verdict(parts(rows))))
