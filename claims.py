@@ -174,7 +174,7 @@ def report(rows):
             "population deviation over seeds; differences paired by seed and item, bootstrap over both, 95%."]
     if sd is not None:
         one, two = ("{:.1f} ({:.1f})".format(*pair) for pair in (sd, map(detectable, sd)))
-        text += [f"With the pilot's deviation over seeds, {one} points pooled (in the group that varies most),",
+        text += [f"With the pilot's deviation over seeds, {one} points pooled (in the group with the most),",
                  f"five seeds find a difference of {two} points in 80% of such studies."]
     text += ["", "| claim | verdict | figure |", "|---|---|---|"]
     for i, (claim, parts) in enumerate(CLAIMS, 1):

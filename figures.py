@@ -16,7 +16,7 @@ import numpy as np
 from analysis import grouped, records, way
 from stats import bootstrap, together
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "black")  # Okabe, Ito
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "black", "#F0E442")  # Okabe, Ito
 
 
 def pyplot():
@@ -89,6 +89,7 @@ def curves(ax, groups, ways):
         ax.errorbar(place, np.mean(after), error, color=COLOURS[i % 8], marker="s", capsize=3)
     if len(groups) == len(runs) == 1:
         band(ax, series(runs, "reward"), "training reward, mean of 10 steps", "grey", 10)
+    runs = next(iter(groups.values()))  # the first: with --collab text the policy alone has read something
     ax.axhline(runs[0]["before"]["strict"], color="grey", ls="--", label="policy alone (test)")
     room = 0.4 if len(groups) > 3 else 0  # for the legend, above the curves
     ax.set(ylabel="share right, greedy", ylim=(0, 1 + room), yticks=np.arange(0, 1.01, 0.2))
