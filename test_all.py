@@ -2421,7 +2421,8 @@ def verdicts(rows):
 def test_claims_are_judged_by_their_intervals():
     names = [dict(name=name) for name in ("arithmetic", "logic", "algorithmic")]
     listens = dict(experts=names, datasets=["chain_sum"] * 200, heard=[[0.8, 0.1, 0.1]] * 200)
-    rows = [*made_up("arithmetic", "soft", 0.6), *made_up("arithmetic", "single", 0.3),
+    elsewhere = listens | dict(heard=[[0.8, 0.1, 0.1], [0.1, 0.8, 0.1]] * 100)
+    rows = [*made_up("arithmetic", "soft", 0.6, **elsewhere), *made_up("arithmetic", "single", 0.3),
             *made_up("arithmetic", "prefix", 0.6), *made_up("mix", "soft", 0.6, **listens),
             *made_up("mix", "prefix", 0.3), *made_up("arithmetic", "soft shuffled", 0.6, seeds=1),
             *made_up("arithmetic", "soft first", 0.61), *made_up("mix", "soft first", 0.6),
@@ -2431,6 +2432,11 @@ def test_claims_are_judged_by_their_intervals():
     assert of[9] == ("confirmed", "it is heard most - 33: +66.7 [+66.7, +66.7] points, 3 runs")
     assert {of[i][0] for i in (6, 7, 8, 10)} == {"open"} and {v for v, _ in verdicts([]).values()} == {"open"}
     assert "+30.0" in of[1][1] and "| arithmetic | soft | 0, 1, 2 | 200 |" in claims.report(rows)
+    first = next(claims.listening(rows))
+    right = [r["right"] for r in rows[:3]]
+    told, not_told = ([f"{100 * sum(x[i::2]) / 100:.0f}" for x in right] for i in (0, 1))
+    assert "50, 50, 50% of the sums" in first
+    assert f"these {', '.join(told)}% are right, of the others {', '.join(not_told)}%" in first
 
 
 def test_claims_about_attention():
