@@ -138,7 +138,7 @@ def pilot_sd(rows):
 
 def listening(rows):
     """Beyond the claims: when a sum goes wrong, was the wrong expert heard, or the right one in vain?"""
-    percent = lambda values: ", ".join(f"{100 * v:.0f}" for v in values)
+    percent = lambda values: ", ".join("–" if math.isnan(v) else f"{100 * v:.0f}" for v in values)
     for task in ("arithmetic", "mix"):
         shares, found = [], ([], [])
         for _, r in sorted(runs_of(rows, task, "soft").items()):

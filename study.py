@@ -326,8 +326,9 @@ def main(argv=None):
         print(report(judged(a.quick)))
         if a.readme:
             path = HERE / "README.md"
-            path.write_text(readme(path.read_text(), judged()))
-            pictures(judged())
+            rows = judged()
+            path.write_text(readme(path.read_text(), rows))
+            pictures(rows)
         return 0
     except (ValueError, OSError) as e:
         print(f"study.py: {e}", file=sys.stderr)
