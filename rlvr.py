@@ -148,13 +148,12 @@ def reference_logprobs(policy, batch, tokens, mask, temperature):
 
 
 @torch.no_grad()
-def prefix_effect(policy, batch, sampled, logp, temperature, micro, first=4):
+def prefix_effect(policy, batch, sampled, logp, temperature, micro, share=8):
     """KL (nats a token) of the policy with its prefix from the same policy without it, LoRA on in both, from
-    the tokens sampled for the step's first few prompts (k3). logp (B, G, T): theirs with the prefix, which
-    the step has anyway, so this costs one forward pass over `first` prompts without gradient, `micro` at a
-    time."""
-    kl = []
-    for i in range(0, min(first, len(batch.problems)), micro):
+    the tokens sampled for the first of the step's prompts, one in `share` (k3). logp (B, G, T): with the
+    prefix, which the step has anyway, so this costs a forward pass over these prompts, `micro` at a time."""
+    first, kl = max(1, len(batch.problems) // share), []
+    for i in range(0, first, micro):
         part = slice(i, min(i + micro, first))
         some, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
         without = policy.logprobs(policy.prefill(some.tokens, some.lengths), tokens, mask, temperature)[0]

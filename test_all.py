@@ -1264,10 +1264,10 @@ def test_what_the_prefix_does_and_who_learns(small):
         how = (sampled.tokens, sampled.mask, 0.8)
         logp, bare = (policy.logprobs(policy.prefill(batch.tokens, batch.lengths, c), *how)[0]
                       for c in (router(batch.H)[0], None))
-    first = slice(0, 2)
-    want = k3(logp, bare)[first][sampled.mask[first]].mean().item()
-    got = prefix_effect(policy, batch, sampled, logp, 0.8, 2, first=2)
-    assert got == pytest.approx(want, rel=1e-3) and want > 0.01
+    for share, first in ((1, 3), (2, 1)):
+        want = k3(logp, bare)[:first][sampled.mask[:first]].mean().item()
+        got = prefix_effect(policy, batch, sampled, logp, 0.8, 2, share)
+        assert got == pytest.approx(want, rel=1e-3) and want > 0.01
     assert prefix_effect(policy, batch, sampled, bare, 0.8, 2) == pytest.approx(0, abs=1e-6)
     gradients(policy, router, batch, sampled, micro=3, **HOW)
     norms = [p.norm().item() for p in router.project.grad]
