@@ -26,7 +26,7 @@ from experts import Expert, read, read_json
 from rewards import TooFew
 from rlvr import advantages, listen, rollout
 from run import evaluate, held_out
-from stats import bootstrap, paired, spearman, together
+from stats import interval, paired, spearman, together
 
 KINDS = ("static", "uniform", "shuffle", "zero")  # and drop:NAME
 
@@ -223,7 +223,9 @@ def probe_table(result):
 
 # -- from files alone
 def way(record):
-    """Which group a run belongs to, beside its task."""
+    """Which group a run belongs to, beside its task; a file of results/curves knows it."""
+    if "way" in record:
+        return record["way"]
     more = (record.get("control", "none"), record.get("read", "last"))
     return ", ".join([record["collab"], *(word for word in more if word not in ("none", "last"))])
 
@@ -267,7 +269,7 @@ def above(runs, singles):
     D = [np.subtract(r["right"], alone[r["seed"]]) for r in runs
          if r.get("right") and len(r["right"]) == len(alone.get(r["seed"], []))]
     D = [d for d in D if len(d) == len(D[0])]
-    return f"{points(np.mean(D), bootstrap(D))}, {len(D)} seeds" if D else ""
+    return f"{points(np.mean(D), interval(D))}, {len(D)} seeds" if D else ""
 
 
 def table(paths):
@@ -285,7 +287,7 @@ def table(paths):
         seeds, n = ", ".join(str(r["seed"]) for r in runs), runs[0]["n"]
         lines.append(f"| {task} | {how} | {seeds} | {n} | {before} | {after} | {parts} | {more} |")
     return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; above single: "
-                      "points, paired by problem, bootstrap over seeds and problems."])
+                      "points, paired by problem; problems by bootstrap, seeds by Student's t."])
 
 
 # -- one problem from text to reward

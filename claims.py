@@ -2,14 +2,15 @@
 Which claims hold: verdicts, with their intervals, from the study's rows and curves alone.
 
 A row here is a line of results/study.jsonl with the keys of its curve file. What would refute a claim stands
-in `judge`, MARGIN and CLAIMS, and was written before the study was made. Each interval is a 95% one by
-itself: of twenty differences that are nothing, about one will seem something.
+in `judge`, MARGIN and CLAIMS, and was written before the study was made; how intervals are made (`stats`)
+was corrected during it, see results/LOG.md. Each is a 95% one by itself: of twenty differences that are
+nothing, about one will seem something.
 """
 import math
 
 import numpy as np
 
-from stats import bootstrap, detectable, together
+from stats import detectable, interval, together
 
 SPECIALIST = dict(chain_sum="arithmetic", family_relationships="logic", count_primes="algorithmic")
 
@@ -32,11 +33,11 @@ def measured(what, a, b=0.0, unit="points", same=False):
     if len(a) < 2:
         return "open", f"{what}: not measured on two runs"
     D = np.asarray(a, float) - np.asarray(b, float)
-    return judge(*bootstrap(D), MARGIN[unit], same), f"{what}: {shown(D, unit)}, {len(D)} runs"
+    return judge(*interval(D), MARGIN[unit], same), f"{what}: {shown(D, unit)}, {len(D)} runs"
 
 
 def shown(D, unit="points"):
-    fmt, (low, high) = "+.1f" if unit == "points" else "+.2f", bootstrap(D)
+    fmt, (low, high) = "+.1f" if unit == "points" else "+.2f", interval(D)
     return f"{np.mean(D):{fmt}} [{low:{fmt}}, {high:{fmt}}] {unit}"
 
 
@@ -65,13 +66,13 @@ def saturated(rows):
 
 def falling(rows):
     """Less than no correlation, so its opposite is claimed to be above 0."""
-    raw, rest = [], []
-    for r in (r for r in rows if r["way"] == "soft" and r["pool"] == "tiny" and len(r["curve"]) > 2):
-        of = together(*([p[key] for p in r["curve"]] for key in ("step", "attention_entropy", "reward")))
-        raw, rest = raw + [of["rho"] or 0.0], rest + [[-(of["detrended"] or 0.0)]]
-    raw = np.mean(raw or [0])
-    return [measured(f"Spearman's rho over 50 points of a run {raw:+.2f}; the trend out and the sign turned",
-                     rest, unit="rho")]
+    keys = ("step", "attention_entropy", "reward")
+    found = [together(*([p[key] for p in r["curve"]] for key in keys)) for r in rows
+             if r["way"] == "soft" and r["pool"] == "tiny" and len(r["curve"]) > 2]
+    mean = lambda key: np.mean([x[key] or 0.0 for x in found] or [0])
+    return [measured(f"Spearman's rho over 50 points of a run {mean('rho'):+.2f}, with a cubic trend out "
+                     f"{mean('cubic'):+.2f}; a straight one out and the sign turned",
+                     [[-(x["detrended"] or 0.0)] for x in found], unit="rho")]
 
 
 def concentrated(rows):
@@ -109,7 +110,7 @@ CLAIMS = (  # all parts must hold, and one that is refuted refutes
     ("The first token's state does as well as the last's",
      lambda rows: minus(rows, "soft first", "soft", "arithmetic", "mix", same=True)),
     ("Single wins where the task saturates (single at 90% or more)", saturated),
-    ("Attention's entropy falls as reward rises, trend removed", falling),
+    ("Attention's entropy falls as reward rises, a straight trend removed", falling),
     ("Attention concentrates more on harder tasks", concentrated),
     ("Larger experts are preferred whatever they know (a wide one with random weights)",
      lambda rows: heard(rows, "arithmetic", "soft wide", "its share",
@@ -171,7 +172,8 @@ def report(rows):
     """Markdown: the table, what the pilot says, and the verdicts."""
     sd = pilot_sd(rows)
     text = [*table(rows), "", "Strict greedy accuracy in percent on the same held-out problems, mean and",
-            "population deviation over seeds; differences paired by seed and item, bootstrap over both, 95%."]
+            "population deviation over seeds; differences paired by seed and item, 95% (items by",
+            "bootstrap, seeds by Student's t)."]
     if sd is not None:
         one, two = ("{:.1f} ({:.1f})".format(*pair) for pair in (sd, map(detectable, sd)))
         text += [f"With the pilot's deviation over seeds, {one} points pooled (in the group with the most),",

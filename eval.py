@@ -135,7 +135,7 @@ def show(report):
     if "spearman" in report:
         x = report["spearman"]
         print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; with "
-              f"their trends taken out {signed(x['detrended'])}")
+              f"straight trends taken out {signed(x['detrended'])}")
 
 
 def signed(rho):

@@ -5,7 +5,8 @@ results/curves/ID.json (`analysis.records`). No model is loaded and nothing is m
     figure   one run in one picture, at the end of its training
     draw     several runs: a picture a question, groups of runs told apart by colour, seeds put together
 
-A band is one population deviation over the seeds on either side of their mean; error bars are 95% intervals.
+A band, and an error bar where nothing else is said, is one population deviation over the seeds on either side
+of their mean.
 """
 
 import statistics
@@ -14,7 +15,7 @@ import textwrap
 import numpy as np
 
 from analysis import grouped, records, way
-from stats import bootstrap, together
+from stats import interval, together
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "black", "#F0E442")  # Okabe, Ito
 
@@ -207,12 +208,13 @@ def right_and_wrong(groups):
     for row, runs in zip(axes, groups.values()):
         for ax, (dataset, heard) in zip(row, runs[0]["attention_by"].items()):
             for k, (label, hatch) in enumerate((("wrong", "//"), ("right", ""))):
-                some = np.array([h for r in runs for h, x, d in zip(r["heard"], r["right"], r["datasets"])
-                                 if x == k and d == dataset])
-                if len(some):
-                    ax.bar(np.arange(len(heard)) + 0.4 * k - 0.2, some.mean(0), 0.38, color=COLOURS[1 - k],
-                           yerr=1.96 * some.std(0) / len(some) ** 0.5, capsize=2, hatch=hatch,
-                           edgecolor="white", label=f"{label}, n = {len(some)}")
+                some = [[h for h, *of in zip(r["heard"], r["right"], r["datasets"]) if of == [k, dataset]]
+                        for r in runs]
+                means = np.array([np.mean(s, 0) for s in some if s])  # of each seed
+                if len(means):
+                    ax.bar(np.arange(len(heard)) + 0.4 * k - 0.2, means.mean(0), 0.38, color=COLOURS[1 - k],
+                           yerr=means.std(0), capsize=2, hatch=hatch, edgecolor="white",
+                           label=f"{label}, n = {sum(map(len, some))}")
             ax.set_xticks(range(len(heard)), heard, fontsize=8)
             ax.set_xlabel("expert")
             ax.legend(fontsize=8)
@@ -224,19 +226,21 @@ def ablations(groups):
     fig, ((ax,),) = sheet(1, 1, 4)
     fig.set_figwidth(8)
     for i, ((task, how), runs) in enumerate(groups.items()):
+        named = False
         for j, kind in enumerate(kinds):
             D = [np.subtract(r["ablate"]["kinds"][kind]["right"], r["ablate"]["right"]) for r in runs
                  if kind in r["ablate"]["kinds"]]
             D = [d for d in D if len(d) == len(D[0])]
             if D:
-                mean, ci = np.mean(D), np.array(bootstrap(D))
+                mean, ci = np.mean(D), np.array(interval(D))
                 ax.bar(j + (i + 0.5) * 0.8 / len(groups) - 0.4, 100 * mean, 0.75 / len(groups),
                        yerr=100 * np.abs(ci - mean)[:, None], color=COLOURS[i % 8], capsize=3,
-                       label=f"{how} on {task}, n = {len(D[0])}, {seeds(runs)}" if j == 0 else None)
+                       label=f"{how} on {task}, n = {len(D[0])}, {seeds(runs)}" if not named else None)
+                named = True
     ax.axhline(0, color="black", lw=0.8)
     ax.set_xticks(range(len(kinds)), kinds, fontsize=9)
     ax.set(xlabel="put in place of attention or states at test time", ylabel="change in accuracy (points)")
-    ax.set_title("the same problems, 95% (bootstrap over items and seeds)", fontsize=9)
+    ax.set_title("the same problems, 95% (items by bootstrap, seeds by Student's t)", fontsize=9)
     ax.legend(fontsize=8)
     return fig
 

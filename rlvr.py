@@ -236,15 +236,15 @@ def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **
         ranks.add_up(parameters, weight)
         experts = router.expert_grad() if hasattr(router, "expert_grad") else []
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
-        if finite:
-            optimizer.step()
-        skipped += not finite
-        if first is None:
+        if first is None:  # under the weights that sampled
             effect = 0.0 if router is None else prefix_effect(policy, batch, sampled, old, how["temperature"],
                                                               how["micro"])
             first = sums | dict(grad_norm=norm.item(), prefix_kl=ranks.total(effect)[0] / ranks.WORLD,
                                 expert_grad=experts)
+        finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
+        if finite:
+            optimizer.step()
+        skipped += not finite
     return first | dict(skipped=skipped, micro=how["micro"])
 
 

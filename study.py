@@ -159,7 +159,9 @@ def collect(run, row):
     kept = ("attention_by", "silenced", "datasets", "right", "right_before", "heard", "example")
     experts = [{k: e[k] for k in ("name", "width", "parameters")} for e in config["experts"]]
     more = dict(ablate=json.loads(asked.read_text())) if (asked := out / "ablate.json").exists() else {}
+    apart = f"{run.block}: " if run.block in ("rate", "quick") else ""  # never put together with the rest
     return row, {k: row[k] for k in ("id", "task", "mode", "control", "read", "seed")} | dict(
+        way=apart + run.way,
         experts=experts, curve=curve(metrics), attention_map=metrics[-1]["attention_map"],
         **{k: report[k] for k in kept if k in report}, **more)
 
@@ -253,7 +255,7 @@ def carry_out(todo, a):
 # -- what is reported
 def judged(quick=False):
     """Finished runs, each row with its curve. The rates' take no part; quick's stand by themselves."""
-    return [r | json.loads((RESULTS / "curves" / f"{r['id']}.json").read_text()) for r in read_rows()
+    return [json.loads((RESULTS / "curves" / f"{r['id']}.json").read_text()) | r for r in read_rows()
             if r["after"] is not None and r["block"] != "rate" and quick == (r["block"] == "quick")]
 
 
@@ -284,7 +286,7 @@ def parser():
     p.add_argument("--block", nargs="+", choices=EMBEDDED, default=[])
     p.add_argument("--real", metavar="FOLDER", type=lambda name: str(Path(name)),
                    help="the block with the real models in this folder")
-    p.add_argument("--more", type=int, default=0, help="seeds beyond the plan's, where an interval holds 0")
+    p.add_argument("--more", type=int, default=0, help="so many seeds more, of every block asked for")
     p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     for name, text in dict(quick="four ways on the mix, two seeds", list="the plan, and what is done",
                            retry="make failed runs again", report="tables and verdicts as Markdown",

@@ -5,6 +5,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -24,6 +25,7 @@ from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1273,8 +1275,15 @@ def test_what_the_prefix_does_and_who_learns(small):
     norms = [p.norm().item() for p in router.project.grad]
     grads(policy, router)
     nothing = torch.optim.SGD([*policy.parameters(), *router.parameters()], lr=0.0)
-    sums = update(policy, router, batch, sampled, nothing, max_norm=1e-3, micro=3, **HOW)
-    assert sums["expert_grad"] == pytest.approx(norms, rel=1e-4) and sums["prefix_kl"] > 0.01
+    now = prefix_effect(policy, batch, sampled, logp, 0.8, 3)  # not as it is when the step has been taken
+    kept = copy.deepcopy((policy.state_dict(), router.state_dict()))
+    big = torch.optim.SGD([*policy.parameters(), *router.parameters()], lr=1.0)
+    sums = update(policy, router, batch, sampled, big, max_norm=1.0, micro=3, **HOW)
+    assert sums["expert_grad"] == pytest.approx(norms, rel=1e-4)
+    assert sums["prefix_kl"] == pytest.approx(now, rel=1e-3) and now > 0.01
+    assert abs(prefix_effect(policy, batch, sampled, logp, 0.8, 3) / now - 1) > 0.01
+    policy.load_state_dict(kept[0])
+    router.load_state_dict(kept[1])
     sums = update(policy, None, batch, sampled, nothing, micro=3, **HOW)
     assert sums["expert_grad"] == [] and sums["prefix_kl"] == 0.0
 
@@ -1461,12 +1470,12 @@ def test_statistics_by_hand():
     assert stats.mcnemar([1] * 5 + [0, 1], [0] * 5 + [0, 1]) == 0.0625
     assert stats.mcnemar([1, 0, 1], [1, 0, 1]) == 1 == stats.mcnemar([1, 0], [0, 1])
     assert stats.mcnemar([0, 0, 0, 1], [1, 1, 1, 0]) == pytest.approx(2 * 5 / 16)
-    assert stats.bootstrap([1, 1, 1]) == [1, 1]
-    low, high = stats.bootstrap([0, 1] * 200)  # of a share of one half: 0.5 -+ 1.96 * 0.5 / sqrt(400)
+    assert stats.interval([1, 1, 1]) == [1, 1]
+    low, high = stats.interval([0, 1] * 200)  # of a share of one half: 0.5 -+ 1.96 * 0.5 / sqrt(400)
     assert (low, high) == pytest.approx((0.451, 0.549), abs=0.004)
     seeds = [[0] * 50 + [1] * 50, [1] * 100, [0] * 100]  # it is they that differ
-    wide = stats.bootstrap(seeds)
-    assert wide[0] < 0.1 and wide[1] > 0.9 and wide == stats.bootstrap(seeds)
+    wide = stats.interval(seeds)
+    assert wide[0] < 0.1 and wide[1] > 0.9 and wide == stats.interval(seeds)
     assert stats.spearman([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert stats.spearman([1, 2, 3], [3, 3, 3]) is None
     assert stats.spearman([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)  # ties share 2.5
@@ -2392,10 +2401,10 @@ def test_points_of_a_curve_are_means():
 
 def test_intervals_and_ranks_by_hand():
     some = torch.arange(400).reshape(4, 100) % 2
-    low, high = stats.bootstrap(some)  # four seeds alike: a mean of 100 items with p = 1/2
+    low, high = stats.interval(some)  # four seeds alike: a mean of 100 items with p = 1/2
     assert low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
-    x = [[0.0], [1.0], [2.0], [3.0]] * 25  # 100 seeds of variance 1.25, times 100/99
-    low, high = stats.bootstrap(x)
+    x = [[0.0], [1.0], [2.0], [3.0]] * 25  # 100 seeds of variance 1.25
+    low, high = stats.interval(x)
     assert (high - low) / 2 == pytest.approx(1.96 * math.sqrt(1.25 / 99), rel=0.06)
     assert stats.spearman([1, 2, 3, 4], [1, 4, 9, 16]) == pytest.approx(1)
     assert stats.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
@@ -2405,6 +2414,18 @@ def test_intervals_and_ranks_by_hand():
     assert abs(stats.detrended(t, 3 * t - 2)).max() == 0
     assert stats.detrended(t, 3 * t + (t == 4)).argmax() == 4
     assert stats.detectable(2.0) == pytest.approx(2.8 * 2 * math.sqrt(0.4)) == pytest.approx(3.541751)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_of_a_hundred_intervals_five_miss(seeds):
+    """Few seeds that differ: the interval holds the truth as often as it says."""
+    generator = np.random.default_rng(seeds)
+    held = 0
+    for _ in range(400):
+        D = generator.normal(size=(seeds, 1)) + 0.5 * generator.normal(size=(1, 20))
+        low, high = stats.interval(D, draws=2000)
+        held += low <= 0 <= high
+    assert 0.93 <= held / 400 <= 0.99
 
 
 def made_up(task, way, share, seeds=3, n=200, **more):
