@@ -160,7 +160,7 @@ def table(rows):
     for task, way in sorted({(r["task"], r["way"]) for r in rows}):
         some = runs_of(rows, task, way)
         of = lambda k: np.array([r[k] for r in some.values()])
-        spread = lambda k: f"{100 * of(k).mean():.1f} ± {100 * of(k).std():.1f}"
+        spread = lambda k: f"{100 * of(k).mean():.1f}" + f" ± {100 * of(k).std():.1f}" * (len(some) > 1)
         a, b = paired(rows, task, way, "single")
         gain = shown(a - b) if way != "single" and len(a) > 1 else ""
         cells = (task, way, ", ".join(map(str, sorted(some))), of("n")[0], spread("before"), spread("after"),

@@ -55,7 +55,10 @@ def sheet(rows, columns, height=2.9, **how):
 
 
 def seeds(runs):
-    return f"seed{'s' * (len(runs) > 1)} {', '.join(str(r['seed']) for r in runs)}"
+    """Seeds 0, 1, 2 and 4 of these runs as "seeds 0, 1, 2, 4", three in a row and more as "seeds 0–2"."""
+    used = sorted(r["seed"] for r in runs)
+    row = len(used) > 2 and used == [*range(used[0], used[-1] + 1)]
+    return f"seed{'s' * (len(used) > 1)} {f'{used[0]}–{used[-1]}' if row else str(used)[1:-1]}"
 
 
 def series(runs, *path):
@@ -173,7 +176,8 @@ def entropy(groups):
         both = [[series([r], key)[0] for key in ("attention_entropy", "reward")] for r in runs]
         rho = [together(list(x), list(x.values()), list(y.values())) for x, y in both]
         mean = lambda key: np.mean([x[key] for x in rho if x[key] is not None] or [np.nan])
-        label = f"{task}\n{how}, {seeds(runs)}: ρ {mean('rho'):+.2f}, trend out {mean('detrended'):+.2f}"
+        label = (f"{task}: {how}, {seeds(runs)}\n"
+                 f"ρ {mean('rho'):+.2f}, straight trend out {mean('detrended'):+.2f}")
         band(axes[0], series(runs, "attention_entropy"), label, colour, 5)
         band(axes[1], series(runs, "reward"), None, colour, 5)
     axes[0].set(ylabel="entropy of attention (nats)", ylim=(0, None))
@@ -197,7 +201,7 @@ def example(groups):
         x, names = r["example"], list(next(iter(r["attention_by"].values())))
         values = [dict(zip(names, row)) for row in x["attention"]]
         asked = textwrap.fill(f"...{x['question']}"[-150:] + f" ({x['answer']})", 60)
-        asked += f"\n{group[1]}, {seeds([r])}, mean over heads"
+        asked += f"\n{group[1]} on {group[0]}, {seeds([r])}, mean over heads"
         heat(ax, range(len(values)), names, values, asked, 1, ".2f")
         ax.set_ylabel("latent")
     return fig
@@ -216,8 +220,8 @@ def right_and_wrong(groups):
                            yerr=means.std(0), capsize=2, hatch=hatch, edgecolor="white",
                            label=f"{label}, n = {sum(map(len, some))}")
             ax.set_xticks(range(len(heard)), heard, fontsize=8)
-            ax.set_xlabel("expert")
-            ax.legend(fontsize=8)
+            ax.set(xlabel="expert", ylim=(0, 1.3), yticks=np.arange(0, 1.01, 0.2))  # room for the legend
+            ax.legend(fontsize=8, loc="upper left", ncols=2)
     return fig
 
 
