@@ -43,7 +43,8 @@ TASKS = {  # logic and primes: 12 a step, as in the mix; of primes there are 2,5
     "arithmetic hard": f"--pool tiny {CHAIN.format(4, 6, 1)} --batch 36",
     "logic": "--pool tiny --task logic --batch 12",
     "algorithmic": "--pool tiny --task algorithmic --batch 12",
-    "real sums": f"{CHAIN.format(2, 2, 2)} --template plain --batch 8 --max-new 8 --val 64"}
+    # float32: on processors without matrix units bfloat16 is half as fast, and these runs are to compare
+    "real sums": f"{CHAIN.format(2, 2, 2)} --template plain --batch 4 --max-new 8 --val 64 --dtype float32"}
 REAL = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2")  # policy, then experts
 WAYS = {  # the first word is the mode, and whose rates are taken
     "soft": "--collab soft", "soft first": "--collab soft --read first",
