@@ -112,6 +112,16 @@ def child(what, **how):
 
 
 # -- the parts
+@torch.no_grad()
+def products(plan):
+    """Matrix products alone: of (rows, times, weights) every weight with so many rows, so often."""
+    for rows, times, weights in plan:
+        x = {w.shape[1]: torch.zeros(rows, w.shape[1], dtype=w.dtype) for w in weights}
+        for _ in range(times):
+            for w in weights:
+                F.linear(x[w.shape[1]], w)
+
+
 def bench_rollout(folder, size):
     """Ours, plain and with --compile, generate with eager and with sdpa attention, and the matrix products
     alone, end to end."""
@@ -133,18 +143,10 @@ def bench_rollout(folder, size):
                    min_new_tokens=new, pad_token_id=0, attention_mask=torch.ones_like(ids))
         return lambda: hf.generate(ids, **how)
 
-    weights = [m.weight for m in policy.adapters()] + [policy.head]
-
-    @torch.no_grad()
-    def products():  # every token meets every weight; a prompt meets the head once, not everywhere
-        for n, times, some in ((rows, new, weights), (size["prompts"] * 128, 1, weights[:-1])):
-            x = {w.shape[1]: torch.zeros(n, w.shape[1], dtype=w.dtype) for w in weights}
-            for _ in range(times):
-                for w in some:
-                    F.linear(x[w.shape[1]], w)
-
+    body = [m.weight for m in policy.adapters()]  # a prompt meets the head once, not everywhere
+    plan = (rows, new, [*body, policy.head]), (size["prompts"] * 128, 1, body)
     mine, compiled, eager, sdpa, limit = alternate(
-        size["rounds"], ours, lambda: ours(fused), theirs("eager"), theirs("sdpa"), products)
+        size["rounds"], ours, lambda: ours(fused), theirs("eager"), theirs("sdpa"), lambda: products(plan))
     faster = min((eager, sdpa), key=statistics.median)
     speed = {name: rows * new / statistics.median(t) for name, t in
              (("ours", mine), ("ours, compiled", compiled), ("generate, eager", eager),
@@ -303,6 +305,10 @@ def report(figures):
     if "rollout_profile" in figures:
         text += ["What the rollout's time is made of, by profiler: "
                  + ", ".join(f"{k} {v:.0%}" for k, v in figures["rollout_profile"].items()) + ".\n"]
+    if "step_products" in figures:
+        share, most = figures["step_products"]
+        text += [f"Of our step beside TRL's {share:.0%} are products with the weights, without which no trainer "
+                 f"gets by: were all the rest free, TRL's step would take {most:.1f} times as long.\n"]
     if "growth" in figures:
         base = ", ".join(f"{v} {k}" if k != "new" else f"{v} new tokens" for k, v in growth.BASE.items())
         text += ["## Growth\n", "One step of the training loop, no completion ending early, one thing "
@@ -338,7 +344,8 @@ def main(argv=None):
     if a.child:
         what, how = json.loads(a.child)
         children = dict(scoring=lambda **how: peak_here(scoring(**how)), steps=growth.measure_steps,
-                        head=lambda **how: peak_here(head(**how)), train=growth.measure_train)
+                        head=lambda **how: peak_here(head(**how)), train=growth.measure_train,
+                        products=growth.measure_products)
         print(json.dumps(children[what](**how)))
         return 0
     size = (dict(prompts=4, new=32, rounds=2, grow=False) if a.quick

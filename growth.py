@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench import HERE, QWEN, alternate, child, load, random_model, ratio, resident, spread, texts
+from bench import HERE, QWEN, alternate, child, load, products, random_model, ratio, resident, spread, texts
 
 
 def trainer(folder, prompts, group=8, prompt=128, new=64, experts=3, tiny=False):
@@ -161,7 +161,8 @@ def bench_peers(folder, size):
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
-    measure = lambda: child("steps", folder=str(folder), prompts=8, prompt=96)
+    how = dict(folder=str(folder), prompts=8, prompt=96)
+    measure = lambda: child("steps", **how)
     ours = [measure()]  # before and after theirs: the machine's speed drifts
     for rows in (64, 32, 16):  # at once; the same step in parts where memory does not hold it whole
         said = subprocess.run([python, "-c", TRL, str(folder), str(rows)], stdout=subprocess.PIPE, text=True)
@@ -170,11 +171,28 @@ def bench_peers(folder, size):
     else:
         raise ValueError(f"TRL could not do a step, see above: {python} -c 'import trl' should work")
     theirs, ours = json.loads(said.stdout.splitlines()[-1]), [*ours, measure()]
+    bare = child("products", **how)
     steps = [sum(v for k, v in one.items() if k != "mb") for one in ours]
     print(f"  TRL {theirs['version']}, {rows} rows at once: {theirs['seconds']} s a step, "
-          f"{theirs['mb']:,.0f} MB; ours {steps} s, {[one['mb'] for one in ours]} MB")
+          f"{theirs['mb']:,.0f} MB; ours {steps} s, {[one['mb'] for one in ours]} MB; products {bare} s")
     return dict(trl_step_ratio=spread([t / step for t, step in zip(theirs["seconds"], steps)]),
-                trl_memory_share=spread([one["mb"] / theirs["mb"] for one in ours]))
+                trl_memory_share=spread([one["mb"] / theirs["mb"] for one in ours]),
+                step_products=(bare / statistics.median(steps), statistics.median(theirs["seconds"]) / bare))
+
+
+def measure_products(folder, prompts, prompt, group=8, new=64, prefix=8):
+    """Seconds of the matrix products with the weights in `trainer`'s step: sampling, the reference, and the
+    gradient pass forward and back (the frozen weights have no gradient of their own)."""
+    policy = load(folder)
+    body, rows = [m.weight for m in policy.adapters()], prompts * group
+    back, S = [w.T for w in body], prompts * (prompt + prefix)
+    later, chunks = rows * (new - 1), rows * new // 256
+    plan = [(S, 1, body), (rows, new, [*body, policy.head]),
+            (prompts * prompt, 1, body), (later, 1, body), (256, chunks, [policy.head]),
+            (S, 1, body), (later, 1, body), (256, chunks, [policy.head]),
+            (S, 1, back), (later, 1, back), (256, chunks, [policy.head.T])]
+    (times,) = alternate(2, lambda: products(plan))
+    return statistics.median(times)
 
 
 TRL = """
