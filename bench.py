@@ -307,8 +307,8 @@ def report(figures):
                  + ", ".join(f"{k} {v:.0%}" for k, v in figures["rollout_profile"].items()) + ".\n"]
     if "step_products" in figures:
         share, most = figures["step_products"]
-        text += [f"Of our step beside TRL's {share:.0%} are products with the weights, which every trainer has "
-                 f"to do: were all the rest free, TRL's step would take {most:.1f} times as long.\n"]
+        text += [f"Of our step beside TRL's {share:.0%} are products with the weights, which all trainers "
+                 f"have: were all the rest free, TRL's step would take {most:.1f} times as long.\n"]
     if "growth" in figures:
         base = ", ".join(f"{v} {k}" if k != "new" else f"{v} new tokens" for k, v in growth.BASE.items())
         text += ["## Growth\n", "One step of the training loop, no completion ending early, one thing "
