@@ -115,7 +115,7 @@ CLAIMS = (  # all parts must hold, and one that is refuted refutes
     ("Larger experts are preferred whatever they know (a wide one with random weights)",
      lambda rows: heard(rows, "arithmetic", "soft wide", "its share",
                         lambda attention, run, names: attention[:, names.index("wide")])),
-    ("The router's choice agrees with who could have solved it (the specialist; tiny/README.md has who can)",
+    ("On the mix the router's choice agrees with who could have solved it (see tiny/README.md)",
      lambda rows: heard(rows, "mix", "soft", "it is heard most", agrees)),
     ("Static attention suffices on easy arithmetic and not on the mix",
      lambda rows: static(rows, "arithmetic", True) + static(rows, "mix", False)))

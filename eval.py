@@ -217,7 +217,7 @@ def parser():
     p.add_argument("--export", metavar="DIR", help="write LoRA, router and a model card for others to use")
     p.add_argument("--table", action="store_true", help="a Markdown table of finished runs")
     p.add_argument("--figures", action="store_true", help="pictures of finished runs, or of results/curves/*")
-    p.add_argument("--out", metavar="DIR", default="results/figures", help="where --figures go [%(default)s]")
+    p.add_argument("--out", metavar="DIR", default="runs/figures", help="where --figures go [%(default)s]")
     p.add_argument("--ablate", nargs="+", metavar="KIND", help="replace attention or states at test time: "
                    "static, uniform, shuffle, zero, drop:NAME")
     p.add_argument("--probe", action="store_true", help="what a linear map reads off each expert's states")
