@@ -186,7 +186,8 @@ def start(run, words, lock):
     it lives, even without us, no second study starts."""
     out = HERE / RUNS / run.id
     if run.way == "soft" and (out / "eval.json").exists():
-        words = f"python eval.py {RUNS / run.id} --ablate static shuffle zero --n 1024".split()
+        n = run.size.split()[-1]  # the run's own test problems
+        words = f"python eval.py {RUNS / run.id} --ablate static shuffle zero --n {n}".split()
     elif (out / "config.json").exists():
         words = ["python", "train.py", "--resume", "--out", str(RUNS / run.id)]
     env = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
