@@ -158,8 +158,9 @@ def bench_rollout(folder, size):
                 tokens_a_second=speed, rollout_profile=profile(ours))
 
 
-OPERATIONS = {"products with the weights": ("mm", "addmm"), "products of attention": ("bmm",),
-              "softmax": ("_softmax",), "copies": ("copy_", "cat", "fill_", "masked_fill_"),
+OPERATIONS = {"products with the weights": ("mm", "addmm", "_linear_pointwise"),
+              "products of attention": ("bmm",), "softmax": ("_softmax",),
+              "copies": ("copy_", "cat", "fill_", "masked_fill_"),
               "norms, rotation, SwiGLU, sums": ("mul", "add", "sub", "neg", "silu", "pow", "mean", "rsqrt",
                                                 "_fused_rms_norm", "sum", "div", "max", "gather")}
 
@@ -172,7 +173,8 @@ def profile(run):
     with profiler(activities=[ProfilerActivity.CPU]) as p:
         run()
     spent = {e.key: e.self_cpu_time_total for e in p.key_averages()}
-    found = {kind: sum(spent.pop(f"aten::{op}", 0) for op in ops) for kind, ops in OPERATIONS.items()}
+    take = lambda op: spent.pop(f"aten::{op}", 0) + spent.pop(f"mkldnn::{op}", 0)
+    found = {kind: sum(map(take, ops)) for kind, ops in OPERATIONS.items()}
     found["the rest: dispatch, views, indices"] = sum(spent.values())
     return {kind: t / sum(found.values()) for kind, t in found.items()}
 

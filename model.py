@@ -1,5 +1,6 @@
 """
-The policy: a decoder-only transformer in the nanoGPT manner, with LoRA, a soft prefix and a shared prompt.
+The policy: a decoder-only transformer in the nanoGPT manner, with LoRA (lora.py), a soft prefix and a shared
+prompt.
 
 It loads ordinary Hugging Face folders of the Llama family (SmolLM2, Llama 3.x), Qwen2/2.5 and Qwen3; these
 differ only in switches of their configuration (attention bias, q/k norm, rope scaling, tied head). Three
@@ -17,7 +18,6 @@ vocabulary.
 """
 
 import contextlib
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,40 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from folders import read_config, tensor_shapes, weight_files
-
-
-class LoRALinear(nn.Module):
-    """One or several linear layers that read the same input, fused into one product, with LoRA (2106.09685)
-    on each.
-
-    y = x W' + scale * (x A') B'. W (out, in) is frozen. Each of the n fused parts has its own rank-r pair:
-    the pairs' A are stacked, (n r, in), and their B are the diagonal blocks of one matrix, so that n adapters
-    cost two products. A starts random, B at zero: at the start the layer is exactly the frozen one.
-    """
-
-    def __init__(self, weights, biases, rank, alpha):
-        super().__init__()
-        self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
-        bias = None if biases[0] is None else torch.cat(biases)
-        self.register_buffer("bias", bias, persistent=False)
-        self.scale, self.on, self.merged = alpha / max(rank, 1), rank > 0, None
-        if rank:  # fp32 masters: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
-            a = torch.randn(rank * len(weights), self.weight.shape[1]) / math.sqrt(self.weight.shape[1])
-            self.A = nn.Parameter(a)
-            self.B = nn.ParameterList(nn.Parameter(torch.zeros(w.shape[0], rank)) for w in weights)
-
-    def pair(self):
-        """A (n r, in) and the block-diagonal scale * B (out, n r), in the dtype of the weights."""
-        b = self.B[0] if len(self.B) == 1 else torch.block_diag(*self.B)
-        return self.A.to(self.weight.dtype), (self.scale * b).to(self.weight.dtype)
-
-    def forward(self, x):
-        rows = x.flatten(0, -2)  # (n, in)
-        y = F.linear(rows, self.weight if self.merged is None else self.merged, self.bias)  # (n, out)
-        if self.on and self.merged is None:
-            a, b = self.pair()
-            y.addmm_(rows @ a.T, b.T)
-        return y.unflatten(0, x.shape[:-1])
+from lora import LoRALinear, prepare, product
 
 
 def rotate(x, cos, sin):
@@ -359,8 +326,9 @@ class Policy(nn.Module):
             x = block(x, cos, sin, attend)
         return x
 
-    def logits(self, h):
-        return F.rms_norm(h, (h.shape[-1],), self.norm, self.eps) @ self.head.T
+    def logits(self, h, head):
+        """Logits (n, V) of hidden states (n, d), head from `prepare`."""
+        return product(F.rms_norm(h, (h.shape[-1],), self.norm, self.eps), head)
 
     @torch.no_grad()
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
@@ -374,9 +342,11 @@ class Policy(nn.Module):
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         h = cache.last[:, None].expand(-1, group, -1)
         check = 8 if self.embed.is_cuda else 1  # asking a GPU whether all are done makes it wait
-        with self.merged():
+        head = prepare(self.head, B * group)
+        with self.merged(B * group):
             for t in range(max_new):
-                token = sample(self.logits(h).flatten(0, 1), temperature, generator).view(B, group)
+                logits = self.logits(h.flatten(0, 1), head)
+                token = sample(logits, temperature, generator).view(B, group)
                 mask[..., t] = alive
                 tokens[..., t] = torch.where(alive, token, tokens[..., t])
                 alive = alive & ~torch.isin(token, self.stop)
@@ -436,14 +406,14 @@ class Policy(nn.Module):
                 m.on = on
 
     @contextlib.contextmanager
-    def merged(self):
+    def merged(self, rows):
         """While sampling the adapters do not change: W + scale * B A once, in a copy, not two thin products a
         layer and token (a sixth of a decode step here). The copy is rounded like W itself."""
         adapters = [m for m in self.adapters() if m.on]
         try:
             for m in adapters:
                 a, b = m.pair()
-                m.merged = torch.addmm(m.weight, b, a)
+                m.merged = prepare(torch.addmm(m.weight, b, a), rows)
             yield
         finally:
             for m in adapters:

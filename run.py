@@ -211,10 +211,11 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
     kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
     scores = 2 * G * H * T * (S + T)
     blocks = layers * (2 * d * (H + K) * D + 3 * d * ff)  # merged with LoRA while sampling, in a copy
+    head = c["vocab_size"] * d * (args["device"] == "cpu" and size == 2)  # and this, sorted
     return [("policy, frozen", policy.params * size),
             ("LoRA and router, their gradients and AdamW's moments", 16 * (lora + router)),
             ("rollout: weights merged with LoRA, keys and values, logits",
-             (blocks + 2 * layers * K * D * B * (S + G * T) + B * G * c["vocab_size"]) * size),
+             (blocks + head + 2 * layers * K * D * B * (S + G * T) + B * G * c["vocab_size"]) * size),
             (f"gradient pass, {micro} prompts at a time (--micro)",
              layers * micro * ((S + G * T) * kept + scores) * size),
             ("log-probabilities, one chunk", 3 * 256 * c["vocab_size"] * 4),

@@ -41,6 +41,7 @@ import experts
 import export
 import figures
 import folders
+import lora
 import ranks
 import rewards
 import rlvr
@@ -671,8 +672,8 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
     """With padding, shared prompt and temperature, LoRA off; and with LoRA merged into the twin's weights."""
     hf, policy = make_policy(tmp_path, kind, **settings), Policy.load(tmp_path)
     tokens, lengths, prefix, answer, mask = example(prefixed)
-    for lora in (False, True):
-        if lora:
+    for awake in (False, True):
+        if awake:
             wake_lora(policy)
             for block, layer in zip(policy.blocks, hf.model.layers):
                 a, m = layer.self_attn, layer.mlp
@@ -722,7 +723,7 @@ def test_a_long_decode_with_lora_is_the_full_forward(small):
         for t in (0, 1, 15, 16, 17, 33, 39):
             text = torch.cat((tokens, got[:, 0, :t]), 1)
             last = policy.prefill(text, torch.full((3,), text.shape[1])).last
-            assert torch.equal(policy.logits(last).argmax(-1), got[:, 0, t])
+            assert torch.equal(policy.logits(last, policy.head).argmax(-1), got[:, 0, t])
 
 
 def test_a_compiled_rollout_is_the_plain_one(tmp_path):
@@ -749,6 +750,42 @@ def test_a_compiled_rollout_is_the_plain_one(tmp_path):
     ran.clear()
     fused.logprobs(fused.prefill(tokens, lengths, prefix), answer[..., :2], mask[..., :2])
     assert not ran
+
+
+@pytest.mark.skipif(not lora.BLOCKS, reason="this processor has no bf16 products")
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("rows", (1, 3, 64))
+def test_products_with_a_sorted_weight(rows, bias):
+    """In bf16 a weight sorted for the processor gives F.linear's products, compiled or not; in fp32 nothing
+    is sorted."""
+    g = torch.Generator().manual_seed(rows)
+    x, w, b = (torch.randn(*shape, generator=g).bfloat16() for shape in ((rows, 48), (80, 48), (80,)))
+    b, sorted_ = b if bias else None, lora.prepare(w, rows)
+    assert sorted_.is_mkldnn and lora.prepare(w.float(), rows).dtype == torch.float32
+    want = F.linear(x, w, b)
+    torch.testing.assert_close(lora.product(x, sorted_, b), want)
+    compiled = torch.compile(lambda *args: lora.product(*args) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, sorted_, b), want + 1)
+
+
+def test_merged_sorted_weights_are_the_adapted_ones(tmp_path):
+    """In bf16: hidden states with LoRA merged and sorted against those with the adapters apart; afterwards
+    the layers are as before."""
+    make_policy(tmp_path)
+    policy = Policy.load(tmp_path, dtype=torch.bfloat16)
+    wake_lora(policy)
+    tokens, lengths, prefix, *_ = example()
+    read_on = lambda: policy.prefill(tokens, lengths, prefix).last.float()
+    with torch.no_grad():
+        apart = read_on()
+        with policy.merged(3):
+            together = read_on()
+            assert policy.blocks[0].down.merged.is_mkldnn == lora.BLOCKS
+        with policy.plain():
+            without = read_on()
+        assert torch.equal(read_on(), apart)
+    error = lambda h: (h - apart).norm() / apart.norm()
+    assert error(together) < 0.03 < 0.1 < error(without)
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
@@ -1781,7 +1818,7 @@ def test_exported_lora_in_transformers(finished, tmp_path):
                 B = adapter[name.replace("lora_A", "lora_B")]
                 hf.get_submodule(module).weight += config["lora_alpha"] / config["r"] * B @ adapter[name]
                 changed.add(module.split(".")[-1])
-        ours = run.policy.logits(run.policy.prefill(tokens, torch.tensor([20, 20])).last)
+        ours = run.policy.logits(run.policy.prefill(tokens, torch.tensor([20, 20])).last, run.policy.head)
         torch.testing.assert_close(ours, hf(tokens).logits[:, -1], atol=1e-4, rtol=0)
         assert (ours - before).abs().max() > 0.1 and changed == set(config["target_modules"])
 
