@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -105,7 +106,11 @@ def peak_here(run):
 
 
 def child(what, **how):
-    """What a part of the bench gives in a fresh process."""
+    """What a part of the bench gives in a fresh process, which needs the memory that this one has done with."""
+    from run import trim_memory
+
+    gc.collect()
+    trim_memory()
     command = [sys.executable, __file__, "--child", json.dumps([what, how])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -353,7 +358,8 @@ def main(argv=None):
     size = (dict(prompts=4, new=32, rounds=2, grow=False) if a.quick
             else dict(prompts=8, new=64, rounds=3, grow=True))
     figures = json.loads(a.json.read_text()) if a.json and a.json.exists() else {}
-    figures["where"] = dict(command=" ".join(["python", *sys.argv]), threads=torch.get_num_threads(),
+    earlier = ", the other parts earlier" * bool(figures)
+    figures["where"] = dict(command=" ".join(["python", *sys.argv]) + earlier, threads=torch.get_num_threads(),
                             python=platform.python_version(), machine=platform.machine(),
                             torch=version("torch"), transformers=version("transformers"))
     with tempfile.TemporaryDirectory() as folder:
