@@ -1,22 +1,24 @@
 """
 A frozen linear layer with LoRA, and its products.
 
-Almost all of a step's time goes into products with frozen weights, so they are few and large: layers that
-read the same input are fused, adapters and all; while sampling the adapters are added into the weights, and
-these are sorted once into the order that the processor wants.
+Most of a step's time goes into products with frozen weights, so they are few and large: layers that read the
+same input are fused, adapters and all; while sampling the adapters are added into the weights, and these are
+sorted once into the order that the processor wants.
 """
 
 import math
+import platform
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-BLOCKS = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+BLOCKS = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+          and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 LIBRARY = torch.library.Library("musketeers", "DEF")  # of one operator, which torch.compile takes as it is
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 LIBRARY.impl("linear", lambda *args: torch.ops.mkldnn._linear_pointwise(*args, "none", [], ""), "MkldnnCPU")
-torch.library.register_fake("musketeers::linear", lambda x, weight, _: x.new_empty(len(x), len(weight)))
+torch.library.register_fake("musketeers::linear", lambda x, w, _: x.new_empty(x.shape[0], w.shape[0]))
 
 
 def blocks(x):

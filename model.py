@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from folders import read_config, tensor_shapes, weight_files
-from lora import LoRALinear, prepare, product
+from lora import LoRALinear, blocks, prepare, product
 
 
 def rotate(x, cos, sin):
@@ -141,16 +141,16 @@ class TokenLogprob(torch.autograd.Function):
         logp = torch.empty(len(h), device=h.device)
         entropy = torch.empty_like(logp)
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        rows = chunk if h.is_cuda else 16  # of a CPU's cache
+        rows, head = chunk if h.is_cuda else 16, prepare(weight, chunk)  # as many rows as a CPU's cache holds
         for i in range(0, len(h), chunk):
-            logits = h[i:i + chunk] @ weight.T  # (chunk, V)
+            logits = product(h[i:i + chunk], head)  # (chunk, V)
             for j in range(0, len(logits), rows):
                 here = logits[j:j + rows]
                 part = slice(i + j, i + j + len(here))
                 y = targets[part, None]
                 z = here.float().div_(temperature)
-                p, (top, most) = z.softmax(-1), z.max(-1, keepdim=True)
-                lse = top - p.gather(1, most).log()
+                p = z.softmax(-1)
+                lse = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
                 logp[part] = (z.gather(1, y) - lse)[:, 0]
                 entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
                 if grad is not None:
@@ -408,13 +408,14 @@ class Policy(nn.Module):
     @contextlib.contextmanager
     def merged(self, rows):
         """While sampling the adapters do not change: W + scale * B A once, in a copy, not two thin products a
-        layer and token (a sixth of a decode step here). The copy is rounded like W itself."""
-        adapters = [m for m in self.adapters() if m.on]
+        layer and token (a sixth of a decode step here). The copy is rounded like W itself. A layer whose
+        adapter is off is copied only where sorting pays."""
+        layers = [m for m in self.adapters() if m.on or blocks(m.weight)]
         try:
-            for m in adapters:
-                a, b = m.pair()
-                m.merged = prepare(torch.addmm(m.weight, b, a), rows)
+            for m in layers:
+                weight = torch.addmm(m.weight, *m.pair()[::-1]) if m.on else m.weight
+                m.merged = prepare(weight, rows)
             yield
         finally:
-            for m in adapters:
+            for m in layers:
                 m.merged = None

@@ -21,6 +21,7 @@ import ranks
 from collab import ROUTED, assemble, make_router, noise, others, write
 from experts import Expert, line_ends, read
 from folders import read_config
+from lora import BLOCKS
 from model import Policy, bucket
 from rewards import TooFew, problems, prompt, verify
 from rlvr import Batch, join, out_of_memory, rollout
@@ -211,7 +212,7 @@ def memory_table(args, policy, experts, dtype, prompt_tokens):
     kept = 10 * d + 2 * (H + 2 * K) * D + 5 * ff  # numbers that autograd keeps of one token in one block
     scores = 2 * G * H * T * (S + T)
     blocks = layers * (2 * d * (H + K) * D + 3 * d * ff)  # merged with LoRA while sampling, in a copy
-    head = c["vocab_size"] * d * (args["device"] == "cpu" and size == 2)  # and this, sorted
+    head = c["vocab_size"] * d * (args["device"] == "cpu" and size == 2 and BLOCKS)  # sorted
     return [("policy, frozen", policy.params * size),
             ("LoRA and router, their gradients and AdamW's moments", 16 * (lora + router)),
             ("rollout: weights merged with LoRA, keys and values, logits",

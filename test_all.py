@@ -761,7 +761,7 @@ def test_products_with_a_sorted_weight(rows, bias):
     g = torch.Generator().manual_seed(rows)
     x, w, b = (torch.randn(*shape, generator=g).bfloat16() for shape in ((rows, 48), (80, 48), (80,)))
     b, sorted_ = b if bias else None, lora.prepare(w, rows)
-    assert sorted_.is_mkldnn and lora.prepare(w.float(), rows).dtype == torch.float32
+    assert sorted_.is_mkldnn and not lora.prepare(w.float(), rows).is_mkldnn
     want = F.linear(x, w, b)
     torch.testing.assert_close(lora.product(x, sorted_, b), want)
     compiled = torch.compile(lambda *args: lora.product(*args) + 1, backend="eager", fullgraph=True)
@@ -783,9 +783,31 @@ def test_merged_sorted_weights_are_the_adapted_ones(tmp_path):
             assert policy.blocks[0].down.merged.is_mkldnn == lora.BLOCKS
         with policy.plain():
             without = read_on()
+            with policy.merged(3):
+                torch.testing.assert_close(read_on(), without, atol=0.05, rtol=0.05)
         assert torch.equal(read_on(), apart)
     error = lambda h: (h - apart).norm() / apart.norm()
     assert error(together) < 0.03 < 0.1 < error(without)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_rollout_in_bf16(tmp_path, compiled):
+    """Weights sorted where that pays, LoRA merged: each greedy token is the full forward's, or nearly."""
+    make_policy(tmp_path)
+    policy = Policy.load(tmp_path, dtype=torch.bfloat16)
+    wake_lora(policy)
+    policy.stop = torch.tensor([-1])
+    if compiled:
+        policy.fuse("eager")
+    for rows in (3, 2):  # another number of rows is another weight
+        tokens, lengths = example()[0][:rows, :4], torch.full((rows,), 4)
+        got, _ = policy.generate(policy.prefill(tokens, lengths), 1, 6, temperature=0)
+        for t in range(6):
+            text = torch.cat((tokens, got[:, 0, :t]), 1)
+            with torch.no_grad():
+                last = policy.prefill(text, torch.full((rows,), text.shape[1])).last
+                z = policy.logits(last, lora.prepare(policy.head, rows)).float()
+            assert (z.gather(1, got[:, 0, t:t + 1])[:, 0] > z.amax(-1) - 0.05 * z.std(-1)).all()
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
