@@ -35,6 +35,29 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of gate and up side by side (..., 2 f) (2002.05202). Nothing else is kept for the
+    backward pass, a third less than autograd would; it takes a few rows at a time, which stay in a CPU's
+    cache."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x,) = ctx.saved_tensors
+        dx, rows = torch.empty_like(x), 4096 if x.is_cuda else 128
+        for part, d, out in zip(*(t.flatten(0, -2).split(rows) for t in (x, dy, dx))):
+            gate, up = part.chunk(2, -1)
+            d_gate, d_up = out.chunk(2, -1)
+            d_gate.copy_(torch.ops.aten.silu_backward(d * up, gate))
+            d_up.copy_(d * F.silu(gate))
+        return dx
+
+
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU. Who attends to what is decided by `attend`, the one thing that differs
     between reading a prompt and continuing it."""
@@ -74,8 +97,7 @@ class Block(nn.Module):
     def rest(self, x, y):
         """x (..., T, d) with what attention found, y (..., T, H, D), and the MLP's answer to it."""
         x = x + self.o(y.flatten(-2))
-        gate, up = self.gate_up(self.norm(x, self.norm2)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(SwiGLU.apply(self.gate_up(self.norm(x, self.norm2))))
 
     def forward(self, x, cos, sin, attend):
         """x (..., T, d); attend(q, k, v) -> (..., T, H, D)."""
