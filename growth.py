@@ -28,6 +28,7 @@ def trainer(folder, prompts, group=8, prompt=128, new=64, experts=3, tiny=False)
     from experts import Expert
     from rewards import Problem, verify
     from router import Router
+
     policy = load(folder, torch.float32 if tiny else torch.bfloat16)
     width, tokenizer = 160 if tiny else 1024, Expert(folder).tokenizer
     router = Router([width] * experts, policy.embed.shape[1], dim=64 if tiny else 512)
