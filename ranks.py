@@ -12,6 +12,7 @@ torchrun ends all ranks when one dies; who waits for another longer than $N_MUSK
 gives up.
 """
 import contextlib
+import importlib
 import os
 import sys
 from datetime import timedelta
@@ -28,6 +29,9 @@ def started():
     if WORLD == 1:
         yield
         return
+    # Whoever imports this once the group is there keeps the group in default arguments: its threads would
+    # outlive `destroy_process_group` and could abort the process as it ends.
+    importlib.import_module("torch.distributed.nn")
     patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):

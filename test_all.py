@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from collections import Counter, namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -1727,6 +1728,7 @@ def ranked(folder, how, quick):
 
     train.finish, train.summary = finish, noted
     with ranks.started():
+        group = weakref.ref(torch.distributed.group.WORLD)
         for dr in (False, True):
             found, sums, skipped = fixed_update(folder, how | dict(dr=dr))
             save_file(found, f"{folder}/grads-{dr}-{ranks.RANK}.safetensors",
@@ -1736,6 +1738,7 @@ def ranked(folder, how, quick):
         assert run([*quick, "--out", f"{folder}/halves"]) == 0
         assert run(["--resume", "--out", f"{folder}/halves"]) == 0
         assert run([*quick, "--batch", "1", "--out", f"{folder}/none"]) == 2
+    assert group() is None  # else its threads live on, and may abort the process as it ends
     Path(f"{folder}/seen-{ranks.RANK}.json").write_text(json.dumps(seen))
 
 
@@ -1749,7 +1752,7 @@ def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
                    mask=sampled.mask, rewards=sampled.rewards), tmp_path / "example.safetensors")
     quick = "--batch 5 --group 4 --val 3 --test 3 --steps 4 --eval-every 2 --device cpu".split()
     program = "\n".join((
-        "import json, os, signal, sys, torch, checkpoint, ranks, train", "from pathlib import Path",
+        "import json, os, signal, sys, torch, weakref, checkpoint, ranks, train", "from pathlib import Path",
         "from safetensors.torch import load_file, save_file", "from model import Policy",
         "from experts import read", "from rlvr import Batch, Rollout, update", "from router import Router",
         "torch.set_num_threads(1)", inspect.getsource(fixed_update), inspect.getsource(ranked),
@@ -1762,7 +1765,7 @@ def test_two_ranks_are_one_run(finished, tmp_path, small, capsys):
     both = [subprocess.Popen([sys.executable, "-c", program], env=env | dict(RANK=r, LOCAL_RANK=r),
                              text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for r in "01"]
     said = [p.communicate(timeout=120) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+    assert [p.returncode for p in both] == [0, 0], "\n".join(sum(said, ()))
     assert said[1][0] == "" and "--batch" in said[0][1]
 
     for dr in (False, True):
