@@ -1,161 +1,182 @@
 """
-The policy: a decoder-only transformer in the nanoGPT manner, with LoRA (lora.py), a soft prefix and a shared
-prompt.
+The policy: a Llama / Qwen2 / Qwen3 decoder in one file, with LoRA, a soft prefix and a shared prompt.
 
-It loads ordinary Hugging Face folders of the Llama family (SmolLM2, Llama 3.x), Qwen2/2.5 and Qwen3; these
-differ only in switches of their configuration (attention bias, q/k norm, rope scaling, tied head). Three
-things are here that a library model does not give together, and they are why this file exists:
+Three things are here that AutoModelForCausalLM does not give together, and they are why this file exists:
 
-1. A soft prefix. Context tokens C (B, L, d) stand before the prompt in embedding space: [C ; x] instead of x.
-2. A shared prompt. GRPO samples G completions for one prompt. Prompt and prefix are run ONCE (`prefill`);
-   their keys and values serve all G rows while sampling (`generate`) and again, with gradient, while scoring
-   (`logprobs`).
+1. A soft prefix. Context tokens C (B, L, d) stand before the prompt in embedding space: the model reads [C ; x].
+2. A shared prompt. GRPO samples G completions of one prompt. Prompt and prefix are run ONCE (`prefill`); their
+   keys and values serve all G while sampling (`generate`) and again, with gradient, while scoring (`logprobs`).
 3. No (B, T, V) tensor. Log-probabilities are taken in chunks, over completion tokens only (`TokenLogprob`).
 
-Shapes: B prompts, G completions of each, P prompt tokens, L prefix vectors, S = L + P, T completion tokens, d
-width, H query heads, K key/value heads, R = H / K query heads that share one key/value head, D head width, V
-vocabulary.
+Shapes: B prompts, G completions of each, P prompt tokens, L prefix vectors, S = L + P, T completion tokens,
+d width, H query heads, K key heads, R = H / K query heads that share one key head, D head size, V vocabulary.
 """
-
 import contextlib
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from folders import read_config, tensor_shapes, weight_files
-from lora import LoRALinear, blocks, prepare, product
+from experts import count_parameters, find_model, loading, read_json, stop_tokens, weight_files
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen2.5; Qwen3
+ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the text
+
+
+class LoRALinear(nn.Module):
+    """One or several linear layers that read the same input, fused into one product, with LoRA (2106.09685) on each.
+
+    y = x W' + scale (x A') B'. W (out, in) is frozen. Each of the n fused parts has a rank-r pair of its own: the
+    A are stacked, (n r, in), and the B are the diagonal blocks of one matrix, so n adapters cost two products.
+    A starts random and B at zero: at the start y is exactly x W'.
+    """
+
+    def __init__(self, weights, biases, rank, alpha):
+        super().__init__()
+        self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
+        bias = None if biases[0] is None else torch.cat(biases)
+        self.register_buffer("bias", bias, persistent=False)
+        self.scale = alpha / max(rank, 1)
+        self.lora = rank > 0  # False: LoRA is switched off
+        self.merged = None  # weight + scale B A, while sampling
+        if rank:
+            # fp32 master weights: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
+            width = self.weight.shape[1]
+            self.A = nn.Parameter(torch.randn(rank * len(weights), width, device=self.weight.device) / width**0.5)
+            self.B = nn.ParameterList(torch.zeros(len(w), rank, device=w.device) for w in weights)
+
+    def pair(self):
+        """A (n r, in) and the block-diagonal scale * B (out, n r), in the dtype of the weight."""
+        B = self.B[0] if len(self.B) == 1 else torch.block_diag(*self.B)
+        return self.A.to(self.weight.dtype), (self.scale * B).to(self.weight.dtype)
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)  # (n, in)
+        if self.merged is not None:
+            return F.linear(rows, self.merged, self.bias).unflatten(0, x.shape[:-1])
+        y = F.linear(rows, self.weight, self.bias)  # (n, out)
+        if self.lora:
+            A, B = self.pair()
+            y.addmm_(rows @ A.T, B.T)
+        return y.unflatten(0, x.shape[:-1])
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (2104.09864), in the half-split layout of Hugging Face: x (..., D), cos/sin
-    broadcast."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    """Rotary position embedding (2104.09864), half-split as in Hugging Face: x (..., D), cos and sin (..., D / 2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up of gate and up side by side (..., 2 f) (2002.05202). Nothing else is kept for the
-    backward pass, a third less than autograd would; it takes a few rows at a time, which stay in a CPU's
-    cache."""
+    """silu(gate) * up of gate and up side by side, (..., 2 f) -> (..., f) (2002.05202). Only the input is kept
+    for the backward pass, a third of what autograd would keep."""
 
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
+        gate, up = x.chunk(2, dim=-1)
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        dx, rows = torch.empty_like(x), 4096 if x.is_cuda else 128
-        for part, d, out in zip(*(t.flatten(0, -2).split(rows) for t in (x, dy, dx))):
-            gate, up = part.chunk(2, -1)
-            d_gate, d_up = out.chunk(2, -1)
-            d_gate.copy_(torch.ops.aten.silu_backward(d * up, gate))
-            d_up.copy_(d * F.silu(gate))
-        return dx
+        gate, up = x.chunk(2, dim=-1)
+        return torch.cat((torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)), dim=-1)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU. Who attends to what is decided by `attend`, the one thing that differs
+    """Pre-norm attention and SwiGLU. `attend` decides which token sees which: it is the one thing that differs
     between reading a prompt and continuing it."""
 
     def __init__(self, config, weight, rank, alpha):
+        """weight(name, optional=False): the tensor of this layer by its Hugging Face name."""
         super().__init__()
-        self.D, self.eps, self.fused = config["head_dim"], config["rms_norm_eps"], None
-        self.H, self.K = config["num_attention_heads"], config["num_key_value_heads"]
+        self.eps = config.rms_norm_eps
+        self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
         def linear(*names):
-            biases = [weight(f"{n}.bias", optional=True) for n in names]
-            return LoRALinear([weight(f"{n}.weight") for n in names], biases, rank, alpha)
+            biases = [weight(f"{name}.bias", optional=True) for name in names]
+            return LoRALinear([weight(f"{name}.weight") for name in names], biases, rank, alpha)
 
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.o = linear("self_attn.o_proj")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         self.down = linear("mlp.down_proj")
-        for ours, theirs in (("norm1", "input_layernorm"), ("norm2", "post_attention_layernorm"),
-                             ("q_norm", "self_attn.q_norm"), ("k_norm", "self_attn.k_norm")):
-            value = weight(f"{theirs}.weight", optional=theirs.startswith("self_attn"))
-            self.register_buffer(ours, value, persistent=False)
+        self.register_buffer("norm1", weight("input_layernorm.weight"), persistent=False)
+        self.register_buffer("norm2", weight("post_attention_layernorm.weight"), persistent=False)
+        self.register_buffer("q_norm", weight("self_attn.q_norm.weight", optional=True), persistent=False)  # Qwen3
+        self.register_buffer("k_norm", weight("self_attn.k_norm.weight", optional=True), persistent=False)
 
     def norm(self, x, weight):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
 
-    def heads(self, x, cos, sin):
-        """Of x (..., T, d) the queries (..., T, H, D), keys and values (..., T, K, D); cos, sin broadcast to
-        (..., T, 1, D / 2)."""
-        heads = self.qkv(self.norm(x, self.norm1)).unflatten(-1, (-1, self.D))  # (..., T, H + 2 K, D)
-        qk, v = heads.split((self.H + self.K, self.K), -2)
-        if self.q_norm is not None:
-            q, k = qk.split((self.H, self.K), -2)
-            qk = torch.cat((self.norm(q, self.q_norm), self.norm(k, self.k_norm)), -2)
-        q, k = rotate(qk, cos, sin).split((self.H, self.K), -2)
-        return q, k, v
-
-    def rest(self, x, y):
-        """x (..., T, d) with what attention found, y (..., T, H, D), and the MLP's answer to it."""
-        x = x + self.o(y.flatten(-2))
-        return x + self.down(SwiGLU.apply(self.gate_up(self.norm(x, self.norm2))))
-
     def forward(self, x, cos, sin, attend):
-        """x (..., T, d); attend(q, k, v) -> (..., T, H, D)."""
-        fused = x.shape[-2] == 1 and not torch.is_grad_enabled()
-        heads, rest = self.fused if self.fused and fused else (self.heads, self.rest)
-        return rest(x, attend(*heads(x, cos, sin)))
+        """x (..., T, d); cos and sin broadcast to (..., T, 1, D / 2); attend(q, k, v) -> (..., T, H, D)."""
+        heads = self.qkv(self.norm(x, self.norm1)).unflatten(-1, (-1, self.D))  # (..., T, H + 2 K, D)
+        qk, v = heads.split((self.H + self.K, self.K), dim=-2)
+        if self.q_norm is not None:
+            q, k = qk.split((self.H, self.K), dim=-2)
+            qk = torch.cat((self.norm(q, self.q_norm), self.norm(k, self.k_norm)), dim=-2)
+        q, k = rotate(qk, cos, sin).split((self.H, self.K), dim=-2)
+        x = x + self.o(attend(q, k, v).flatten(-2))
+        return x + self.down(SwiGLU.apply(self.gate_up(self.norm(x, self.norm2))))
 
 
 @dataclass
 class Prefill:
-    """What a prompt leaves behind: per layer keys and values (B, K, S, D); the hidden state after the last
-    real token (B, d), before the final norm; the number of real positions, prefix included (B,); which
-    positions are padding (B, 1, 1, 1, S), or None where all prompts are equally long."""
+    """What B prompts leave behind. Per layer keys and values (B, K, S, D); `last` (B, d): the hidden state of the
+    last real token, before the final norm; `lengths` (B,): real positions, prefix included; `padding`
+    (B, 1, 1, 1, S): True where a position is padding, or None where all prompts are equally long."""
 
     keys: list
     values: list
     last: torch.Tensor
     lengths: torch.Tensor
-    hidden: torch.Tensor | None
+    padding: torch.Tensor | None
 
 
 def bucket(n):
-    """n rounded up to a power of two, above 16 to a multiple of 16, above 128 of 64. Libraries prepare a
-    kernel for every new shape (some 100 kB each on a CPU in bf16) and keep it: with few shapes neither time
-    nor memory creeps up."""
+    """n rounded up to a power of two, above 16 to a multiple of 16, above 128 to one of 64. Libraries prepare a
+    kernel for each new shape and keep it: with few shapes neither time nor memory creeps up."""
+    if n <= 16:
+        return 1 << (n - 1).bit_length()
     step = 16 if n <= 128 else 64
-    return 1 << (n - 1).bit_length() if n <= 16 else -(-n // step) * step
+    return math.ceil(n / step) * step
 
 
-def attend_group(q, k_own, v_own, later, k_shared, v_shared, hidden):
-    """Attention of G continuations to their shared prompt and each to its own tokens, as one softmax.
+def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
+    """G completions attend to their shared prompt and each to its own tokens, in one softmax: (B, G, T, H, D).
 
-    q (B, G, T, H, D); k_own, v_own (B, K, G, t, D); later (T, t) True where an own token lies ahead of the
-    query; k_shared, v_shared (B, K, S, D); hidden (B, 1, 1, 1, S) True where a shared position is padding.
-    later and hidden may be None where there is nothing to hide. The G * R * T queries of a prompt meet its
-    keys in ONE matrix product: no copy of the prompt's keys is made for the group. Returns (B, G, T, H, D).
+    q (B, G, T, H, D); own_k, own_v (B, K, G, t, D); shared_k, shared_v (B, K, S, D). causal_mask (T, t): True where
+    an own token lies ahead of the query; padding: see `Prefill`. Either is None where nothing is masked.
+    All G R T queries of a prompt meet its keys in ONE matrix product: the prompt's keys are not copied G times.
     """
     B, G, T, H, D = q.shape
-    K, S = k_shared.shape[1:3]
-    n = H // K * T  # queries of a row that meet one key head
+    K, S = shared_k.shape[1:3]
+    n = H // K * T  # queries of a completion that meet one key head
     q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
-    shared = (q.reshape(B, K, G * n, D) @ k_shared.transpose(-1, -2)).view(B, K, G, n, S)
-    if hidden is not None:
-        shared = shared.masked_fill(hidden, -torch.inf)
-    own = q.reshape(B, K, G, n, D) @ k_own.transpose(-1, -2)  # (B, K, G, R T, t)
-    if later is not None:
-        own = own.unflatten(3, (-1, T)).masked_fill(later, -torch.inf).flatten(3, 4)
-    p = torch.cat((shared, own), -1).softmax(-1)  # (B, K, G, R T, S + t), accumulated in fp32 by itself
-    y = (p[..., :S].reshape(B, K, G * n, S) @ v_shared).view(B, K, G, n, D) + p[..., S:] @ v_own
+    shared = (q.reshape(B, K, G * n, D) @ shared_k.transpose(-1, -2)).view(B, K, G, n, S)
+    if padding is not None:
+        shared = shared.masked_fill(padding, -torch.inf)
+    own = q.reshape(B, K, G, n, D) @ own_k.transpose(-1, -2)  # (B, K, G, R T, t)
+    if causal_mask is not None:
+        own = own.unflatten(3, (-1, T)).masked_fill(causal_mask, -torch.inf).flatten(3, 4)
+    p = torch.cat((shared, own), dim=-1).softmax(-1)  # (B, K, G, R T, S + t), summed in fp32
+    y = (p[..., :S].reshape(B, K, G * n, S) @ shared_v).view(B, K, G, n, D) + p[..., S:] @ own_v
     return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
 
 
 class TokenLogprob(torch.autograd.Function):
-    """log softmax(h W' / temperature)[target] for n tokens, in chunks, so that (n, V) never exists.
+    """log softmax(h W' / temperature)[target] of n tokens, in chunks, so that (n, V) never exists.
 
-    W is frozen, so the only gradient wanted is that of each log-probability with respect to its own h, one
-    vector of width d: (W[target] - softmax W) / temperature. It is formed while the chunk's logits are at
-    hand; the backward pass is then one multiplication, and no logits are kept or computed again.
+    W is frozen, so the only gradient wanted is that of each log-probability with respect to its own h (d,):
+    (W[target] - softmax W) / temperature. It is formed while the chunk's logits are at hand; the backward pass is
+    then one multiplication, and no logits are kept or computed again. Also returns the entropy, without gradient.
     """
 
     @staticmethod
@@ -163,20 +184,20 @@ class TokenLogprob(torch.autograd.Function):
         logp = torch.empty(len(h), device=h.device)
         entropy = torch.empty_like(logp)
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        rows, head = chunk if h.is_cuda else 16, prepare(weight, chunk)  # as many rows as a CPU's cache holds
+        rows = chunk if h.is_cuda else 16  # as many rows of logits as a processor's cache holds
         for i in range(0, len(h), chunk):
-            logits = product(h[i:i + chunk], head)  # (chunk, V)
+            logits = F.linear(h[i:i + chunk], weight)  # (chunk, V)
             for j in range(0, len(logits), rows):
-                here = logits[j:j + rows]
-                part = slice(i + j, i + j + len(here))
-                y = targets[part, None]
-                z = here.float().div_(temperature)
+                few = logits[j:j + rows]
+                part = slice(i + j, i + j + len(few))
+                target = targets[part, None]
+                z = few.float().div_(temperature)
                 p = z.softmax(-1)
-                lse = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-                logp[part] = (z.gather(1, y) - lse)[:, 0]
-                entropy[part] = lse[:, 0] - torch.linalg.vecdot(p, z)
+                logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+                logp[part] = (z.gather(1, target) - logsumexp)[:, 0]
+                entropy[part] = logsumexp[:, 0] - torch.linalg.vecdot(p, z)
                 if grad is not None:
-                    here.copy_(p.scatter_add_(1, y, torch.full_like(lse, -1.0)))  # minus one-hot
+                    few.copy_(p.scatter_add_(1, target, torch.full_like(logsumexp, -1.0)))  # p minus one-hot
             if grad is not None:
                 grad[i:i + chunk] = logits @ weight / -temperature
         ctx.save_for_backward(grad)
@@ -185,157 +206,138 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logp, _):
-        return (d_logp[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None, None, None
+        (grad,) = ctx.saved_tensors
+        return (d_logp[:, None] * grad).to(grad.dtype), None, None, None, None
 
 
 def sample(logits, temperature, generator=None):
-    """One token id for each row of logits (n, V): the most likely at temperature 0, else drawn from
-    softmax(logits / t).
+    """One token id for each row of logits (n, V): the most likely one at temperature 0, else a draw from
+    softmax(logits / temperature). No top-k or top-p: the loss is about this very distribution.
 
-    Inverse transform on two levels: blocks of the vocabulary first, then a token inside the block. It needs
-    one uniform number a row and one pass over V, where torch.multinomial needs V exponential draws (half of a
-    decode step here). A few rows at a time: on a CPU their probabilities stay in its cache.
+    The draw is the token at which the summed probability passes a uniform number. That takes one random number
+    a row, where torch.multinomial takes V of them, half of a decode step. u is above 0 and at most 1, so no
+    token of probability 0 is ever drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    u = torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    rows = 64 if logits.is_cuda else 16
-    return torch.cat([_draw(z, temperature, part) for z, part in zip(logits.split(rows), u.split(rows))])
-
-
-def _draw(logits, temperature, u, block=256):
-    """The token at which the summed probability of logits (n, V) passes the share u (n, 1)."""
-    p = torch.softmax(logits.float() / temperature, -1)
-    p = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))  # (n, blocks, 256)
-    mass = p.sum(-1)
-    edges = mass.cumsum(-1)  # (n, blocks)
-    below = lambda x, top: torch.minimum(x, torch.nextafter(top, torch.zeros_like(top)))  # despite rounding
-    u = below(u * edges[:, -1:], edges[:, -1:])
-    b = torch.searchsorted(edges, u, right=True)  # (n, 1): the first block whose edge lies above u
-    b.clamp_(max=edges.shape[-1] - 1)  # logits that are NaN give any token, and their step is skipped
-    inside = p.gather(1, b[..., None].expand(-1, 1, block))[:, 0].cumsum(-1)  # (n, 256)
-    rest = below((u - (edges - mass).gather(1, b)).clamp_(min=0), inside[:, -1:])
-    token = b * block + torch.searchsorted(inside, rest, right=True)
-    return token[:, 0].clamp_(max=logits.shape[-1] - 1)
+    u = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    rows = len(logits) if logits.is_cuda else 16  # on a CPU a few rows at a time stay in its cache
+    tokens = []
+    for few, share in zip(logits.split(rows), u.split(rows)):
+        edges = torch.softmax(few.float() / temperature, dim=-1).cumsum(-1)  # (rows, V)
+        tokens.append(torch.searchsorted(edges, share * edges[:, -1:])[:, 0])
+    return torch.cat(tokens).clamp(max=logits.shape[-1] - 1)  # NaN logits give any token; their step is skipped
 
 
 class Policy(nn.Module):
-    """The decoder. Trainable: LoRA only. `Policy.load` makes one from a folder or a hub name."""
+    """The decoder. Its only parameters are LoRA's. `Policy.from_pretrained` makes one of a folder or hub name."""
 
-    def __init__(self, config, weight, rank=8, alpha=16, neutral="zero"):
-        """config: dict, see `read_config`; weight(name, optional=False) -> tensor by its Hugging Face name.
+    def __init__(self, config, weight, rank=8, alpha=16.0, neutral="zero"):
+        """config: see `policy_config`; weight(name, optional=False): a tensor by its Hugging Face name.
 
-        neutral: where a prefix that says nothing lies: at "zero" (paper) or at the "mean" embedding. The
-        first RMSNorm makes every vector unit-sized: near zero a fresh prefix is L random directions, which a
-        large policy shrugs off, but one that was taught to read its prefix (tiny) takes for a message.
+        neutral: the vector from which the prefix is measured, "zero" (paper) or the "mean" embedding. The first
+        RMSNorm scales every vector to unit size, so near zero even a faint prefix arrives as L strong vectors; near
+        the mean embedding of a small policy a faint prefix stays faint.
         """
         super().__init__()
-        self.config, self.eps = config, config["rms_norm_eps"]
+        self.config, self.window = config, config.max_position_embeddings
         embed = weight("model.embed_tokens.weight")
         self.register_buffer("embed", embed, persistent=False)  # (V, d)
-        head = embed if config["tie_word_embeddings"] else weight("lm_head.weight")
+        head = embed if config.tie_word_embeddings else weight("lm_head.weight")
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("norm", weight("model.norm.weight"), persistent=False)
 
-        def layer(i):
+        def of_layer(i):
             return lambda name, optional=False: weight(f"model.layers.{i}.{name}", optional)
 
-        self.blocks = nn.ModuleList(
-            Block(config, layer(i), rank, alpha) for i in range(config["num_hidden_layers"]))
-        reach = config["window"] + 64  # padding of a bucket may lie beyond the window, real tokens never do
-        angles = torch.outer(torch.arange(reach).float(), config["inv_freq"])  # (reach, D / 2)
-        self.register_buffer("cos", (angles.cos() * config["rope_scale"]).to(embed.dtype), persistent=False)
-        self.register_buffer("sin", (angles.sin() * config["rope_scale"]).to(embed.dtype), persistent=False)
-        # A prefix is measured from a neutral vector, in units of the embeddings' spread.
+        layers = range(config.num_hidden_layers)
+        self.blocks = nn.ModuleList(Block(config, of_layer(i), rank, alpha) for i in layers)
+        positions = torch.arange(self.window + 64, device=embed.device)  # padding may lie beyond the window
+        angles = torch.outer(positions.float(), config.inv_freq.to(embed.device))  # (positions, D / 2)
+        self.register_buffer("cos", (angles.cos() * config.rope_scale).to(embed.dtype), persistent=False)
+        self.register_buffer("sin", (angles.sin() * config.rope_scale).to(embed.dtype), persistent=False)
+        # A prefix is measured from a neutral vector, in standard deviations of the embeddings.
         rows = embed[:: max(1, len(embed) // 4096)].float()
         self.register_buffer("neutral", rows.mean(0) * (neutral == "mean"), persistent=False)
-        self.register_buffer("spread", rows.std(), persistent=False)
-        self.register_buffer("stop", torch.tensor(config["stop"]), persistent=False)
+        self.register_buffer("embed_std", rows.std(), persistent=False)
+        self.stop_at(config.stop)
+
+    def stop_at(self, ids):
+        """A completion ends with the first of these token ids. Kept as a table (V,), as a look-up costs nothing."""
+        table = torch.zeros(len(self.embed), dtype=torch.bool, device=self.embed.device)
+        table[ids] = True
+        self.register_buffer("ends", table, persistent=False)
 
     @classmethod
-    def load(cls, name, rank=8, alpha=16, dtype=torch.float32, device="cpu", neutral="zero"):
-        """The policy in folder or hub repository `name` ('name@revision' allowed), with its `revision`.
+    def from_pretrained(cls, name, rank=8, alpha=16.0, dtype=torch.float32, device="cpu", neutral="zero"):
+        """The policy in folder or hub repository `name` ("name@revision" allowed).
 
-        Raises ValueError, in one sentence with the mend: nothing there, no safetensors, an architecture or
-        rope not known, a tensor that is not what config.json says, found before any is read.
+        Only safetensors are read and no remote code is run. Raises ValueError, in one sentence with the mend, for
+        an unknown architecture, an incomplete model, or a tensor that is not what config.json says.
         """
-        from safetensors import safe_open
-
-        from experts import Expert
-
-        source = Expert(name)
-        config = read_config(source.folder)
-        shapes, files = tensor_shapes(config), {}
-        place = f"cuda:{torch.cuda.current_device()}" if str(device) == "cuda" else str(device)
-        for path in weight_files(source.folder):
-            f = safe_open(path, framework="pt", device=place)
-            files.update(dict.fromkeys(f.keys(), f))
+        folder, _ = find_model(name)
+        config = policy_config(folder)
+        for path in weight_files(folder):
+            count_parameters(path)  # a damaged file is found before gigabytes are read
+        with loading("model", name):
+            files = [load_file(path, device=str(device)) for path in weight_files(folder)]
+            tensors = {key.removeprefix("model."): tensor for file in files for key, tensor in file.items()}
+            shapes = tensor_shapes(config)
 
         def weight(key, optional=False):
-            for stored in (key, key.removeprefix("model.")):  # a folder of the bare backbone lacks the prefix
-                if stored in files:
-                    there, (part, what) = files[stored].get_slice(stored), key.split(".")[-2:]
-                    want = shapes[part] if what == "weight" else shapes[part][:1]
-                    kind, shape = there.get_dtype(), tuple(there.get_shape())
-                    if kind not in ("F32", "F16", "BF16") or shape != want:
-                        raise ValueError(f"{name}: {key} is {shape} of {kind}, its config.json says {want}: "
-                                         "fetch the model again, not quantised")
-                    return files[stored].get_tensor(stored).to(dtype)
-            if optional:
+            tensor = tensors.pop(key.removeprefix("model."), None)  # a bare backbone's names lack the prefix
+            if tensor is None and optional and key not in shapes:
                 return None
-            raise ValueError(f"{name} is incomplete, tensor {key} is missing: fetch the model again")
+            expected = shapes[key]
+            if tensor is None or tuple(tensor.shape) != expected or not tensor.is_floating_point():
+                found = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
+                raise ValueError(f"{name}: tensor {key} is {found}, its config.json says {expected}: "
+                                 "fetch the model again, not quantised")
+            return tensor.to(dtype)
 
-        policy = cls(config, weight, rank, alpha, neutral).to(device)
-        policy.revision = source.revision
-        return policy
+        return cls(config, weight, rank, alpha, neutral).to(device)
 
     # -- running
-    @property
-    def window(self):
-        """The longest text in tokens, prefix included."""
-        return self.config["window"]
 
     def prefill(self, tokens, lengths, prefix=None):
-        """Run prompts once. tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix (B, L,
-        d) or None.
-
-        Padding stands after the real tokens, so causality alone hides it here; `Prefill.lengths` hides it
-        later.
-        """
+        """Run prompts once: tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix (B, L, d), in
+        standard deviations of the embeddings, or None. Returns a `Prefill`."""
         x = F.embedding(tokens, self.embed)  # (B, P, d)
         if prefix is not None:
-            x = torch.cat(((self.neutral + self.spread * prefix).to(x.dtype), x), 1)  # (B, S, d)
+            x = torch.cat((self.in_embedding_space(prefix).to(x.dtype), x), dim=1)  # (B, S, d)
             lengths = lengths + prefix.shape[1]
-        padding = torch.arange(x.shape[1], device=x.device) >= lengths[:, None]  # (B, S)
-        hidden = padding[:, None, None, None] if bool(padding.any()) else None
-        cache = Prefill([], [], None, lengths, hidden)
+        S = x.shape[1]
+        padding = torch.arange(S, device=x.device) >= lengths[:, None]  # (B, S)
+        slow = x.device.type == "cpu" and x.dtype == torch.bfloat16  # torch's kernel: a third as fast there
+        causal_mask = torch.ones(S, S, dtype=torch.bool).triu(1) if slow else None
+        cache = Prefill([], [], None, lengths, padding[:, None, None, None])
 
-        slow = x.device.type == "cpu" and x.dtype == torch.bfloat16  # torch's kernel, here a third as fast
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1) if slow else None
-
-        def attend(own, k, v):
-            q, k, v = own.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, D)
-            k, v = k.contiguous(), v.contiguous()  # every later token's products would copy them again
-            cache.keys.append(k)
+        def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
+            group_q = q[:, None]
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+            cache.keys.append(k)  # (B, K, S, D)
             cache.values.append(v)
-            if later is None:
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-                return y.transpose(1, 2)
-            empty = k[:, :, :0]
-            return attend_group(own[:, None], k[:, :, None], v[:, :, None], later, empty, empty, None)[:, 0]
+            if slow:
+                empty = k[:, :, :0]
+                return group_attention(group_q, k[:, :, None], v[:, :, None], causal_mask, empty, empty, None)[:, 0]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-        cos, sin = self.cos[: x.shape[1], None], self.sin[: x.shape[1], None]
         for block in self.blocks:
-            x = block(x, cos, sin, attend)
+            x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
         cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return cache
 
-    def _continue(self, tokens, cache, start, reach, own):
-        """Hidden states (B, G, T, d) of continuation tokens (B, G, T) at places start..start+T-1 after the
-        prompt. own(layer, k, v) -> the layer's own keys and values, each (B, K, G, reach, D)."""
-        T, places = tokens.shape[-1], torch.arange(reach, device=tokens.device)
+    def in_embedding_space(self, prefix):
+        """Context tokens in standard deviations of the embeddings -> vectors beside the embeddings."""
+        return self.neutral + self.embed_std * prefix
+
+    def extend(self, tokens, cache, start, reach, own):
+        """Hidden states (B, G, T, d) of completion tokens (B, G, T) at places start .. start + T - 1 behind the
+        prompt. own(layer, k, v) -> the layer's keys and values of the completion, each (B, K, G, reach, D)."""
+        T = tokens.shape[-1]
+        places = torch.arange(reach, device=tokens.device)
         now = places[start:start + T]
-        later = None if reach == start + 1 else places > now[:, None]  # (T, reach)
+        causal_mask = None if reach == start + 1 else places > now[:, None]  # (T, reach)
         positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
@@ -343,39 +345,33 @@ class Policy(nn.Module):
 
             def attend(q, k, v, i=i):
                 k, v = own(i, k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4))  # (B, K, G, T, D)
-                return attend_group(q, k, v, later, cache.keys[i], cache.values[i], cache.hidden)
+                return group_attention(q, k, v, causal_mask, cache.keys[i], cache.values[i], cache.padding)
 
             x = block(x, cos, sin, attend)
         return x
 
-    def logits(self, h, head):
-        """Logits (n, V) of hidden states (n, d), head from `prepare`."""
-        return product(F.rms_norm(h, (h.shape[-1],), self.norm, self.eps), head)
-
     @torch.no_grad()
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
-        """Sample `group` completions of every prompt in `cache`. Returns tokens (B, G, T) and mask (B, G, T),
-        True up to and including the first stop token; T <= max_new is where the longest ended, in buckets."""
+        """Sample `group` completions of each prompt in `cache`. Returns tokens and mask (B, G, T), mask True up to
+        and including the first stop token; T <= max_new is where the longest one ends, in buckets."""
         B, K, _, D = cache.keys[0].shape
-        empty = torch.empty(2, B, K, group, 0, D, dtype=self.embed.dtype, device=self.embed.device)
+        device = self.embed.device
+        empty = torch.empty(2, B, K, group, 0, D, dtype=self.embed.dtype, device=device)
         memory = [empty] * len(self.blocks)  # own keys and values, written in place
-        tokens = torch.full((B, group, max_new), int(self.stop[0]), device=self.embed.device)
-        alive = torch.ones(B, group, dtype=torch.bool, device=self.embed.device)
+        tokens = torch.full((B, group, max_new), int(self.ends.nonzero()[0]), device=device)
         mask = torch.zeros_like(tokens, dtype=torch.bool)
+        alive = torch.ones(B, group, dtype=torch.bool, device=device)
         h = cache.last[:, None].expand(-1, group, -1)
-        check = 8 if self.embed.is_cuda else 1  # asking a GPU whether all are done makes it wait
-        head = prepare(self.head, B * group)
-        with self.merged(B * group):
+        check = 8 if self.embed.is_cuda else 1  # to ask a GPU whether all have ended makes the host wait
+        with self.lora_merged():
             for t in range(max_new):
-                logits = self.logits(h.flatten(0, 1), head)
-                token = sample(logits, temperature, generator).view(B, group)
+                token = sample(self.logits(h.flatten(0, 1)), temperature, generator).view(B, group)
                 mask[..., t] = alive
                 tokens[..., t] = torch.where(alive, token, tokens[..., t])
-                alive = alive & ~torch.isin(token, self.stop)
+                alive = alive & ~self.ends[token]
                 if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
                     break
-
-                reach = bucket(max(16, t + 1))  # as far as written, little more: products want it dense
+                reach = bucket(max(16, t + 1))  # a little more than is written: few shapes
 
                 def own(i, k, v, t=t, reach=reach):
                     if memory[i].shape[4] < reach:
@@ -383,61 +379,94 @@ class Policy(nn.Module):
                     memory[i][0, ..., t:t + 1, :], memory[i][1, ..., t:t + 1, :] = k, v
                     return memory[i]
 
-                h = self._continue(tokens[..., t:t + 1], cache, t, reach, own)[:, :, 0]
+                h = self.extend(tokens[..., t:t + 1], cache, t, reach, own)[:, :, 0]
         longest = min(max_new, bucket(int(mask.sum(-1).max())))
         return tokens[..., :longest], mask[..., :longest]
 
+    def logits(self, h):
+        """Logits (n, V) of hidden states (n, d)."""
+        return F.linear(F.rms_norm(h, (h.shape[-1],), self.norm, self.config.rms_norm_eps), self.head)
+
     def logprobs(self, cache, tokens, mask, temperature=1.0, chunk=256):
-        """Log-probability and entropy (nats), each (B, G, T), of completion tokens under the policy at
-        `temperature`. Gradient flows into the cached keys and values, hence into prompt, prefix and LoRA.
-        Zero where mask is False."""
+        """Log-probability and entropy (nats), each (B, G, T), of completion tokens; zero where mask is False.
+        The gradient flows through the cached keys and values into prompt, prefix and router."""
         h = cache.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # predicts the first token
         if tokens.shape[-1] > 1:
-            rest = self._continue(tokens[..., :-1], cache, 0, tokens.shape[-1] - 1, lambda i, k, v: (k, v))
-            h = torch.cat((h, rest), 2)  # (B, G, T, d)
+            reach = tokens.shape[-1] - 1
+            h = torch.cat((h, self.extend(tokens[..., :-1], cache, 0, reach, lambda i, k, v: (k, v))), dim=2)
         h, targets = h[mask], tokens[mask]  # (n, d), (n,): no padding meets the head, but for the bucket's
-        more = bucket(len(h)) - len(h)
-        h = F.rms_norm(F.pad(h, (0, 0, 0, more)), (h.shape[-1],), self.norm, self.eps)
-        logp, entropy = TokenLogprob.apply(h, self.head, F.pad(targets, (0, more)), temperature, chunk)
+        extra = bucket(len(h)) - len(h)
+        h = F.rms_norm(F.pad(h, (0, 0, 0, extra)), (h.shape[-1],), self.norm, self.config.rms_norm_eps)
+        logp, entropy = TokenLogprob.apply(h, self.head, F.pad(targets, (0, extra)), temperature, chunk)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
-    def fuse(self, backend="inductor"):
-        """From now on sampling runs through torch.compile, but for attention: the small operations around
-        the products become one each. It takes half a minute for each new shape, and rounds a little
-        otherwise."""
-        heads, rest = (torch.compile(f, backend=backend) for f in (Block.heads, Block.rest))
-        for block in self.blocks:
-            block.fused = heads.__get__(block), rest.__get__(block)
-
     # -- LoRA
+
     def adapters(self):
-        return [m for m in self.modules() if isinstance(m, LoRALinear)]
+        return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
     @contextlib.contextmanager
-    def plain(self):
-        """LoRA off: the frozen policy, which is the reference of the KL term (with no prefix given
-        either)."""
-        was = [(m, m.on) for m in self.adapters()]
+    def lora_disabled(self):
+        """The frozen policy, as it was loaded."""
+        layers = [layer for layer in self.adapters() if layer.lora]
         try:
-            for m, _ in was:
-                m.on = False
-            yield self
-        finally:
-            for m, on in was:
-                m.on = on
-
-    @contextlib.contextmanager
-    def merged(self, rows):
-        """While sampling the adapters do not change: W + scale * B A once, in a copy, not two thin products a
-        layer and token (a sixth of a decode step here). The copy is rounded like W itself. A layer whose
-        adapter is off is copied only where sorting pays."""
-        layers = [m for m in self.adapters() if m.on or blocks(m.weight)]
-        try:
-            for m in layers:
-                weight = torch.addmm(m.weight, *m.pair()[::-1]) if m.on else m.weight
-                m.merged = prepare(weight, rows)
+            for layer in layers:
+                layer.lora = False
             yield
         finally:
-            for m in layers:
-                m.merged = None
+            for layer in layers:
+                layer.lora = True
+
+    @contextlib.contextmanager
+    def lora_merged(self):
+        """While sampling LoRA does not change: W + scale B A once, in a copy, not two thin products at each token
+        and layer (a sixth of a decode step). The copy is rounded like W itself."""
+        layers = [layer for layer in self.adapters() if layer.lora]
+        try:
+            for layer in layers:
+                A, B = layer.pair()
+                layer.merged = torch.addmm(layer.weight, B, A)
+            yield
+        finally:
+            for layer in layers:
+                layer.merged = None
+
+
+# -- reading a model's folder
+
+
+def policy_config(folder):
+    """The config.json of a policy, with `head_dim`, `inv_freq` (D / 2,), `rope_scale` and `stop` filled in.
+    Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") not in ARCHITECTURES:
+        raise ValueError(f"{folder} is of architecture {raw.get('model_type')!r}, but a policy is one of "
+                         f"{', '.join(ARCHITECTURES)}: name another --policy")
+    with loading("config", folder):
+        c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings")
+        wrong = {name: getattr(c, name) for name in sizes if not 1 <= getattr(c, name) <= 2**20}
+        if wrong or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
+            raise ValueError(f"no model has {wrong or 'these numbers of heads or this rms_norm_eps'}")
+        rope = c.rope_parameters
+        kind = rope.get("rope_type", "default")
+        c.inv_freq, c.rope_scale = 1.0 / rope["rope_theta"] ** (torch.arange(0, c.head_dim, 2) / c.head_dim), 1.0
+        if kind in ROPES[1:]:
+            c.inv_freq, c.rope_scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
+        if not (c.inv_freq.isfinite().all() and math.isfinite(c.rope_scale)):
+            raise ValueError(f"{rope} gives angles that are not finite")
+    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
+        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: name another --policy")
+    if kind not in ROPES:
+        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: name another --policy")
+    c.stop = stop_tokens(folder, c)
+    return c
+
+
+def tensor_shapes(config):
+    """Name -> shape of every tensor, as config.json implies. No memory is spent."""
+    with torch.device("meta"):
+        return {name: tuple(t.shape) for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}

@@ -1,14 +1,14 @@
-"""Where problems come from, and how an answer is verified.
-
-The verifier is the teacher: whatever it pays for is what the policy learns. It pays for one exact,
-well-formed answer; answers.py says how an answer is read, and when a dataset's own scorer may see it.
-
-The sha256 of a generated question decides its split, so that train, val and test share no question, whatever
-seeds and sizes are asked for. (Reasoning Gym's seeds do not separate: item i comes from Random(seed + i).)
-Items are a pure function of (task, level, split, index): the same on every machine and in every process.
 """
+Where problems come from, and how an answer is verified without running anything.
 
-import argparse
+The verifier is the teacher: whatever it pays for is what the policy learns. What is easy to get wrong:
+- An answer is text to be compared, never code. Nine of Reasoning Gym's scorers execute it, one pays for any text.
+- Exact comparison with the gold answer is the rule: as a fraction where gold is a number, else as folded text.
+  A scorer is asked only where several answers are right, and only after a check of the answer's form.
+- Seeds do not separate train from test: Reasoning Gym draws item i from Random(seed + i). Here the sha256 of a
+  question decides its split, so that no question is in two splits, whatever sizes are asked for.
+- A truncated "1" may be the head of "12", and a list of several numbers is no answer.
+"""
 import collections
 import contextlib
 import dataclasses
@@ -20,264 +20,167 @@ import itertools
 import json
 import os
 import random
+import re
 import urllib.request
+from fractions import Fraction
 from pathlib import Path
 
-from answers import MAX_NUMBER, REFUSED, check, extract, lenient, number
-
+SPLITS = ("train", "val", "test")
 REASONS = ("right", "wrong", "no_answer", "unclosed", "several", "too_long", "not_a_number", "truncated",
            "refused", "scorer_raised")
-SPLITS = ("train", "val", "test")
-
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One question, its gold answer ("" where the dataset has no single one) and what its scorer needs."""
-
     question: str
-    answer: str
+    answer: str  # the gold answer
     task: str = "gsm8k"  # the part of a mix it belongs to: "arithmetic" in "arithmetic+logic"
     dataset: str = "gsm8k"
     level: str = "default"
     split: str = "train"
-    index: int = 0
-    entry: dict | None = dataclasses.field(default=None, repr=False, compare=False)
-
+    index: int = 0  # its place among the problems of its task and split
+    entry: dict | None = dataclasses.field(default=None, repr=False, compare=False)  # Reasoning Gym's record
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`strict` and its `reward` are trained on; `lenient` is only reported; `reason` is one of REASONS."""
+    strict: bool  # one exact, well-formed answer: this is trained on
+    lenient: bool  # a generous reader would find the answer: this is only reported
+    reward: float  # 1.0 if strict, else 0.0
+    reason: str  # one of REASONS
 
-    strict: bool
-    lenient: bool
-    reward: float
-    reason: str
-
-
-def verify(completion, problem, form="tagged", truncated=False, format_bonus=0.0):
-    """The Verdict on a completion: plain text, with the text of its stop token or without.
-
-    form "tagged": after the last </think>, exactly one <answer>...</answer> holds nothing but the answer.
-    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit;
-    a complete block still counts, an unended first line does not. `format_bonus`, at most 0.1, is the reward
-    of a well-formed wrong answer. Raises ValueError for an unknown form or a larger bonus.
-    """
-    if form not in ("tagged", "plain"):
-        raise ValueError(f"unknown answer form {form!r}: choose tagged or plain")
-    if not 0 <= format_bonus <= 0.1:
-        raise ValueError(f"a format bonus of {format_bonus} would compete with the answer: choose 0 to 0.1")
-    text, reason = extract(completion, form, truncated)
-    if reason is None and problem.dataset == "gsm8k":
-        reason = _grade_number(text, problem.answer, units=form == "tagged")
-    elif reason is None:
-        reason = _grade_generated(text.strip(), problem)
-    strict = reason == "right"
-    reward = 1.0 if strict else format_bonus if reason == "wrong" else 0.0
-    return Verdict(strict, strict or lenient(completion[-2000:], problem.answer), reward, reason)
-
-
-def _grade_number(text, gold, units):
-    if len(text) > MAX_NUMBER:
-        return "too_long"
-    value = number(text, units)
-    return "not_a_number" if value is None else "right" if value == number(gold) else "wrong"
-
-
-def _grade_generated(text, problem):
-    """Right if the dataset's own score is at least 0.99, once the checks let its scorer see the answer."""
-    entry = problem.entry or {"answer": problem.answer, "metadata": {}}
-    reason = check(text, problem.answer.strip(), problem.dataset, entry["metadata"])
-    if reason:
-        return reason
-    source = _source(problem.dataset, _settings(problem.task, problem.dataset, problem.level))
-    if "score_answer" not in vars(type(source)):  # the default one: exact, or paid for what contains it
-        return "wrong"
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # some scorers print
-            return "right" if source.score_answer(text, entry) >= 0.99 else "wrong"
-    except Exception:  # whatever a scorer trips over is not paid, and counted
-        return "scorer_raised"
-
-
-# Tasks and their levels
-
-TINY = {  # the embedded pool's level: what the experts in tiny/ were taught
+# Tasks and levels
+TINY = {  # level "tiny": what the embedded experts in tiny/ were taught
     "arithmetic": {"chain_sum": {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}},
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-FAMILIES = {  # at every other level; a constant answer solves less than a third of any
+FAMILIES = {  # at every other level; a constant answer solves less than a third of any of these
     "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
     "logic": ("family_relationships", "knights_knaves", "color_cube_rotation", "aiw"),
     "algorithmic": ("count_primes", "number_sorting", "spell_backward", "base_conversion", "caesar_cipher"),
 }
-LEVELS = {"easy": 0, "hard": 2}  # the step of the dataset's own curriculum; "default": its default parameters
+STEPS = {"easy": 0, "hard": 2}  # of a dataset's own curriculum; level "default" is its default parameters
+TOO_HARD = ("caesar_cipher", "survo")  # these forbid step 2 of their own curriculum: "hard" is step 1
 SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all their items when they are built
+UNFIT = {  # why: which datasets are refused; what was measured of all of them is in results/fitness.md
+    "only its own scorer knows all right answers, and it would execute the text (eval, or sympy's parse_expr)":
+        "countdown puzzle24 simple_integration intermediate_integration polynomial_multiplication",
+    "its items have no gold answer, and its own scorer raises, hangs or pays for nonsense":
+        "boxnet graph_color propositional_logic rubiks_cube rush_hour",
+    "its items change with PYTHONHASHSEED: no two runs would see the same questions":
+        "codeio isomorphic_strings knight_swap list_functions ransom_note word_ladder",
+    "its gold answers are not rounded as its questions ask": "coin_flip power_function",
+    "some of its items take a minute to make": "number_sequence",
+    "it is a mix of other datasets, which + makes too": "composite",
+}
+REFUSED = {name: reason for reason, names in UNFIT.items() for name in names.split()}
 
-
-@functools.lru_cache(maxsize=1)
-def _registry():
-    """{name: (class, configuration class)}; imported late: it takes 1.6 s, and GSM8K does without."""
-    try:
-        import reasoning_gym  # noqa: F401  (fills the registry)
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise ValueError(f"this task needs Reasoning Gym: pip install reasoning-gym ({error})") from error
-    return DATASETS
-
-
-def tasks():
-    """The names `problems` knows: gsm8k, the three families, every usable Reasoning Gym dataset."""
-    return ["gsm8k", *FAMILIES, *sorted(set(_registry()) - set(REFUSED))]
-
-
-def near(name):
-    """Up to three known tasks whose names look like `name`."""
-    return difflib.get_close_matches(name.lower(), tasks(), n=3, cutoff=0.5)
-
+def registry():
+    """{name: (dataset class, configuration class)}. Imported late: it takes 1.6 s, and GSM8K does without."""
+    import reasoning_gym
+    return reasoning_gym.factory.DATASETS
 
 def known(name):
-    """The name, if it is a task's; else a ValueError that says what to choose."""
+    """The name, if it is a task's; else ValueError, which says what to choose."""
     if name in REFUSED:
         raise ValueError(f"the dataset {name} is refused because {REFUSED[name]}: choose another one")
-    if name != "gsm8k" and name not in FAMILIES and name not in _registry():
-        names = " or ".join(near(name)) or "gsm8k, " + ", ".join(FAMILIES)
-        raise ValueError(f"unknown task {name!r}: choose {names}, or another Reasoning Gym dataset")
+    if name != "gsm8k" and name not in FAMILIES and name not in registry():
+        names = ["gsm8k", *FAMILIES, *sorted(registry().keys() - REFUSED.keys())]
+        near = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:4]
+        raise ValueError(f"unknown task {name!r}: choose {', '.join(near)} or another Reasoning Gym dataset")
     return name
 
-
-@functools.lru_cache(maxsize=None)
-def _settings(task, dataset, level):
-    """The dataset's parameters at this level of the task, as a tuple of (name, value) pairs."""
-    if task in FAMILIES and level == "tiny":
-        return tuple(TINY[task][dataset].items())
+def parameters(dataset, level):
+    """{parameter: value} of a dataset at a level; {} is its default level. ValueError for an unknown level."""
     if level == "default":
-        return ()
-    if level in LEVELS:
-        return _curriculum(dataset, LEVELS[level])
-    if task in FAMILIES:
-        raise ValueError(f"unknown level {level!r} of {task}: choose easy, default, hard or tiny")
-    kinds = {field.name: field.type for field in dataclasses.fields(_registry()[dataset][1])
+        return {}
+    if level == "tiny":
+        for family in TINY.values():
+            if dataset in family:
+                return family[dataset]
+        raise ValueError(f"level tiny exists only for {', '.join(TINY)}, not for {dataset}: "
+                         "choose --level easy, or --preset small")
+    make, config = registry()[dataset]
+    if level in STEPS:
+        from reasoning_gym.factory import create_curriculum, has_curriculum
+        if not has_curriculum(dataset):
+            return {}
+        curriculum = create_curriculum(dataset)
+        curriculum.set_global_level(1 if level == "hard" and dataset in TOO_HARD else STEPS[level])
+        values = vars(curriculum.generate_configuration())
+        return {name: value for name, value in values.items() if name not in ("seed", "size")}
+    kinds = {field.name: field.type for field in dataclasses.fields(config)
              if field.type in (bool, int, float, str) and field.name not in ("seed", "size")}
-    return tuple(sorted(_assignment(dataset, part, kinds) for part in level.split(",")))
-
-
-def _assignment(dataset, text, kinds):
-    """'max_terms=2' -> ("max_terms", 2), of the parameter's own type."""
-    name, equals, value = (piece.strip() for piece in text.partition("="))
-    if not equals or name not in kinds:
-        names = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
-        raise ValueError(f"unknown level {text.strip()!r} of {dataset}: choose easy, default, hard or "
-                         f"parameter=value,... of {names or 'none'}")
-    try:
-        kind = kinds[name]
-        return name, {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-    except (ValueError, KeyError):
-        raise ValueError(f"{name} of {dataset} must be of type {kind.__name__}, not {value!r}") from None
-
-
-def _curriculum(dataset, step):
-    """The parameters at a step of the dataset's own curriculum that are not its defaults; () without one."""
-    from reasoning_gym.factory import create_curriculum, has_curriculum
-    if not has_curriculum(dataset):
-        return ()
-    curriculum, default = create_curriculum(dataset), _registry()[dataset][1]()
-    for lower in range(step, -1, -1):  # a few curricula climb to what their own dataset forbids
-        curriculum.set_global_level(lower)
-        config = curriculum.generate_configuration()
-        with contextlib.suppress(AssertionError, ValueError):
-            getattr(config, "validate", bool)()
-            break
-    pairs = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    pairs = ((k, v) for k, v in pairs if k not in ("seed", "size") and v != getattr(default, k))
-    return tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in pairs)
-
+    values = {}
+    for part in level.split(","):
+        name, _, value = part.replace(" ", "").partition("=")
+        try:
+            kind = kinds[name]
+            values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            choices = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            raise ValueError(f"unknown level {part!r} of {dataset}: choose easy, default, hard or "
+                             f"parameter=value,... of {choices or 'none'}") from None
+    return values
 
 @functools.lru_cache(maxsize=128)
-def _source(dataset, settings):
-    """The Reasoning Gym dataset: makes items and scores answers. ValueError if it cannot be built."""
-    make, config = _registry()[dataset]
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in settings}
+def source(dataset, level):
+    """The Reasoning Gym dataset, which makes items and has a scorer. ValueError if it cannot be built."""
+    make, config = registry()[dataset]
+    values = parameters(dataset, level)
     try:
         return make(config(seed=1, size=SIZES.get(dataset, 10**9), **values))
     except Exception as error:
-        shown = ", ".join(f"{k}={v}" for k, v in settings) or "its defaults"
-        raise ValueError(f"the dataset {dataset} cannot be built with {shown}: "
-                         f"{error or type(error).__name__}") from error
+        reason = error or type(error).__name__
+        raise ValueError(f"{dataset} cannot be built at level {level} ({reason}): choose another") from error
 
-
-# Splits
-
+# Problems
 def split_of(question):
-    """The split of a generated question: 1/2 train, 1/4 val, 1/4 test; final, as tiny/ is trained on it."""
+    """The split of a generated question: 1/2 train, 1/4 val, 1/4 test. Final: tiny/ is trained on it."""
     return ("train", "train", "val", "test")[int(hashlib.sha256(question.encode()).hexdigest(), 16) % 4]
 
+def dataset_problems(task, dataset, split, level):
+    """Yields the distinct problems of one dataset in one split, in the order in which they are drawn.
 
-class _Stream:
-    """The distinct items of one dataset at one level, dealt to the splits in the order they are drawn.
-
-    The space counts as exhausted after max(200, 3 x distinct items) repeats in a row. That depends on nothing
-    but the draws, so what a split holds does not depend on how many items anybody asks for.
+    They end after max(200, 3 x distinct questions) repeats in a row, counted over all splits: what a split
+    holds does not depend on how many problems anybody asks for.
     """
-
-    def __init__(self, dataset, settings):
-        self.source, self.items = _source(dataset, settings), {split: [] for split in SPLITS}
-        self.dataset, self.seen, self.drawn, self.repeats = dataset, set(), 0, 0
-
-    def draw(self):
+    items = source(dataset, level)
+    seen = set()
+    index = repeats = 0
+    for draw in itertools.count():
+        if repeats >= max(200, 3 * len(seen)):
+            return
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # some generators print
-                entry = self.source[self.drawn]
-        except IndexError:
-            self.repeats = float("inf")
+            with contextlib.redirect_stdout(io.StringIO()):  # bf prints
+                entry = items[draw]
+        except IndexError:  # only the datasets in SIZES end
             return
         except Exception as error:
-            raise ValueError(f"the dataset {self.dataset} fails at its item {self.drawn} "
-                             f"({error or type(error).__name__}): choose another level") from error
-        self.drawn += 1
-        self.repeats += 1
-        if entry["question"] not in self.seen and entry["answer"] != "":  # an empty answer cannot be given
-            self.seen.add(entry["question"])
-            self.items[split_of(entry["question"])].append(entry)
-            self.repeats = 0
+            reason = error or type(error).__name__
+            raise ValueError(f"{dataset} fails at item {draw} ({reason}): choose another level") from error
+        question = entry["question"]
+        repeats += 1
+        if question in seen or entry["answer"] == "":  # an empty answer cannot be given
+            continue
+        seen.add(question)
+        repeats = 0
+        if split_of(question) == split:
+            yield Problem(question, str(entry["answer"]), task, dataset, level, split, index, entry)
+            index += 1
 
-    def get(self, split, index):
-        """The index-th distinct item of a split, or None if there are fewer."""
-        while len(self.items[split]) <= index and self.repeats < max(200, 3 * len(self.seen)):
-            self.draw()
-        return self.items[split][index] if index < len(self.items[split]) else None
-
-
-_stream = functools.lru_cache(maxsize=128)(_Stream)
-
-
-def _generated(task, dataset, split, level):
-    """An iterator over the distinct problems of one dataset in one split."""
-    stream = _stream(dataset, _settings(task, dataset, level))
-    for index in itertools.count():
-        entry = stream.get(split, index)
-        if entry is None:
-            return
-        answer = "" if entry["answer"] is None else str(entry["answer"])
-        yield Problem(entry["question"], answer, task, dataset, level, split, index, entry)
-
-
-def _epochs(items, name):
-    """Training never ends: the distinct items in order, then epoch after epoch of them, each reshuffled."""
+def epochs(items, name):
+    """Yields the items in order, then without end one reshuffled epoch of them after another."""
     kept = []
     for item in items:
         kept.append(item)
         yield item
-    if not kept:
-        raise ValueError(f"{name} has no training problem: choose another level, or a larger file")
-    for epoch in itertools.count(1):
+    for epoch in itertools.count(1) if kept else ():
         order = list(kept)
         random.Random(f"{name} {epoch}").shuffle(order)  # seeded by text: the same on every machine
         yield from order
 
-
-def _mix(parts):
-    """One of each part in turn, until one ends; a held-out question that two parts share comes once."""
+def take_turns(parts):
+    """Yields an item of each part in turn until one part ends; a held-out question of two parts comes once."""
     seen = set()
     for part in itertools.cycle(parts):
         item = next((item for item in part if item.split == "train" or item.question not in seen), None)
@@ -286,87 +189,79 @@ def _mix(parts):
         seen.add(item.question)
         yield item
 
-
-def _part(task, split, data, level):
-    """An iterator over the problems of one task that is no mix: endless for train, else distinct."""
-    endless = _epochs if split == "train" else lambda items, name: items
+def task_problems(task, split, data, level):
+    """Yields the problems of one part of a mix: without end for train, each once for val and test."""
+    if task in FAMILIES and level not in ("tiny", "default", *STEPS):
+        raise ValueError(f"unknown level {level!r} of {task}: choose easy, default, hard or tiny")
     if task == "gsm8k":
-        items = endless((Problem(*row, split=split) for row in gsm8k(data)[split]), task)
+        parts = {task: (Problem(*row, split=split) for row in gsm8k(data)[split])}
     else:
-        names = [task] if task not in FAMILIES else TINY[task] if level == "tiny" else FAMILIES[task]
-        items = _mix([endless(_generated(task, name, split, level), name) for name in names])
-    return (dataclasses.replace(item, index=index) for index, item in enumerate(items))
-
+        names = TINY[task] if task in TINY and level == "tiny" else FAMILIES.get(task, [task])
+        parts = {name: dataset_problems(task, name, split, level) for name in names}
+    if split == "train":
+        parts = {name: epochs(items, name) for name, items in parts.items()}
+    for index, item in enumerate(take_turns(parts.values())):
+        yield dataclasses.replace(item, index=index)
 
 class TooFew(ValueError):
-    """A held-out split has fewer distinct questions than were asked for: `available` of them."""
-
-    def __init__(self, message, available):
-        super().__init__(message)
-        self.available = available
-
+    available = 0  # distinct questions in the split: fewer than were asked for
 
 def problems(task, split, n, data=None, level=None):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
-    Parts of a mix take turns. The first 10 of 1,000 are the 10. val and test hold no question twice; train
-    starts another, reshuffled epoch when it ends. `data`: where GSM8K lies (see gsm8k). `level`: easy,
-    default, hard, tiny (families), or "parameter=value,..." (datasets). Raises ValueError for an unknown
-    task, split, level or parameter and a dataset that cannot be built, TooFew if val or test has fewer.
+    The first 10 of 1,000 are the 10. val and test hold no question twice; train repeats, reshuffled, when it
+    ends. `data`: where GSM8K lies (see gsm8k). `level`: easy, default, hard, tiny, or "parameter=value,..." of
+    a dataset. ValueError for an unknown task, split or level and an unfit dataset; TooFew if there are fewer.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
     names = [known(name.strip()) for name in task.split("+")]
-    found = list(itertools.islice(_mix([_part(name, split, data, level or "default") for name in names]), n))
+    parts = [task_problems(name, split, data, level or "default") for name in names]
+    found = list(itertools.islice(take_turns(parts), n))
     if len(found) < n:
-        raise TooFew(f"{task} has only {len(found)} distinct {split} questions at this level, not {n}: "
-                     f"ask for at most {len(found)}, or choose another level", len(found))
+        mend = "pass a larger file as --data" if "gsm8k" in names else "choose another --level"
+        few = f"only {len(found)} distinct {split} questions, not {n}: ask for at most {len(found)}, or {mend}"
+        error = TooFew(f"{task} has {few if found else f'no {split} question: {mend}'}")
+        error.available = len(found)
+        raise error
     return found
 
-
 def guessing_floor(items):
-    """(share, answer): how often the commonest gold answer would be right; (0.0, "") if there are none."""
-    counts = collections.Counter(item.answer.strip() for item in items if item.answer)
+    """(share, answer): what the commonest gold answer alone would earn; (0.0, "") if there are no items."""
+    counts = collections.Counter(item.answer.strip() for item in items)
     answer, count = counts.most_common(1)[0] if counts else ("", 0)
     return count / max(1, len(items)), answer
 
-
 # GSM8K
-
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
           "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
 MEND = "pass --data FOLDER with train.jsonl and test.jsonl of github.com/openai/grade-school-math"
 
-
 def cache_dir():
-    """Where downloads go: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers."""
+    """The folder for downloads: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers."""
     return Path(os.environ.get("N_MUSKETEERS_CACHE") or Path.home() / ".cache" / "n-musketeers")
 
-
-def _download(name):
-    """The path of the official file: fetched once, checked, and under its name only when whole."""
+def download(name):
+    """The path of an official file: fetched once, checked, and given its name only when it is complete."""
     path = cache_dir() / "gsm8k" / name
-    if path.exists():
-        return path
     try:
-        with urllib.request.urlopen(URL + name, timeout=30) as response:
-            content = response.read()
-        if hashlib.sha256(content).hexdigest() != SHA256[name]:
-            raise OSError("its sha256 is not the official file's")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        part.replace(path)
+        if not path.exists():
+            content = urllib.request.urlopen(URL + name, timeout=30).read()
+            if hashlib.sha256(content).hexdigest() != SHA256[name]:
+                raise OSError("its sha256 is not the official file's")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{name}.{os.getpid()}.part")
+            part.write_bytes(content)
+            part.replace(path)
     except OSError as error:
         raise ValueError(f"GSM8K's {name} could not be downloaded ({error}): {MEND}") from error
     return path
 
-
-def _rows(path):
+def read_rows(path):
     """[(question, gold number as text)] of a file, each question once; ValueError names a wrong line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path} ({error}): {MEND}") from error
     rows = {}
@@ -375,16 +270,15 @@ def _rows(path):
             continue
         try:
             row = json.loads(line)
-            question, (_, mark, gold) = row["question"].strip(), row["answer"].rpartition("####")
+            question = row["question"].strip()
+            _, mark, gold = row["answer"].rpartition("####")
+            valid = question and mark and number(gold) is not None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f'{path}, line {at}: it needs JSON with texts "question" and "answer"') from None
-        if not question or not mark or number(gold) is None:
-            raise ValueError(f"{path}, line {at}: it needs a question, and an answer with #### and a number")
+            valid = False
+        if not valid:
+            raise ValueError(f'{path}, line {at}: it needs a "question" and an "answer" that ends in "#### NUMBER"')
         rows.setdefault(question, gold.strip().replace(",", ""))
-    if not rows:
-        raise ValueError(f"{path} holds no problem: {MEND}")
     return list(rows.items())
-
 
 def gsm8k(data=None):
     """{split: [(question, answer)]}: test is test.jsonl, val the last 256 of train.jsonl, train the others.
@@ -396,54 +290,184 @@ def gsm8k(data=None):
     if data and data.name in SHA256 and all((data.parent / name).is_file() for name in SHA256):
         data = data.parent
     if data and data.is_file():
-        rows = _rows(data)
+        rows = read_rows(data)
         return {split: [row for row in rows if split_of(row[0]) == split] for split in SPLITS}
-    train, test = (_rows(data / name if data else _download(name)) for name in SHA256)
+    train, test = [read_rows(data / name if data else download(name)) for name in SHA256]
     unseen = dict(test)
     train = [row for row in train if row[0] not in unseen]  # nothing to do in the official files
     held = min(256, len(train) // 4)
     return {"train": train[:len(train) - held], "val": train[len(train) - held:], "test": test}
 
-
 # Prompts
-
 INSTRUCTION = "\n\nThink briefly, then give only the final answer in <answer>...</answer>."
 
-
-def prompt(problem, template="plain", tokenizer=None, shots=(), ask=True):
-    """The text a model reads; `shots` are solved training problems that stand before it.
+def prompt(problem, template="plain", tokenizer=None, ask=True):
+    """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.
 
     plain: the question, and "\\nAnswer:" unless it ends in "=" (verified as "plain"). chat: the tokenizer's
-    chat template, asking for answer tags (verified as "tagged") unless `ask` is False, as for experts. auto:
-    chat where the tokenizer has a template. Raises ValueError for chat where it has none, and for a shot from
-    a held-out split.
+    template, asking for answer tags (verified as "tagged") unless `ask` is False, as for experts. auto: chat
+    where the tokenizer has a template.
     """
     if template not in ("plain", "chat", "auto"):
         raise ValueError(f"unknown template {template!r}: choose plain, chat or auto")
-    if any(shot.split != "train" for shot in shots):
-        raise ValueError("solved examples must come from the train split: held-out ones would leak")
-    chat = template != "plain" and getattr(tokenizer, "chat_template", None) is not None
-    if template == "chat" and not chat:
+    question = problem.question.strip()
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if template == "chat" and not has_template:
         raise ValueError("this tokenizer has no chat template: choose --template plain")
-    if not chat:
-        return "".join(f"{_plain(shot)} {shot.answer}\n\n" for shot in shots) + _plain(problem)
-    turns = []
-    for shot in shots:
-        answer = f"<answer>{shot.answer}</answer>" if ask else shot.answer
-        turns += [{"role": "user", "content": shot.question.strip() + INSTRUCTION * ask},
-                  {"role": "assistant", "content": answer}]
-    turns.append({"role": "user", "content": problem.question.strip() + INSTRUCTION * ask})
+    if template == "plain" or not has_template:
+        return question if question.endswith("=") else question + "\nAnswer:"
+    turns = [{"role": "user", "content": question + INSTRUCTION if ask else question}]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
+# Verification
+OPEN, CLOSE, THOUGHT = "<answer>", "</answer>", "</think>"
+STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<end_of_turn>")
 
-def _plain(problem):
-    question = problem.question.strip()
-    return question if question.endswith("=") else question + "\nAnswer:"
+def verify(completion, problem, form="tagged", truncated=False):
+    """The Verdict on a completion: plain text, with the text of its stop token or without.
 
+    form "tagged": after the last </think>, exactly one <answer>...</answer> holds nothing but the answer.
+    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit; a
+    complete block still counts, an unended first line does not. Raises ValueError for an unknown form only.
+    """
+    if form not in ("tagged", "plain"):
+        raise ValueError(f"unknown answer form {form!r}: choose tagged or plain")
+    text, reason = extract(completion, form, truncated)
+    if reason is None:
+        reason = grade(text, problem, units=form == "tagged")
+    strict = reason == "right"
+    return Verdict(strict, strict or lenient(completion[-2000:], problem.answer), float(strict), reason)
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Measure which datasets are fit to train on.")
-    parser.add_argument("--fitness", action="store_true", required=True, help="measure them all (minutes)")
-    parser.add_argument("--out", default="results/fitness.md", help="the table to write")
-    import fitness
-    fitness.write(parser.parse_args().out)
+def extract(completion, form, truncated):
+    """(answer as written, None), or ("", the reason why there is none)."""
+    if form == "plain":
+        line, newline, _ = completion.partition("\n")
+        for stop in STOPS:
+            line = line.removesuffix(stop)
+        if truncated and not newline:
+            return "", "truncated"
+        return (line, None) if line.strip() else ("", "no_answer")
+    text = completion.rpartition(THOUGHT)[2]
+    opens, closes = text.count(OPEN), text.count(CLOSE)
+    start, end = text.find(OPEN) + len(OPEN), text.find(CLOSE)
+    if opens == closes == 1 and start <= end:
+        return (text[start:end], None) if text[start:end].strip() else ("", "no_answer")
+    if opens and closes and opens + closes > 2:
+        return "", "several"
+    return "", "truncated" if truncated else "unclosed" if opens else "no_answer"
+
+# These have several right answers. Their scorers were measured: on an answer of this form (with white space
+# folded, in either case) none executes, hangs or raises, and none pays for a wrong one.
+SCORERS = {
+    "cryptarithm": r"[a-z]=[0-9](, ?[a-z]=[0-9])*",
+    "group_anagrams": r"[\w\[\]\",' -]+",
+    "jugs": r"[\w\[\]\",> -]+",
+    "kakurasu": r"[01 ]+",
+    "knights_knaves": r"[a-z]+ is an? [a-z]+((, and | and |, ?| )[a-z]+ is an? [a-z]+)*\.?",
+    "number_format": r"[0-9.,e+-]+",
+    "palindrome_generation": r"[a-z]+",
+    "palindrome_partitioning": r"[a-z\[\]\", ]+",
+    "quantum_lock": r"[abc→ ]+",
+    "shortest_path": r"((up|down|left|right) ?)+",
+    "sokoban": r"[lrud]+",
+    "tower_of_hanoi": r"(move disk [0-9]{1,2} from peg [0-9]{1,2} to peg [0-9]{1,2} ?)+",
+}
+PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2, as lowest terms may be the task
+
+def grade(text, problem, units):
+    """The reason of the verdict on an extracted answer; `units`: words may follow a number."""
+    gold, entry = problem.answer.strip(), problem.entry or {"metadata": {}}
+    is_number = problem.dataset == "gsm8k" or PLAIN_NUMBER.fullmatch(gold)
+    if len(text) > (MAX_NUMBER if is_number else 4 * len(gold) + 64):
+        return "too_long"
+    if is_number:
+        value = number(text, units)
+        if value is None:
+            return "not_a_number"
+        right = value == number(gold)
+    else:
+        right = fold(text) in map(fold, entry["metadata"].get("valid_answers", [gold]))  # n_queens lists all
+    if right or problem.dataset not in SCORERS:
+        return "right" if right else "wrong"
+    if not re.fullmatch(SCORERS[problem.dataset], " ".join(text.split()), re.IGNORECASE | re.ASCII):
+        return "refused"
+    try:
+        score = source(problem.dataset, "default").score_answer(text.strip(), entry)
+    except Exception:  # whatever a scorer fails on is not paid, and counted
+        return "scorer_raised"
+    return "right" if score >= 0.99 else "wrong"
+
+def fold(text):
+    """A text without case, quotes, spaces beside a mark, and zeros at the end of decimals."""
+    text = " ".join(text.casefold().replace("\u2212", "-").split())
+    text = re.sub("[\"']", "", text)
+    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
+    return re.sub(r"[0-9]+\.[0-9]+", lambda decimal: decimal[0].rstrip("0").rstrip("."), text)
+
+MAX_NUMBER = 200  # characters: int() is quadratic in them
+THIN = "\u2009\u202f"  # thin space, narrow no-break space: they group thousands, as the comma does
+DIGITS = "(?:" + "|".join(f"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+" for mark in "," + THIN) + "|[0-9]+)"
+DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"  # 18, 1,000.50, .5, 1e3
+NUMBER = re.compile(rf"(?P<sign>[-+]?)(\\?[$€%]\s*)*(?P<digits>{DECIMAL}|{DIGITS}\s*/\s*{DIGITS})")  # -$5, 36/2
+NUMBER_TOKEN = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN}]*")
+PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}"))
+SIGNS = ("\\$", "$", "€", "\\%", "%")
+NOT_UNITS = frozenset(  # words that would change the number they follow: "18 thousand", "18 or nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds "
+    "thousand thousands million millions billion billions trillion trillions dozen dozens half halves k "
+    "or to not plus minus times over point squared cubed e x".split())
+
+def number(text, units=True):
+    """The one number that `text` is, as a Fraction, or None: $1,000. or **18** or \\boxed{36/2} or 18 dollars.
+
+    Taken off: white space, $ € %, bold and italic marks, \\boxed{}, \\( \\), $ $, one full stop and, with
+    `units`, up to three words that follow. Several numbers, a range and an expression are no number.
+    """
+    if len(text) > MAX_NUMBER:
+        return None
+    text, stop, before = text.replace("\u2212", "-").strip(), True, None
+    while text != before:  # every round takes something off, or is the last
+        before = text
+        for left, right in PAIRS:
+            if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
+                text = text[len(left):-len(right)].strip()
+        for mark in SIGNS:
+            text = text.removeprefix(mark).removesuffix(mark).strip()
+        if stop and text.endswith("."):
+            text, stop = text[:-1].rstrip(), False
+        for _ in range(3 if units else 0):
+            *rest, word = text.rsplit(maxsplit=1) or [""]
+            if not rest or not (word.isascii() and word.isalpha()) or word.lower() in NOT_UNITS:
+                break
+            text, units = rest[0], False
+    match = NUMBER.fullmatch(text)
+    try:
+        return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["digits"])) if match else None
+    except ZeroDivisionError:
+        return None
+
+def lenient(tail, gold):
+    """Would a generous reader find the gold answer in the end of a completion? Reported, never trained on.
+
+    A number: the last \\boxed, else what follows the first ####, else the last number. Anything else: the text
+    of the last line or answer block.
+    """
+    value = number(gold)
+    if value is None:
+        lines = tail.replace(OPEN, "\n").replace(CLOSE, "\n").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return bool(last) and last.casefold() == gold.strip().casefold()
+    if "\\boxed{" in tail:
+        inside, closed, _ = tail.rpartition("\\boxed{")[2].partition("}")
+        return bool(closed) and number(inside) == value
+    if "####" in tail:
+        line = tail.partition("####")[2].split("\n")[0]
+        return value in (number(line), last_number(line))
+    return last_number(tail) == value
+
+def last_number(text):
+    """The last number written in a text, or None."""
+    tokens = reversed(NUMBER_TOKEN.findall(text.replace("\u2212", "-")))
+    values = (number(token.rstrip(".,/" + THIN), units=False) for token in tokens)
+    return next((value for value in values if value is not None), None)

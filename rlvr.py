@@ -1,56 +1,311 @@
 """
-GRPO with verifiable rewards: sample a group of completions for each prompt, verify each, and make those that
-did better than their own group more likely (DeepSeekMath, 2402.03300, section 4.1; settings of n-Musketeers,
-2602.09173).
+Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of the stage before it. The
+loop that uses them is in train.py.
 
-One step:   listen -> prefill -> rollout -> verify -> advantages -> the same prefill with gradient -> loss ->
-update
+    Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
+    align_loss    stage 0: the router learns to write, and the policy to read, what an expert would say
+    rollout       G completions of each prompt, sampled from the policy that has read the context tokens
+    advantages    how much better each completion did than its own group
+    grpo_loss     makes what did better likelier, token by token
+    evaluate      greedy accuracy, the same way in training and in eval.py
 
-What is easy to get wrong, and where it is kept right here:
-- The stop token is part of the completion and receives gradient (`Policy.generate`'s mask, used by every sum
-  below).
-- Loss and sampler share one temperature, and the sampler has no top-k or top-p: the ratio is that of the true
-  policy.
-- The router is run again in the training forward (`listen` in `gradients`): with the rollout's context it
-  never learns.
-- One token normaliser for the whole step, known before micro-batches are cut: 1 and n of them give the same
-  gradient.
-- The reference of the KL term is the plain policy: LoRA off AND prefix off.
-- A group whose rewards are all equal carries no information: advantage 0, and it is counted (`zero_spread`).
-- With one inner epoch the ratio is 1 and the loss about 0 by construction: watch the reward, not the loss.
+What is easy to get wrong:
+- The stop token is part of the completion and is trained on, else the policy never learns to stop.
+- Loss and sampler share one temperature, and there is no top-k or top-p: else the ratio is not the policy's.
+- The router runs again in the training forward (train.py): the context of the rollout has no gradient.
+- The loss is normalised by the tokens of the whole step, known before it is cut: micro-batches change nothing.
+- The reference of the KL term is the policy as GRPO finds it. After stage 0 that is the aligned one: the frozen
+  policy without a prefix would punish reading. Without stage 0 it is the frozen one, LoRA and prefix off (paper).
+- A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
+- With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
+- Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked out:
+  whom to attend to is left for GRPO to learn.
 """
-
-import math
+import contextlib
+import importlib
+import os
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-import ranks
+from experts import read, write
+from model import bucket
+from rewards import prompt, verify
 
-HOPELESS, DROUGHT = 5, 20  # steps in a row: not finite, and it stops; without spread, and it is said
+# -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def share(items):
+    """This rank's part of a list; the parts in a row are the list, and differ in length by one at most."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+
+def meet(collective, *args, **options):
+    """Do what all ranks do together. Raises ConnectionError where one of them does not come."""
+    try:
+        if WORLD > 1:
+            collective(*args, **options)
+    except RuntimeError as error:  # gloo and nccl have no kind of their own for this
+        raise ConnectionError(f"another rank is gone, see its message ({str(error).splitlines()[0]})") from error
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
+    values = [value] * WORLD
+    meet(dist.all_gather_object, values, value)
+    return values
+
+
+def total(*numbers):
+    """Each number summed over the ranks, a list of floats."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    meet(dist.all_reduce, sums)
+    return sums.tolist()
+
+
+def add_gradients(parameters):
+    """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
+    if WORLD == 1:
+        return
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    meet(dist.all_reduce, flat)
+    for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = new.view_as(p)
+
+
+@contextlib.contextmanager
+def ranks():
+    """Meet the other ranks, and part at the end. Only rank 0 prints."""
+    if WORLD == 1:
+        yield
+        return
+    importlib.import_module("torch.distributed.nn")  # later it would keep the group, and its threads, for ever
+    patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+        yield
+    dist.destroy_process_group()
+
+
+# -- Problems, ready to run
 
 
 @dataclass
 class Batch:
-    """B problems ready to run: prompt tokens (B, P) padded on the right, lengths (B,), states H (B, N, D) or
-    None."""
+    """B problems: prompt tokens (B, P) padded on the right, lengths (B,), expert states H (B, N, D)."""
 
     problems: list
     tokens: torch.Tensor
     lengths: torch.Tensor
-    H: torch.Tensor | None
+    H: torch.Tensor
 
     def __getitem__(self, part):
-        H = None if self.H is None else self.H[part]
-        return Batch(self.problems[part], self.tokens[part], self.lengths[part], H)
+        return Batch(self.problems[part], self.tokens[part], self.lengths[part], self.H[part])
+
+
+class Dataset:
+    """Problems and all about them that never changes during training, in lists of one order.
+
+    problems  n of them          prompts  the text that the policy reads     ids  its tokens
+    H         (n, N, D)          what the experts' states are ((n, 0, 0) where none are read)
+    owner     (N,)               whose state each of the N is: an expert may give several
+    texts     [experts][n]       what each expert would say ([] where nobody asks)
+    targets   [experts][n]       the same as tokens of the policy's answer, stop token included; [] for no text
+    Raises ValueError for a prompt that leaves no room in the policy's window.
+    """
+
+    def __init__(self, problems, policy, experts, args, progress=True):
+        self.problems, self.policy, self.form = problems, policy, args.form
+        expert_prompts = []
+        for expert in experts:
+            tokenizer = expert.tokenizer if expert.template == "chat" else None
+            expert_prompts.append([prompt(p, expert.template, tokenizer, ask=False) + expert.cue for p in problems])
+        mine = [share(prompts) for prompts in expert_prompts]
+        self.texts = []
+        if args.align or args.collab == "text":
+            parts = gather(write(experts, mine, progress and RANK == 0))
+            self.texts = [sum((part[e] for part in parts), []) for e in range(len(experts))]
+        self.H = torch.zeros(len(problems), 0, 0)
+        if experts and args.collab in ("soft", "hard", "linear"):
+            self.H = torch.cat(gather(read(experts, mine, progress and RANK == 0)))
+            generator = torch.Generator().manual_seed(args.seed)
+            if args.control == "shuffled":  # the states of another problem
+                order = torch.randperm(len(problems), generator=generator)
+                self.H[order] = self.H[order.roll(1)]
+            if args.control == "noise":  # of the same mean and std as the states, but nothing else
+                std, mean = torch.std_mean(self.H.float(), dim=0)
+                self.H = (mean + std * torch.randn(self.H.shape, generator=generator)).to(self.H.dtype)
+        self.owner = torch.tensor([e for e, expert in enumerate(experts) for _ in range(expert.entries)])
+        self.targets = [[answer_ids(policy, text, args.form) for text in column] for column in self.texts]
+        template = "plain" if args.form == "plain" else "chat"
+        self.prompts = []
+        for i, p in enumerate(problems):
+            if args.collab == "text":
+                notes = [f"{expert.name}: {texts[i]}\n" for expert, texts in zip(experts, self.texts) if expert.writes]
+                p = replace(p, question="".join(notes) + p.question)
+            self.prompts.append(prompt(p, template, policy.tokenizer))
+        self.ids = policy.tokenizer(self.prompts, add_special_tokens=args.form == "plain")["input_ids"]
+        room = policy.window - args.max_new - args.latents
+        longest = max(map(len, self.ids))
+        if longest > room:
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in the policy's window of "
+                             f"{policy.window}: use an easier --level, a lower --max_new or another --policy")
+
+    def __len__(self):
+        return len(self.problems)
+
+    def batch(self, rows):
+        device = self.policy.embed.device
+        ids = [torch.tensor(self.ids[i]) for i in rows]
+        lengths = torch.tensor([len(x) for x in ids])
+        tokens = torch.zeros(len(ids), bucket(int(lengths.max())), dtype=torch.long)
+        for row, x in zip(tokens, ids):
+            row[:len(x)] = x
+        H = self.H[rows].float()
+        if device.type == "cuda":
+            tokens, lengths, H = tokens.pin_memory(), lengths.pin_memory(), H.pin_memory()
+        tokens, lengths, H = (t.to(device, non_blocking=True) for t in (tokens, lengths, H))
+        return Batch([self.problems[i] for i in rows], tokens, lengths, H)
+
+
+def answer_ids(policy, text, form):
+    """Tokens of a text as the policy would give it for an answer, stop token included; [] for no text."""
+    if not text:
+        return []
+    answer = f"<answer>{text}</answer>" if form == "tagged" else f" {text}"
+    return policy.tokenizer(answer, add_special_tokens=False)["input_ids"] + [policy.config.stop[0]]
+
+
+# -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It learns that
+# first, without rewards, from what the experts themselves would say.
+
+
+def align(policy, router, data, args, start, moments, after_step):
+    """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
+
+    words    The policy is not run. Context token i is held to the policy's embedding of token i of an expert's
+             text: the router learns to write in the policy's vocabulary. For a router that reads states.
+    reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows slowly.
+             Without a router (`--collab single`) the same texts are learned from the problem alone.
+
+    A step draws problems and, for each, one expert that writes; the others are masked out. What it draws depends on
+    nothing but seed and step. after_step(steps done, optimizer, loss) is called after each.
+    """
+    words, texts = align_steps(args, data)
+    device = policy.embed.device
+    writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
+    used = sorted({token for column in data.targets for ids in column for token in ids})
+    for step in range(start, words + texts):
+        if step in (start, words):
+            rates = (0.0, args.align_words_lr) if step < words else (args.align_lr, args.align_router_lr)
+            optimizer = make_optimizer(policy, router, *rates)
+            if step != words:
+                restore(optimizer, moments)
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        size = args.align_words_batch if step < words else args.align_batch
+        rows = share(torch.randint(len(data), (size,), generator=generator).tolist())
+        chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
+        targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
+        mask = (data.owner == torch.tensor(chosen)[:, None]).to(device)  # (B, N)
+        if step < words:
+            context, _ = router(data.H[rows].to(device).float(), mask)
+            loss, count = words_loss(policy, context, targets, used)
+        else:
+            batch = data.batch(rows)
+            context = router(batch.H, mask)[0] if router else None
+            loss, count = reading_loss(policy, batch, context, targets)
+        loss = loss / total(count)[0]
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        add_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        after_step(step + 1, optimizer, total(loss.item())[0])
+
+
+def align_steps(args, data):
+    """(steps of words, steps of reading) of stage 0."""
+    if not args.align:
+        return 0, 0
+    return (args.align_words if data.H.numel() else 0), args.align
+
+
+def words_loss(policy, context, targets, used):
+    """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner products,
+    plus a little of the squared distance, which also fixes the length. context (B, L, d), targets [B][tokens].
+    Returns the sum over the texts' tokens, as far as the L places reach, and their number."""
+    B, L, d = context.shape
+    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), in a prefix's units
+    index = {token: i for i, token in enumerate(used)}
+    target = torch.tensor([[index[token] for token in ids[:L]] + [-1] * (L - len(ids)) for ids in targets])
+    target = target.to(context.device)  # (B, L)
+    context, target = context[target >= 0], target[target >= 0]  # (n, d), (n,)
+    loss = F.cross_entropy(context @ embeddings.T / d**0.5, target, reduction="sum")
+    distance = (context - embeddings[target]).square().mean(-1).sum()
+    return loss + 0.1 * distance, len(target)
+
+
+def reading_loss(policy, batch, context, targets):
+    """Negative log-likelihood of the texts' tokens behind the prompts, summed, and their number."""
+    longest = max(1, max(map(len, targets)))
+    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in targets])[:, None]  # (B, 1, T)
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in targets])[:, None].bool()
+    tokens, mask = tokens.to(policy.embed.device), mask.to(policy.embed.device)
+    cache = policy.prefill(batch.tokens, batch.lengths, context)
+    logp, _ = policy.logprobs(cache, tokens, mask)
+    return -logp.sum(), int(mask.sum())
+
+
+@torch.no_grad()
+def read_back(policy, router, data, args, n=64):
+    """What stage 0 is judged by, on problems it has not seen: [(expert's place, share of its texts that the policy
+    reads back, the same with the states of another problem, number of texts)]. Greedy, the others masked out."""
+    device = policy.embed.device
+    result = []
+    for e, texts in enumerate(data.texts):
+        rows = [i for i in range(min(n, len(data))) if texts[i]]
+        if not rows:
+            continue
+        mask = (data.owner == e).to(device)
+        one = (lambda H: router(H, mask)) if router else None
+        shares = []
+        for H in (data.H, data.H.roll(1, 0)):
+            answers = evaluate(policy, one, data, args, rows, H)[1]
+            expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
+            shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
+        result.append((e, *shares, len(rows)))
+    return result
+
+
+def make_optimizer(policy, router, lr, router_lr):
+    """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained model.
+    Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps."""
+    groups = [dict(params=list(policy.parameters()), lr=lr, base_lr=lr)]
+    if router:
+        groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def restore(optimizer, moments):
+    """Put AdamW's moments back: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
+    optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
+
+
+# -- GRPO
 
 
 @dataclass
 class Rollout:
-    """G completions of each of B problems: tokens and mask (B, G, T), texts and verdicts [B][G], rewards and
-    truncated (B, G), attention (B, heads, L, N) or None, seconds spent sampling."""
+    """G completions of each of B problems: tokens (B, G, T); mask (B, G, T), True up to and including the stop
+    token; texts and verdicts [B][G]; rewards and truncated (B, G); attention (B, heads, L, N) or None; seconds."""
 
     problems: list
     tokens: torch.Tensor
@@ -63,218 +318,143 @@ class Rollout:
     seconds: float
 
 
-def listen(router, H):
-    """Context tokens (B, L, d) and attention (B, heads, L, N); (None, None) for a policy that works alone."""
-    return (None, None) if router is None else router(H)
-
-
 @torch.no_grad()
-def rollout(policy, router, batch, tokenizer, verify, group, max_new, temperature, generator=None):
-    """Sample `group` completions of every problem and verify them: verify(text, problem, truncated) ->
-    verdict."""
+def rollout(policy, router, batch, form, group, max_new, temperature, generator=None):
+    """Sample `group` completions of every problem and verify each."""
     start = time.perf_counter()
-    context, attention = listen(router, batch.H)
+    context, attention = router(batch.H) if router else (None, None)
     cache = policy.prefill(batch.tokens, batch.lengths, context)
     tokens, mask = policy.generate(cache, group, max_new, temperature, generator)
-    truncated = ~(torch.isin(tokens, policy.stop) & mask).any(-1)  # (B, G): never said that it was done
+    truncated = ~(policy.ends[tokens] & mask).any(-1)  # (B, G): no stop token
+    rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
     seconds = time.perf_counter() - start
-    rows = [t[m].tolist() for t, m in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
-    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    texts = [texts[i : i + group] for i in range(0, len(texts), group)]
-    verdicts = [[verify(text, problem, bool(cut)) for text, cut in zip(row, cuts)]
-                for row, problem, cuts in zip(texts, batch.problems, truncated.tolist())]
+    decoded = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    texts, verdicts = [], []
+    for b, (problem, cut) in enumerate(zip(batch.problems, truncated.tolist())):
+        texts.append(decoded[b * group:(b + 1) * group])
+        verdicts.append([verify(text, problem, form, truncated=c) for text, c in zip(texts[b], cut)])
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
 
 
-def join(parts):
-    """The Rollouts of all ranks (`parts`: this one's) as one, on the CPU, to be counted and shown:
-    completions padded to the longest, `seconds` those of rank 0."""
-    send = lambda v: v.cpu() if torch.is_tensor(v) else v
-    parts = sum(ranks.gather([[send(v) for v in vars(p).values()] for p in parts]), [])
+def advantages(rewards):
+    """(reward - mean) / std within each group. rewards (B, G) -> (B, G) (2402.03300, section 4.1.2)
 
-    def one(values):
-        if torch.is_tensor(values[0]):
-            width = max(v.shape[-1] for v in values)
-            return torch.cat([F.pad(v, (0, width - v.shape[-1])) for v in values])
-        return sum(values, []) if isinstance(values[0], list) else values[0]
-
-    return Rollout(*map(one, zip(*parts)))
-
-
-def advantages(rewards, scale=True):
-    """How much better than its own group each completion did. rewards (B, G) -> (B, G), zero mean in every
-    row.
-
-    Divided by the group's population spread (GRPO), or not (scale=False: Dr. GRPO, 2503.20783). No spread, no
-    advantage.
-        rewards  [[1, 0, 0, 1],   ->   [[ 1, -1, -1,  1],
-                  [0, 0, 0, 0]]         [ 0,  0,  0,  0]]
+        [[1, 0, 0, 1],   ->   [[1, -1, -1, 1],
+         [0, 0, 0, 0]]         [0,  0,  0, 0]]
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    spread = rewards.std(1, keepdim=True, correction=0)
-    if scale:
-        centred = centred / spread.clamp(min=1e-6)
-    return torch.where(spread > 1e-6, centred, 0.0)
+    centered = rewards - rewards.mean(1, keepdim=True)
+    std = rewards.std(1, keepdim=True, correction=0)
+    return torch.where(std > 1e-6, centered / std.clamp(min=1e-6), 0.0)
 
 
-def k3(logp, ref):
-    """KL(policy || reference) of each token, estimated from the sampled token alone: unbiased and never
-    negative (Schulman, "Approximating KL Divergence", k3; 2402.03300, equation 4)."""
+def kl_estimate(logp, ref):
+    """KL(policy || reference) of each token from the sampled token alone: unbiased, never negative (Schulman's k3;
+    2402.03300, equation 4)."""
     return torch.exp(ref - logp) - (ref - logp) - 1
 
 
-def grpo_loss(logp, old, ref, advantage, mask, normaliser, beta=0.04, clip=(0.2, 0.2)):
-    """The summed token loss over a (micro-)batch, divided by `normaliser`, the same for every micro-batch of
-    the step.
+def grpo_loss(logp, old, ref, advantage, mask, beta=0.04, clip=0.2, clip_high=0.2):
+    """Summed over the tokens of a micro-batch; the caller divides by the tokens of the whole step.
 
-    logp, old, ref (B, G, T): of the sampled tokens under the policy now, when sampled, and the reference
-    (None: no KL term); advantage (B, G); mask (B, G, T). clip = (low, high): the ratio's room; high > low is
-    clip-higher (DAPO).
-        one token, old = logp - ln 1.5, advantage 1, clip 0.2:  -min(1.5 * 1, 1.2 * 1) = -1.2, and no gradient
+    logp, old, ref (B, G, T): log-probability of the sampled tokens under the policy now, the policy that sampled
+    them, and the reference (None: no KL term). advantage (B, G), mask (B, G, T). The ratio may fall to 1 - clip
+    and rise to 1 + clip_high before its gradient stops (clip_high above clip is DAPO's, 2503.14476).
     """
     ratio = torch.exp(logp - old)
-    a = advantage[..., None]
-    loss = -torch.minimum(ratio * a, ratio.clamp(1 - clip[0], 1 + clip[1]) * a)
+    advantage = advantage[..., None]  # the same for every token of a completion
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip_high) * advantage)
     if ref is not None:
-        loss = loss + beta * k3(logp, ref)
-    return loss.masked_fill(~mask, 0.0).sum() / normaliser
+        loss = loss + beta * kl_estimate(logp, ref)
+    return loss.masked_fill(~mask, 0.0).sum()
 
 
 @torch.no_grad()
-def reference_logprobs(policy, batch, tokens, mask, temperature):
-    with policy.plain():
-        return policy.logprobs(policy.prefill(batch.tokens, batch.lengths), tokens, mask, temperature)[0]
+def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
+    """Log-probabilities (B, G, T) under the KL term's reference: (LoRA's tensors, router), or None for the frozen
+    policy, LoRA off and prefix off."""
+    if reference is None:
+        with policy.lora_disabled():
+            return policy.logprobs(policy.prefill(batch.tokens, batch.lengths), tokens, mask, temperature)[0]
+    lora, router = reference
+    now = [p.data for p in policy.parameters()]
+    try:
+        for p, frozen in zip(policy.parameters(), lora):
+            p.data = frozen
+        context = router(batch.H)[0] if router else None
+        return policy.logprobs(policy.prefill(batch.tokens, batch.lengths, context), tokens, mask, temperature)[0]
+    finally:
+        for p, data in zip(policy.parameters(), now):
+            p.data = data
 
 
 @torch.no_grad()
-def prefix_effect(policy, batch, sampled, logp, temperature, micro, share=8):
-    """KL (nats a token) of the policy with its prefix from the same policy without it, LoRA on in both, from
-    the tokens sampled for the first of the step's prompts, one in `share` (k3). logp (B, G, T): with the
-    prefix, which the step has anyway, so this costs a forward pass over these prompts, `micro` at a time."""
-    first, kl = max(1, len(batch.problems) // share), []
-    for i in range(0, first, micro):
-        part = slice(i, min(i + micro, first))
-        some, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
-        without = policy.logprobs(policy.prefill(some.tokens, some.lengths), tokens, mask, temperature)[0]
-        kl.append(k3(logp[part], without)[mask])
-    return torch.cat(kl).mean().item()
+def evaluate(policy, router, data, args, rows=None, H=None, size=None):
+    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L, N)
+    or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
+    rows = list(range(len(data))) if rows is None else rows
+    size = size or (256 if policy.embed.is_cuda else 64)
+    mine = share(rows)
+    parts = []
+    for i in range(0, len(mine), size):
+        batch = data.batch(mine[i:i + size])
+        if H is not None:
+            batch.H = H[mine[i:i + size]].to(batch.H)
+        out = rollout(policy, router, batch, args.form, 1, args.max_new, temperature=0)
+        attention = None if out.attention is None else out.attention.cpu()
+        parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
+    parts = sum(gather(parts), [])
+    verdicts, texts = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
+    attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
+    return verdicts, texts, attention
 
 
-def gradients(policy, router, batch, sampled, *, temperature, beta, clip, dr, micro, max_new, old=None):
-    """Accumulate the gradient of one pass over the samples into the .grad of LoRA and router.
-
-    micro: prompts in a micro-batch, which bounds memory and changes nothing else. old: log-probabilities when
-    sampled; None in the first pass, where they are those of now. Returns (old, sums), sums: kl and entropy a
-    token, loss.
-    """
-    advantage = advantages(sampled.rewards, scale=not dr)
-    normaliser = sampled.mask.numel() // sampled.mask.shape[-1] * max_new if dr else int(sampled.mask.sum())
-    firsts, count = [], int(sampled.mask.sum())
-    sums = dict(kl=0.0, entropy=0.0, loss=0.0)
-    for i in range(0, len(batch.problems), micro):
-        part = slice(i, i + micro)
-        tokens, mask, some = sampled.tokens[part], sampled.mask[part], batch[part]
-        ref = reference_logprobs(policy, some, tokens, mask, temperature) if beta else None
-        context, _ = listen(router, some.H)  # again, now with gradient
-        cache = policy.prefill(some.tokens, some.lengths, context)
-        logp, entropy = policy.logprobs(cache, tokens, mask, temperature)
-        before = logp.detach() if old is None else old[part]
-        loss = grpo_loss(logp, before, ref, advantage[part], mask, normaliser, beta, clip)
-        loss.backward()
-        firsts.append(before)
-        sums["loss"] += loss.item()
-        sums["entropy"] += entropy.sum().item() / count
-        sums["kl"] += 0.0 if ref is None else k3(logp.detach(), ref)[mask].sum().item() / count
-    return torch.cat(firsts), sums
+def accuracy(verdicts):
+    return sum(verdict.strict for verdict in verdicts) / len(verdicts)
 
 
-def out_of_memory(error):
-    """Every device says it in its own words; a CPU's are those of a plain RuntimeError."""
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+def by_expert(attention, owner):
+    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its states."""
+    shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
+    return shares.index_add(-1, owner.to(attention.device), attention)
 
 
-def gradients_that_fit(policy, router, batch, sampled, *, micro, **how):
-    """`gradients` of the same samples, with micro-batches halved until memory suffices. Returns what it
-    returns, the sums with the micro that did. Raises ValueError if one prompt is too much."""
-    while True:
-        try:
-            old, sums = gradients(policy, router, batch, sampled, micro=micro, **how)
-            return old, sums | dict(micro=micro)
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            if not out_of_memory(error):
-                raise
-        if micro == 1:
-            raise ValueError("out of memory in the gradient pass of a single prompt: start anew with a lower "
-                             "--group or --max-new, or with a smaller policy")
-        for p in [*policy.parameters(), *(router.parameters() if router else ())]:
-            p.grad = None  # what some of the micro-batches have left
-        micro = -(-min(micro, len(batch.problems)) // 2)
-        print(f"out of memory in the gradient pass: {micro} prompts at a time from now on (--micro {micro})")
+def by_dataset(datasets, values, names=None):
+    """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
+    means = {}
+    for dataset in sorted(set(datasets)):
+        mean = values[[i for i, other in enumerate(datasets) if other == dataset]].mean(0)
+        means[dataset] = dict(zip(names, mean.tolist())) if names else mean.item()
+    return means
 
 
-def update(policy, router, batch, sampled, optimizer, epochs=1, max_norm=1.0, **how):
-    """`epochs` optimiser steps on one rollout (1: on-policy). Returns the first pass's sums, with grad_norm,
-    skipped, the micro that fitted, prefix_kl, and expert_grad: the norm of the gradient, before clipping, of
-    every expert's projection in the router. `how` is what `gradients` takes.
-
-    A step whose loss or gradient is not finite is skipped and counted, never applied: one NaN in a weight,
-    or in a moment of AdamW, ends a run. Of several ranks each normalises by its own samples; weighted by its
-    share of these, losses and gradients add up to those of the whole step. So all see the same and skip
-    together, while each cuts micro-batches that fit its own memory.
-    """
-    old, first, skipped = None, None, 0
-    own = len(batch.problems) if how["dr"] else int(sampled.mask.sum())  # what `gradients` divides by
-    weight = own / ranks.total(own)[0]
-    parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    for _ in range(epochs):
-        optimizer.zero_grad(set_to_none=True)
-        old, sums = gradients_that_fit(policy, router, batch, sampled, old=old, **how)
-        how["micro"] = sums.pop("micro")
-        sums = dict(zip(sums, ranks.total(*(weight * s for s in sums.values()))))
-        ranks.add_up(parameters, weight)
-        experts = router.expert_grad() if hasattr(router, "expert_grad") else []
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        if first is None:  # under the weights that sampled
-            effect = 0.0 if router is None else prefix_effect(policy, batch, sampled, old, how["temperature"],
-                                                              how["micro"])
-            first = sums | dict(grad_norm=norm.item(), prefix_kl=ranks.total(effect)[0] / ranks.WORLD,
-                                expert_grad=experts)
-        finite = bool(torch.isfinite(norm)) and math.isfinite(sums["loss"])
-        if finite:
-            optimizer.step()
-        skipped += not finite
-    return first | dict(skipped=skipped, micro=how["micro"])
+def masked_router(router, owner, e):
+    """The router with expert e masked out."""
+    return lambda H: router(H, (owner != e).to(H.device))
 
 
-def advise(streak, row):
-    """Count in `streak` (a Counter) the steps in a row that taught nothing. Returns advice when it is due."""
-    streak["dry"] = streak["dry"] + 1 if row["zero_spread"] == 1 else 0
-    streak["skipped"] = streak["skipped"] + 1 if row["skipped"] else 0
-    if streak["skipped"] == HOPELESS:
-        return (f"{HOPELESS} steps in a row gave a loss or gradient that is not finite and were skipped (see "
-                "skipped.jsonl): start anew with a lower --lr, --router-lr or --max-norm, or, if the device "
-                "is to blame, go on from the last good weights with --resume")
-    if streak["dry"] == DROUGHT:
-        mend = ("right: train on a harder --level" if row["accuracy"] > 0.5 else
-                "wrong: try an easier --level, a higher --temperature, --shots or another --template")
-        return (f"for {DROUGHT} steps every group was all right or all wrong, which teaches nothing; most "
-                f"are {mend}, in a new run")
-    return None
-
-
-def make_optimizer(policy, router, lr, router_lr, betas, weight_decay):
-    """AdamW over LoRA and router, each at its own rate (the router starts from nothing, LoRA from a trained
-    model)."""
-    groups = [dict(params=[p for p in policy.parameters()], lr=lr, peak=lr)]
-    if router is not None:
-        groups.append(dict(params=list(router.parameters()), lr=router_lr, peak=router_lr))
-    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay)
-
-
-def set_rate(optimizer, step, warmup):
-    """Linear warm-up over `warmup` steps, then constant: independent of how many steps there will be. step
-    from 0."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * min(1.0, (step + 1) / max(1, warmup))
+def test_report(policy, router, data, args, experts):
+    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert masked out:
+    attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
+    names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
+    strict = lambda verdicts: torch.tensor([float(verdict.strict) for verdict in verdicts])
+    with policy.lora_disabled():
+        before = evaluate(policy, None, data, args)[0]
+    after, texts, attention = evaluate(policy, router, data, args)
+    rows = {"before": by_dataset(datasets, strict(before)), "after": by_dataset(datasets, strict(after))}
+    counts = {dataset: datasets.count(dataset) for dataset in rows["after"]}
+    report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
+                  control=args.control, align=args.align,
+                  before=dict(strict=accuracy(before), lenient=sum(v.lenient for v in before) / len(before)),
+                  after=dict(strict=accuracy(after), lenient=sum(v.lenient for v in after) / len(after)),
+                  by_dataset={d: dict(n=counts[d], before=rows["before"][d], after=rows["after"][d]) for d in counts},
+                  right=strict(after).int().tolist(), masked={},
+                  example=dict(question=data.problems[0].question, answer=data.problems[0].answer, text=texts[0]))
+    if attention is not None:
+        attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
+        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
+        report["example"]["attention"] = attention[0].mean(0).tolist()  # (L, experts)
+        for e, name in enumerate(names if len(names) > 1 else ()):
+            masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
+            report["masked"][name] = by_dataset(datasets, strict(masked))
+    return report

@@ -1,361 +1,698 @@
 """
-n-Musketeers, end to end: a policy learns by reinforcement to listen to frozen experts. Read it top to bottom.
+n-Musketeers, end to end: a policy learns by reinforcement to read the hidden states of frozen experts.
 
-    python train.py                            the embedded pool on its three families: minutes on a laptop
-    python train.py --collab single            the same policy without experts, all else equal
-    python train.py --task gsm8k               the paper's pool, on a GPU that holds it
-    python train.py --task chain_sum --policy FOLDER_OR_HUB_NAME --experts A B C --template plain
-    python train.py --resume --out runs/NAME   go on after a stop
-    torchrun --nproc_per_node=8 train.py ...   the same on eight GPUs (ranks.py)
+$ python train.py                                    # three tiny experts in this repository: minutes on a laptop
+$ python train.py --task gsm8k                       # the paper's setting, on one GPU
+$ python train.py --collab single                    # the same policy without experts: the first control
+$ python train.py --resume runs/NAME --steps 400     # go on with a run
+$ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
-Deliberately different from textbook GRPO, each with its reason where it happens: the prompt is run once for
-its whole group, sampling and scoring alike; tokens are normalised over the whole step; the rate is constant
-after its warm-up. Not here: a value network, top-p, a replay buffer, a trainer class.
+Not here: a value network, top-p sampling, a replay buffer, a trainer class.
 """
-
 import os
 
-# Before torch. To wait without spinning is kind to busy neighbours, who make two threads crawl; but to sleep
-# between the thousand small steps of a token costs half of a decode: so spin for some 30 microseconds.
+# Before torch is imported. Threads that wait without spinning are kind to busy neighbours; a little spinning is
+# kept, as sleeping between the thousand small operations of a token would cost half of a decode step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import argparse
 import contextlib
+import copy
+import fcntl
+import json
+import math
+import random
+import shlex
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
-import checkpoint
-import ranks
-from collab import listening, mutual_information, tokens_spent
-from eval import finish
-from experts import cached
-from folders import cache_dir, sweep
-from rewards import guessing_floor
-from rlvr import HOPELESS, advise, join, make_optimizer, rollout, set_rate, update
-from run import (STATISTICS, build, evaluate, excuse, fitting_micro, free_memory, memory_peak, memory_table,
-                 trim_memory, used_memory)
-from settings import parser, resolve
+from experts import Expert, line_ends, read_tensors, write_tensors, write_whole
+from model import Policy
+from rewards import TooFew, known, problems
+from rlvr import (RANK, WORLD, Dataset, accuracy, add_gradients, advantages, align, align_steps, by_dataset,
+                  by_expert, evaluate, gather, grpo_loss, kl_estimate, make_optimizer, ranks, read_back,
+                  reference_logprobs, restore, rollout, share, test_report, total)
+from router import ROUTERS
 
-BETAS = (0.9, 0.98)
-
-# -- what is about to happen
-READ_SPEED = dict(cpu=3e11, mps=3e12, cuda=1e14)  # floating-point operations a second, a cautious guess
+TINY = str(Path(__file__).resolve().parent / "tiny")
 
 
-def introduce(args, items, experts, policy, form, dtype, ask):
-    """Say what the run is about to do before any weight is loaded, and refuse it when memory will not do."""
-    different = {p.question: p for split in items.values() for p in split}
-    wanted, longest, device = len(different), max(map(len, different)), args["device"]
-    say = lambda what, *text: print(f"  {what:9}", *text)
-    level = "" if args["task"] == "gsm8k" else f", level {args['level']}"
-    control = "" if args["control"] == "none" else f" ({args['control']})"
-    print(f"n-Musketeers: {args['collab']} collaboration{control} on {args['task']}{level}")
-    used = items["train"][:args["steps"] * args["batch"]]
-    say("problems", f"train {len(used):,} ({len({p.question for p in used}):,} different), "
-        f"val {len(items['val'])}, "
-        f"test {len(items['test'])}; no question is in two splits; seed {args['seed']}")
-    floor, answer = guessing_floor(items["train"])
-    if floor > 0.2:
-        say("", f"always answering {answer!r} is right in {floor:.0%}: read every accuracy against that")
-    size = lambda e: f"{e.name}: width {e.width}, {e.layers} layers, {e.params / 1e6:.2f} M, {e.template}"
-    say("policy", f"{size(policy)}, answers {form}; frozen, {str(dtype)[6:]} on {device}")
-    for e in experts:
-        missing = wanted - cached(e, [ask(p, e) for p in different.values()], args["cache"])
-        seconds = (32 + longest / 4) * 2 * e.params * missing / READ_SPEED[device.split(":")[0]]
-        say("expert", f"{size(e)}; of {wanted:,} prompts {wanted - missing:,} are cached"
-            + (f", {missing:,} to be read in about {seconds:.0f} s" if missing else ""))
-    say("GRPO", f"{args['steps']} steps of {args['batch']} prompts x {args['group']} completions of at most "
-        f"{args['max_new']} tokens; temperature {args['temperature']:g}: the ratio is the policy's own; "
-        f"KL weight {args['beta']:g} holds it to the plain policy")
-    say("rates", f"LoRA {args['lr']:g}, router {args['router_lr']:g}; {args['warmup']} steps of warm-up, "
-        "then constant, so that a run can be prolonged")
-    tokens = (32 + longest // 3) * (1 + args["shots"])
-    tokens += len(experts) * (args["write"] + 8) * (args["collab"] == "text")
-    mine = args | dict(batch=-(-args["batch"] // ranks.WORLD))  # memory is that of one rank
-    mine["micro"] = args["micro"] = args["micro"] or fitting_micro(mine, policy, experts, dtype, tokens)
-    table = memory_table(mine, policy, experts, dtype, tokens)
-    for what, size in table:
-        say("memory" if what == table[0][0] else "", f"{size / 2**20:8,.0f} MB  {what}")
-    need, there = memory_peak(table), free_memory(device)
-    say("", f"{need / 2**20:8,.0f} MB  in all at the peak, as sampling, gradient and reading take turns")
-    if need > there:
-        raise ValueError(f"{need / 2**30:.1f} GB are needed, {there / 2**30:.1f} GB free (table above): "
-                         "lower --micro, --batch, --group or --max-new, or choose a smaller policy")
+def arg(default, why):
+    return field(metadata={"help": why}, **(
+        dict(default_factory=lambda: default) if isinstance(default, list) else dict(default=default)))
 
 
-def show_one(run):
-    """One problem as everyone sees it."""
-    p = run.items["val"][0]
-    print(f"  a problem ({p.dataset}), its answer {p.answer!r}")
-    print(f"    as the policy reads it: {run.policy_text(p)!r}")
-    for e in run.readers:
-        print(f"    as {e.name} reads it: {run.expert_text(p, e)!r}")
+@dataclass
+class Args:  # the defaults are the paper's where it names them; PRESETS below has smaller settings
+    preset: Literal["", "tiny", "small", "paper"] = arg("", "default: tiny, or with --task what fits the device")
+    # task
+    task: str = arg("gsm8k", "gsm8k, arithmetic, logic, algorithmic, a Reasoning Gym dataset; joined by +")
+    level: str = arg("default", "of generated tasks: tiny, easy, default, hard, or min_terms=2,max_terms=3")
+    data: str = arg("", "GSM8K: folder with train.jsonl and test.jsonl, or a file (default: downloaded once)")
+    # models
+    policy: str = arg("Qwen/Qwen2.5-3B-Instruct", "Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3; folder or hub name")
+    experts: list[str] = arg(["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+                              "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
+                             "frozen, of any architecture (the paper does not name its own)")
+    form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: chat template, answer in tags; plain: one line")
+    collab: Literal[(*ROUTERS, "text", "single")] = arg("soft", "soft: the router; hard, linear, prefix: its controls; "
+                                                        "text: experts' words in the prompt; single: LoRA alone")
+    control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for experts' states")
+    read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
+    layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
+    positions: int = arg(1, "states of this many last tokens (1: paper)")
+    cue: str = arg("", "text behind the experts' prompts, such as 'The answer is ' (none: paper)")
+    write: int = arg(16, "tokens an expert may write, for stage 0 and --collab text")
+    # router and LoRA
+    latents: int = arg(8, "context tokens (paper)")
+    router_dim: int = arg(512, "width of the router (paper)")
+    router_heads: int = arg(8, "its attention heads (paper)")
+    router_temperature: float = arg(1.0, "of its attention; below 1 sharpens")
+    neutral: Literal["zero", "mean"] = arg("zero", "where an empty prefix lies: zero (paper) or the mean embedding")
+    lora_rank: int = arg(8, "paper")
+    lora_alpha: float = arg(16.0, "updates are scaled by alpha / rank; twice the rank is usual")
+    # stage 0
+    align: int = arg(0, "steps of reading experts' texts aloud (0: no stage 0, the paper's method)")
+    align_batch: int = arg(16, "problems a step")
+    align_lr: float = arg(4e-4, "of LoRA")
+    align_router_lr: float = arg(1e-5, "of the router: it has learned its words already")
+    align_words: int = arg(500, "steps before these: the router learns to write in the policy's vocabulary")
+    align_words_lr: float = arg(1e-3, "of the router in these")
+    # GRPO
+    steps: int = arg(500, "optimizer steps (paper: 500 on Reasoning Gym, 233 on GSM8K)")
+    batch: int = arg(32, "prompts a step (paper)")
+    group: int = arg(8, "completions a prompt (paper)")
+    max_new: int = arg(128, "tokens a completion (paper)")
+    temperature: float = arg(1.0, "of sampling and loss alike: the policy's own distribution")
+    beta: float = arg(0.04, "weight of the KL to the policy as GRPO finds it (paper); 0 saves its pass")
+    clip: float = arg(0.2, "how far the ratio may fall; matters with --epochs above 1")
+    clip_high: float = arg(0.2, "how far it may rise; above --clip it is DAPO's clip-higher")
+    epochs: int = arg(1, "optimizer steps on each rollout (1: on-policy)")
+    micro_batch: int = arg(4, "prompts in one backward pass: bounds memory, changes nothing else")
+    lr: float = arg(1e-4, "of LoRA (paper)")
+    router_lr: float = arg(1e-4, "of the router (paper)")
+    warmup: int = arg(20, "steps to the full rate, then constant, so that a run can be prolonged")
+    grad_clip: float = arg(1.0, "largest gradient norm (usual)")
+    # run
+    eval_every: int = arg(25, "steps between validations")
+    save_every: int = arg(0, "steps between checkpoints (0: one a minute)")
+    val: int = arg(120, "validation problems")
+    test: int = arg(256, "held-out problems, most likely the paper's number")
+    seed: int = arg(0, "of weights, order of problems and sampling")
+    device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; auto: bfloat16 from 50 M parameters")
+    out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
+    resume: str = arg("", "folder of a run to go on with; only --steps and --log may be given beside it")
+    log: Literal["none", "tensorboard"] = arg("none", "where metrics go beside metrics.jsonl")
 
 
-def baseline(run):
-    """Accuracy and well-formed share on val before training: the policy alone, then with the fresh prefix."""
-    with run.policy.plain():
-        ways = [("the policy alone", None), ("with the fresh prefix", run.router)]
-        for who, router in ways[:2 if run.router else 1]:
-            verdicts = evaluate(run, run.items["val"], router)[0]
-            right = sum(v.strict for v in verdicts) / len(verdicts)
-            formed = sum(v.reason in ("right", "wrong") for v in verdicts) / len(verdicts)
-            print(f"  before    {who}: {right:.1%} right, {formed:.0%} well-formed (val, greedy)")
+PRESETS = {
+    "paper": {},
+    "small": dict(  # one consumer GPU, or a patient CPU: a policy of 135 million parameters
+        task="chain_sum", level="easy", form="plain", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
+        experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
+        cue="The answer is ", align=40, beta=0.0, lr=4e-4, router_lr=4e-5, batch=8, micro_batch=8, steps=100,
+        max_new=16),
+    "tiny": dict(  # made for the demonstration: one expert per family of problems, see tiny/README.md
+        task="arithmetic+logic+algorithmic", level="tiny", form="plain", policy=f"{TINY}/policy", write=1,
+        experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=200,
+        align_batch=96, align_lr=3e-3, align_router_lr=3e-4, beta=0.0, lr=1e-3, router_lr=2e-3, batch=36,
+        micro_batch=36, steps=100, max_new=8, router_dim=64, router_heads=4, router_temperature=0.5),
+}
 
 
-# -- what is written down
-def shares(attention, names):
-    """Mean attention by expert, summing to 1; {} when nobody is listened to. attention (..., N)."""
-    return {} if attention is None else dict(zip(names, attention.flatten(0, -2).mean(0).tolist()))
+def main(args):
+    """One run, from models to test."""
+    out, track = Path(args.out), tracker(args)
+    policy, experts, router = build(args)
+    # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
+    data = {split: Dataset(load_problems(args, split), policy, experts, args) for split in ("train", "val", "test")}
+    if router:
+        router.fit_standardization(data["train"].H[:256].to(policy.embed.device))
+    generator = torch.Generator(policy.embed.device).manual_seed(args.seed + 1_000_003 * RANK)
+    state = dict(align=0, step=0, skipped=0)  # how far the run is
+    moments = load_newest(out, policy, router, generator, state) if args.resume else {}
+    introduce(args, policy, router, experts, data, state)
+    keeper = Keeper(args, policy, router, generator, state)
+
+    # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would say.
+    if state["align"] < sum(align_steps(args, data["train"])):
+        align(policy, router, data["train"], args, state["align"], moments, keeper.after_align_step)
+        show_read_back(out, experts, read_back(policy, router, data["val"], args))
+        save_checkpoint(out / "aligned", policy, router, state)
+        moments = {}
+    # The KL term's reference is the policy as GRPO finds it; None: the frozen one, as there was no stage 0.
+    reference = load_reference(out, policy, router) if args.beta and state["align"] else None
+
+    optimizer = make_optimizer(policy, router, args.lr, args.router_lr)
+    restore(optimizer, moments)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in tqdm(range(state["step"] + 1, args.steps + 1), desc="GRPO", disable=True if RANK else None):
+        for group in optimizer.param_groups:  # linear warm-up, then constant
+            group["lr"] = group["base_lr"] * min(1.0, step / max(1, args.warmup))
+
+        # 1. Sample: the policy reads [context; prompt] and gives a group of answers to each problem.
+        #    The verifier pays 1 for a right answer and 0 for any other.
+        batch = data["train"].batch(share(range((step - 1) * args.batch, step * args.batch)))
+        sampled = rollout(policy, router, batch, args.form, args.group, args.max_new, args.temperature, generator)
+
+        # 2. How much better was each answer than the others of its group?
+        advantage = advantages(sampled.rewards)  # (B, G)
+
+        # 3. Score the same tokens again, now with gradient. It reaches LoRA and, through the context, the router.
+        start = time.perf_counter()
+        n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
+        old = {}  # log-probabilities under the policy that sampled: those of the first epoch
+        for epoch in range(args.epochs):
+            i, sums = 0, Counter()
+            while i < len(batch.problems):
+                part = slice(i, i + args.micro_batch)
+                micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
+                try:
+                    context, _ = router(micro.H) if router else (None, None)
+                    cache = policy.prefill(micro.tokens, micro.lengths, context)
+                    logp, entropy = policy.logprobs(cache, tokens, mask, args.temperature)
+                    old.setdefault(i, logp.detach())
+                    ref = None
+                    if args.beta:
+                        ref = reference_logprobs(policy, reference, micro, tokens, mask, args.temperature)
+                    loss = grpo_loss(logp, old[i], ref, advantage[part], mask, args.beta, args.clip, args.clip_high)
+                    loss = loss / n_tokens
+                    loss.backward()
+                except (RuntimeError, MemoryError) as error:  # out of memory: the step again, fewer prompts at a time
+                    args.micro_batch = half_of(args.micro_batch, error)
+                    optimizer.zero_grad(set_to_none=True)
+                    i, sums, old = 0, Counter(), old if epoch else {}
+                    continue
+                sums["loss"] += loss.item()
+                sums["entropy"] += entropy.sum().item() / n_tokens
+                sums["kl"] += 0.0 if ref is None else kl_estimate(logp.detach(), ref)[mask].sum().item() / n_tokens
+                i += args.micro_batch
+
+            # 4. Step.
+            add_gradients(parameters)
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
+            finite = math.isfinite(grad_norm) and math.isfinite(total(sums["loss"])[0])
+            if finite:  # one NaN in a moment of AdamW would end the run
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        # 5. Look at the reward, and at the attention by dataset.
+        row = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - start)
+        row |= summarize(sampled, data["train"].owner, experts, sums)
+        if step % args.eval_every == 0 or step == args.steps:
+            row["val"] = accuracy(evaluate(policy, router, data["val"], args)[0])
+        log(out, track, row, sampled)
+        keeper.after_step(row, finite, optimizer)
+
+    report = test_report(policy, router, data["test"], args, experts)
+    show_report(args, report)
 
 
-def summary(run, sampled, sums, train_s):
-    """One row of metrics.jsonl from one step: shares are 0 to 1, lengths in tokens, times in seconds."""
-    verdicts, rewards = [v for row in sampled.verdicts for v in row], sampled.rewards.cpu()
-    heard = None if sampled.attention is None else sampled.attention.cpu()
-    names, new = [e.name for e in run.experts], int(sampled.mask.sum())
-    row = dict(reward=rewards.mean().item(), accuracy=sum(v.strict for v in verdicts) / len(verdicts),
-               length=new / len(verdicts), clipped=sampled.truncated.float().mean().item(),
-               zero_spread=(rewards.amax(1) == rewards.amin(1)).float().mean().item(), **sums,
-               gen_s=sampled.seconds, train_s=train_s, tokens_s=new / sampled.seconds,
-               memory_mb=used_memory(run.args["device"]),
-               attention=shares(heard, names), reward_by={}, attention_by={},
-               reasons=dict(Counter(v.reason for v in verdicts).most_common()))
-    for dataset in sorted({p.dataset for p in sampled.problems}):
-        of = [i for i, p in enumerate(sampled.problems) if p.dataset == dataset]
-        row["reward_by"][dataset] = rewards[of].mean().item()
-        row["attention_by"][dataset] = shares(None if heard is None else heard[of], names)
-    row |= listening(sampled.problems, heard, names)
-    run.window.append(row["choices"])
-    return row | dict(mi=mutual_information(run.window), expert_grad=dict(zip(names, sums["expert_grad"])))
+# -- What a run is made of
 
 
-def line(row):
-    """A step for the reader: reward first, then who is listened to."""
-    heard = "".join(f"{name} {share:.2f} " for name, share in row["attention"].items())
-    heard = f"hears {heard}| " if heard else ""
-    wrong = next((reason for reason in row["reasons"] if reason != "right"), "nothing")
-    return (f"step {row['step']:4d} | reward {row['reward']:.3f} | {heard}"
-            f"clipped {row['clipped']:.0%} | zero-spread {row['zero_spread']:.0%} | KL {row['kl']:.4f} | "
-            f"{row['tokens_s']:,.0f} tokens/s | amiss: {wrong}")
+def build(args):
+    """Policy, experts and router. Also called by eval.py."""
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
+    torch.manual_seed(args.seed)
+    experts = [Expert(source, args.read, args.layer, args.positions, args.write, args.cue, device=args.device,
+                      untrained=args.control == "untrained") for source in args.experts]
+    for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
+        expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
+    itself = Expert(args.policy)  # the policy's tokenizer and size, without weights
+    if args.form == "auto":
+        args.form = "tagged" if itself.template == "chat" else "plain"
+    if args.form == "tagged" and itself.template == "plain":
+        raise ValueError(f"{itself.name} has no chat template: use --form plain")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if itself.params >= 50e6 else "float32"
+    policy = Policy.from_pretrained(args.policy, args.lora_rank, args.lora_alpha, getattr(torch, args.dtype),
+                                    args.device, args.neutral)
+    policy.tokenizer = itself.tokenizer
+    if args.form == "plain":  # the answer is the first line
+        policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
+    # a hub model is named with its commit, so that the run goes on with the same weights when the hub has others
+    args.policy = itself.pinned
+    args.experts = [expert.pinned for expert in experts]
+    if args.collab not in ROUTERS:
+        return policy, experts, None
+    # a fresh prefix does no harm: half as large as an embedding, or hardly different from the mean embedding
+    init_scale = 0.02 if args.neutral == "mean" else 0.5
+    router = ROUTERS[args.collab]([expert.width for expert in experts for _ in range(expert.entries)],
+                                  policy.config.hidden_size, args.latents, args.router_heads, args.router_dim,
+                                  args.router_temperature, init_scale)
+    return policy, experts, router.to(args.device)
 
 
-def samples(sampled, step, problems=3):
-    """Rows of samples.jsonl: every completion of the step's first few problems, with its verdict."""
-    for p, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:problems]:
-        for text, v in zip(texts, verdicts):
-            yield dict(step=step, question=p.question, answer=p.answer, completion=text, reason=v.reason,
-                       reward=v.reward)
+def load_problems(args, split, n=None):
+    """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a longer run
+    begins alike; a small dataset gives as many held-out ones as it has."""
+    if split != "train":
+        try:
+            return problems(args.task, split, n or getattr(args, split), args.data, args.level)
+        except TooFew as few:
+            return problems(args.task, split, few.available or 1, args.data, args.level)
+    n = n or max(args.steps * args.batch, 2000 if args.align else 32)
+    block = max(256, 8 * args.batch)
+    found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)
+    for start in range(0, len(found), block):
+        part = found[start:start + block]
+        random.Random(f"{args.seed} {start}").shuffle(part)
+        found[start:start + block] = part
+    return found[:n]
 
 
-def numbers(row, prefix=""):
-    """Every number of a row, by its path: ("reward", 0.5), ("attention/logic", 0.3), ..."""
-    for k, v in row.items():
-        yield from numbers(v, f"{prefix}{k}/") if isinstance(v, dict) else [(prefix + k, v)]
+# -- What is said and written down
+
+
+def introduce(args, policy, router, experts, data, state):
+    """What the run is about to do; config.json is written now."""
+    if RANK == 0:
+        config = dict(args=asdict(args), ranks=WORLD, torch=torch.__version__)
+        write_whole(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+    count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
+    words, texts = align_steps(args, data["train"])
+    control = "" if args.control == "none" else f", control {args.control}"
+    print(f"n-Musketeers: {args.collab} collaboration{control} on {args.task}, level {args.level}, seed {args.seed}")
+    print(f"  problems   {len(data['train']):,} train, {len(data['val'])} val, {len(data['test'])} test")
+    print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers {args.form}")
+    for expert in experts:
+        print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
+              f"{expert.params / 1e6:.2f} M, {expert.template}{'' if expert.writes else ', reads only'}")
+    print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
+    if words + texts:
+        print(f"  stage 0    {words} steps of words (the router alone), {texts} of reading texts aloud; no reward")
+    print(f"  GRPO       {args.steps} steps of {args.batch} prompts x {args.group} answers of at most "
+          f"{args.max_new} tokens; KL weight {args.beta:g}")
+    print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
+    if args.resume:
+        print(f"  resumed    after {state['align']} steps of stage 0 and {state['step']} of GRPO")
+
+
+def show_read_back(out, experts, rows):
+    for e, read, shuffled, n in rows:
+        if RANK == 0:
+            append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
+        tqdm.write(f"stage 0: of {n} texts of {experts[e].name} that are new to it the policy reads {read:.0%} back; "
+                   f"given another problem's states, {shuffled:.0%}")
+
+
+def summarize(sampled, owner, experts, sums):
+    """A row of metrics.jsonl, of all ranks: shares are 0 to 1, lengths in tokens, times in seconds."""
+    mine = dict(rewards=sampled.rewards, length=sampled.mask.sum(-1), truncated=sampled.truncated)
+    if sampled.attention is not None:
+        mine["attention"] = by_expert(sampled.attention, owner)
+    parts = gather(({key: t.cpu() for key, t in mine.items()}, sampled.problems, sampled.verdicts))
+    step = {key: torch.cat([part[0][key] for part in parts]).float() for key in mine}
+    datasets = [problem.dataset for part in parts for problem in part[1]]
+    verdicts = [verdict for part in parts for group in part[2] for verdict in group]
+    rewards = step["rewards"]  # (B, G)
+    loss, kl, entropy = total(sums["loss"], sums["kl"], sums["entropy"])
+    row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=step["length"].mean().item(),
+               truncated=step["truncated"].mean().item(),
+               frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+               loss=loss, kl=kl, entropy=entropy, rollout_seconds=sampled.seconds,
+               tokens_per_second=step["length"].sum().item() / sampled.seconds,
+               reward_by_dataset=by_dataset(datasets, rewards.mean(1)),
+               reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
+    if sampled.attention is not None:
+        attention, names = step["attention"], [expert.name for expert in experts]  # (B, heads, L, experts)
+        row["attention"] = dict(zip(names, attention.mean((0, 1, 2)).tolist()))
+        row["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
+        row["attention_entropy"] = torch.special.entr(attention).sum(-1).mean().item()
+        row["attention_map"] = attention.mean(0).tolist()
+    return row
+
+
+def log(out, track, row, sampled):
+    """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl."""
+    if RANK:
+        return
+    append(out / "metrics.jsonl", row)
+    track(row)
+    if row["step"] % 10 == 1 or "val" in row:
+        line = f"step {row['step']:4d} | reward {row['reward']:.3f}"
+        line += f" | val {row['val']:.1%}" if "val" in row else ""
+        for dataset, shares in row.get("attention_by_dataset", {}).items():
+            most = max(shares, key=shares.get)
+            line += f" | {dataset[:12]}: {most[:12]} {shares[most]:.2f}"
+        tqdm.write(line)
+        for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
+            for text, verdict in zip(texts, verdicts):
+                append(out / "samples.jsonl", dict(
+                    step=row["step"], question=problem.question, answer=problem.answer, completion=text,
+                    reason=verdict.reason, reward=verdict.reward))
+    if row["step"] == 3 and row["reward"] == 0:
+        tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on nothing is learned: "
+                   "try an easier --level, --form plain or another --policy")
+
+
+def show_report(args, report):
+    """Before and after on held-out problems, what masking each expert costs, and what to try next."""
+    if RANK:
+        return
+    write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
+    n, before, after = report["n"], report["before"]["strict"], report["after"]["strict"]
+    print(f"\n{n} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
+    for dataset, rows in report["by_dataset"].items():
+        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%}"
+        for name, masked in report["masked"].items():
+            line += f" | without {name[:12]} {100 * (masked[dataset] - rows['after']):+.0f}"
+        print(line)
+    out, question = shlex.quote(args.out), shlex.quote(report["example"]["question"])
+    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask {question}\n"
+          f"  python train.py --resume {out} --steps {2 * args.steps}")
+
+
+def append(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def tracker(args):
     """A function that sends a row of metrics where --log says. Raises ValueError if that is not installed."""
-    if args["log"] == "none" or ranks.RANK:
+    if args.log == "none" or RANK:
         return lambda row: None
     try:
-        if args["log"] == "wandb":
-            os.environ.setdefault("WANDB_MODE", "offline")  # no account, no network, nothing to wait for
-            import wandb
-            logged = wandb.init(project="n-musketeers", config=args)
-            return lambda row: logged.log(dict(numbers(row)), step=row["step"])
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise ValueError(f"--log {args['log']} needs a package: pip install {args['log']}") from e
-    writer = SummaryWriter(args["out"])
+    except ImportError as error:
+        raise ValueError("--log tensorboard needs a package: pip install tensorboard") from error
+    writer = SummaryWriter(args.out)
 
     def send(row):
-        for name, value in numbers(row):
-            writer.add_scalar(name, value, row["step"])
+        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        for key in ("attention", "reward_by_dataset"):
+            numbers |= {f"{key}/{name}": value for name, value in row.get(key, {}).items()}
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, row["step"])
         writer.flush()
 
     return send
 
 
-def config(run):
-    """config.json: every setting, who took part, versions. A hub model is named with its commit, so that the
-    run goes on with the same weights when the hub has others."""
-    packages = ("torch", "transformers", "numpy", "reasoning-gym")
-    experts = [dict(name=e.name, source=e.source, revision=e.revision, width=e.width, parameters=e.params)
-               for e in run.experts]
-    policy = dict(source=run.args["policy"], revision=run.policy.revision)
-    pin = lambda m: m["source"] + (f"@{m['revision']}" if m["revision"] and "@" not in m["source"] else "")
-    pinned = {e["source"]: pin(e) for e in experts}  # not those that --collab text left out
-    args = run.args | dict(resume=False, policy=pin(policy),
-                           experts=[pinned.get(e, e) for e in run.args["experts"]])
-    return dict(args=args, form=run.form, policy=policy, experts=experts, trainable=trainable(run),
-                tokens=tokens_spent(run, run.items["train"][:STATISTICS]),
-                versions={p: version(p) for p in packages} | dict(python=sys.version.split()[0]))
+# -- Stopping and going on. A checkpoint is one safetensors file (which cannot run code): weights, AdamW's moments,
+# the ranks' random generators, and as JSON text how far the run is.
 
 
-def trainable(run):
-    count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
-    return dict(router=count(run.router), lora=count(run.policy))
+class Keeper:
+    """Writes a checkpoint when one is due and keeps the last two. Raises Stopped after Ctrl-C or SIGTERM."""
+
+    def __init__(self, args, policy, router, generator, state):
+        self.args, self.state, self.saved, self.skipped = args, state, time.monotonic(), 0
+        self.policy, self.router, self.generator = policy, router, generator
+        self.signals = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask_to_stop)
+
+    def ask_to_stop(self, number, frame):
+        if self.signals:  # the second time
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def after_align_step(self, done, optimizer, loss):
+        self.state["align"] = done
+        if RANK == 0 and done % 25 == 1:
+            append(Path(self.args.out) / "align.jsonl", dict(align=done, loss=loss))
+            tqdm.write(f"stage 0, step {done:4d} | loss {loss:.3f}")
+        self.keep(f"align-{done:06d}-", done, False, optimizer)
+
+    def after_step(self, row, finite, optimizer):
+        self.state["step"] = step = row["step"]
+        self.state["skipped"] += not finite
+        self.skipped = 0 if finite else self.skipped + 1  # in a row
+        if not finite:
+            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped; if that goes on, start "
+                       "anew with a lower --lr, --router_lr or --grad_clip")
+        self.keep(f"step-{step:06d}-", step, step == self.args.steps or self.skipped == 5, optimizer)
+        if self.skipped == 5:
+            raise ValueError("5 steps in a row were skipped: start anew with a lower --lr, --router_lr or --grad_clip")
+
+    def keep(self, prefix, step, last, optimizer):
+        due = step % self.args.save_every == 0 if self.args.save_every else time.monotonic() - self.saved > 60
+        due, stop = map(bool, total(due, len(self.signals)))  # what one rank decides, all do
+        if due or last or stop:
+            out = Path(self.args.out)
+            save_checkpoint(out / prefix, self.policy, self.router, self.state, optimizer, self.generator)
+            for old in checkpoints(out)[2:] if RANK == 0 else ():
+                old.unlink()
+            self.saved = time.monotonic()
+        if stop and not last:
+            raise Stopped
 
 
-# -- the loop
-def train(args):
-    """Build, look, learn, look again. Returns the exit code."""
-    out, log = Path(args["out"]), tracker(args)
-    ranks.take(args["device"])
-    run = build(args, introduce)
-    # Evaluation is greedy. Each rank draws its own samples, so more ranks sample otherwise than one.
-    generator = torch.Generator(args["device"]).manual_seed(args["seed"] + 1_000_003 * ranks.RANK)
-    optimizer = make_optimizer(run.policy, run.router, args["lr"], args["router_lr"], BETAS,
-                               args["weight_decay"])
-    state = dict(step=0, best=-1.0, skipped=0)
-    if args["resume"]:
-        state = checkpoint.load_last(out, run.policy, run.router, optimizer, generator) or state
-        print(f"  resumed after step {state['step']} of {args['steps']}" if state["step"] else
-              "  no checkpoint was written before the stop: starting again from the beginning")
-    if state["step"] >= args["steps"]:
-        print(f"  nothing is left to do: raise --steps to go on, or see python eval.py {out}")
-        return 0 if (out / "eval.json").exists() else finish(run, out)
-    about = config(run)
-    print("  trained   {router:,} parameters of the router and {lora:,} of LoRA".format(**about["trainable"]))
-    print("  tokens    of a problem: the policy reads {policy_reads:.1f}, prefix included; the experts read "
-          "{experts_read:.1f} and write {experts_write:.1f}".format(**about["tokens"]))
-    if state["step"] == 0:
-        show_one(run)
-        baseline(run)
-    if ranks.RANK == 0:
-        kept = [checkpoint.trim(out / f"{name}.jsonl", state["step"])
-                for name in ("metrics", "samples", "skipped")]
-        run.window.extend(row.get("choices", {}) for row in kept[0])
-        (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
-        checkpoint.write_json(out / "config.json", about)
-    ranks.same(checkpoint.trainable(run.policy, run.router).values())
-    if learn(run, out, optimizer, generator, state, log):
-        start = "python" if ranks.WORLD == 1 else "torchrun, as before,"
-        print(f"stopped and saved; go on with: {start} train.py --resume --out {out}")
-        return 0
-    return finish(run, out)
+class Stopped(Exception):
+    """Asked to stop; the work is saved."""
 
 
-def learn(run, out, optimizer, generator, state, log):
-    """Steps state["step"] + 1 to args["steps"], each row of metrics to `log` too. Returns True if it was
-    asked to stop before the end."""
-    args, B, saved, trimmed, streak = run.args, run.args["batch"], time.monotonic(), 0.0, Counter()
-    how = dict(temperature=args["temperature"], beta=args["beta"], clip=(args["clip_low"], args["clip_high"]),
-               dr=args["dr"], micro=args["micro"] or B, max_new=args["max_new"])
-    with stop_signals() as asked, tqdm(total=args["steps"], initial=state["step"],
-                                       disable=True if ranks.RANK else None) as bar:
-        for step in range(state["step"] + 1, args["steps"] + 1):
-            # listen, sample, verify
-            set_rate(optimizer, step - 1, args["warmup"])
-            batch = run.batch(ranks.share(run.items["train"][(step - 1) * B:step * B]))
-            sampled = rollout(run.policy, run.router, batch, run.tokenizer, run.verify, args["group"],
-                              args["max_new"], args["temperature"], generator)
-            # score the same tokens with gradient, and step
-            start = time.perf_counter()
-            sums = update(run.policy, run.router, batch, sampled, optimizer, args["epochs"],
-                          args["max_norm"], **how)
-            how["micro"] = sums["micro"]
-            seconds = time.perf_counter() - start
-            if time.monotonic() - trimmed > 10:  # seldom: a trimmed heap has to be paged in again
-                trim_memory()
-                trimmed = time.monotonic()
-            # look
-            whole = join([sampled])
-            row = dict(step=step) | summary(run, whole, sums, seconds)
-            last = step == args["steps"]
-            if step % args["eval_every"] == 0 or last:
-                row["val"] = validate(run, step, bar)
-            if ranks.RANK == 0:
-                checkpoint.append(out / "metrics.jsonl", [row])
-                log(row)
-                if step % 10 == 1 or last:
-                    bar.write(line(row))
-                    checkpoint.append(out / "samples.jsonl", samples(whole, step))
-                if row["skipped"]:
-                    questions = [p.question for p in whole.problems]
-                    checkpoint.append(out / "skipped.jsonl", [row | dict(questions=questions)])
-            bar.update()
-            advice = advise(streak, row)
-            hopeless = streak["skipped"] == HOPELESS
-            if advice and not hopeless:
-                bar.write(f"step {step:4d} | {advice}")
-            # keep: the best first, as a checkpoint says that it has been kept
-            better = row.get("val", -1.0) > state["best"]
-            state = dict(step=step, best=max(state["best"], row.get("val", -1.0)),
-                         skipped=state["skipped"] + sums["skipped"])
-            due = step % args["save_every"] == 0 if args["save_every"] else time.monotonic() - saved > 60
-            # Read once, as a signal may come at any moment; and what one rank decides, all do.
-            due, stop = map(bool, ranks.total(due, len(asked)))
-            if better:
-                checkpoint.save(out / "best.safetensors", run.policy, run.router, **state)
-            if due or last or stop or hopeless:
-                path = out / f"step-{step:06d}.safetensors"
-                checkpoint.save(path, run.policy, run.router, optimizer, generator, **state)
-                if ranks.RANK == 0:
-                    checkpoint.rotate(out, path)
-                saved = time.monotonic()
-            if hopeless:
-                raise ValueError(advice)
-            if stop and not last:
-                return True
-    return False
+def trainable(policy, router):
+    """Name -> tensor of everything that training changes or fixes: LoRA and the router."""
+    named = {f"policy.{name}": p for name, p in policy.named_parameters()}
+    return named | {f"router.{name}": t for name, t in (router.state_dict(keep_vars=True) if router else {}).items()}
 
 
-def validate(run, step, bar):
-    """Greedy accuracy on the validation problems; one of the answers is shown."""
-    verdicts, texts, _ = evaluate(run, run.items["val"])
-    i = step // run.args["eval_every"] % len(texts)
-    accuracy, asked = sum(v.strict for v in verdicts) / len(verdicts), run.items["val"][i].question
-    bar.write(f"step {step:4d} | val {accuracy:.1%} | asked {asked[-50:]!r}, it said {texts[i][:60]!r}: "
-              f"{verdicts[i].reason}")
-    return accuracy
+def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
+    """All ranks call, rank 0 writes. The checksum is added to the name."""
+    generators = gather(generator.get_state()) if generator else []
+    if RANK:
+        return
+    tensors = trainable(policy, router) | {f"generator.{rank}": t for rank, t in enumerate(generators)}
+    for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    write_tensors(path.parent, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path.name)
+
+
+def load_checkpoint(path, policy, router, generator=None):
+    """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing nothing, for
+    a file that is damaged or was made for other models."""
+    tensors, named = read_tensors(path), trainable(policy, router)
+    for name, t in named.items():
+        if name not in tensors or tensors[name].shape != t.shape:
+            raise ValueError(f"{path} was made for other models: {name} is missing or of another shape")
+    with torch.no_grad():
+        for name, t in named.items():
+            t.copy_(tensors[name])
+    if generator:
+        generator.set_state(tensors[f"generator.{RANK}"])
+    moments = {}
+    for name in tensors:
+        if name.startswith("optimizer."):
+            _, i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = tensors[name]
+    return json.loads(bytes(tensors["state"].tolist())), moments
+
+
+def checkpoints(out):
+    """Those of a run, the newest first."""
+    return sorted(out.glob("step-*.safetensors"), reverse=True) + sorted(out.glob("align-*.safetensors"), reverse=True)
+
+
+def load_newest(out, policy, router, generator, state):
+    """Load the newest checkpoint that is whole; `state` is filled, AdamW's moments are returned. One that is damaged
+    is passed over with a warning. Rows of the .jsonl files that are newer are dropped: they are made again."""
+    moments = {}
+    for path in checkpoints(out):
+        try:
+            saved, moments = load_checkpoint(path, policy, router, generator)
+            state.update(saved)
+            break
+        except ValueError as error:
+            warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
+    else:
+        if checkpoints(out):
+            raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
+    for path in out.glob("*.jsonl") if RANK == 0 else ():
+        kept = []
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the last line may be torn
+                row = json.loads(line)
+                kept += [line] if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"] else []
+        write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+    return moments
+
+
+def load_reference(out, policy, router):
+    """(LoRA's tensors, router) as stage 0 left them; policy and router stay as they are."""
+    now = {name: t.detach().clone() for name, t in trainable(policy, router).items()}
+    load_checkpoint(next(out.glob("aligned*.safetensors")), policy, router)
+    reference = [p.detach().clone() for p in policy.parameters()], copy.deepcopy(router)
+    with torch.no_grad():
+        for name, t in trainable(policy, router).items():
+            t.copy_(now[name])
+    return reference
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """Ctrl-C or SIGTERM fills the list: finish the step, save, stop. The second time it stops at once."""
-    asked = []
+def one_process(out):
+    """Only one process trains in a folder. The kernel drops the lock with its process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in {out}: wait, or choose another --out") from None
+        yield
 
-    def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
 
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+def half_of(micro_batch, error):
+    """The next smaller micro-batch after out-of-memory; any other error is raised again."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # every device has its own
+    if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        raise error
+    if micro_batch == 1:
+        raise ValueError("out of memory: start anew with a lower --group, --batch or --max_new, or smaller models")
+    tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
+    return micro_batch // 2
+
+
+# -- The command line
+
+
+def parse_args(argv):
+    """The settings of a run: what was given, else the preset's. Raises ValueError, one sentence with the mend."""
+    parser = HfArgumentParser(Args, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS  # only what is given is in the namespace
+    given = vars(parser.parse_args(argv))
+    if given.get("resume"):
+        saved = vars(saved_args(given["resume"]))
+        changed = [name for name, value in given.items() if not f"{saved[name]}@".startswith(f"{value}@")]
+        changed = sorted(set(changed) - {"resume", "out", "steps", "log", "micro_batch", "device"})
+        if changed:
+            raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would make it another")
+        args = Args(**(saved | given | dict(out=given["resume"])))
+    else:
+        preset = given.get("preset") or pick_preset(given)
+        own = PRESETS["small"] | dict(experts=[], cue="")  # for a policy of the user's, without small's experts
+        args = Args(**(PRESETS.get(preset, own) | given | dict(preset=PRESETS.get(preset) and preset or "")))
+        if preset == "paper" and args.task == "gsm8k" and "steps" not in given:
+            args.steps = 233  # one epoch of 32 prompts a step (paper)
+        if args.collab in ("single", "text") and "align" not in given:
+            args.align = 0
+        args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
+        args.out = gather(args.out)[0]  # clocks differ
+        if list(Path(args.out).glob("*.json")):
+            raise ValueError(f"{args.out} holds a run: choose another --out, or go on with --resume {args.out}")
+    args.device = pick_device(args.device)
+    check(args)
+    return args
+
+
+def pick_preset(given):
+    if "policy" in given:
+        return "own"
+    tasks = given.get("task", PRESETS["tiny"]["task"]).split("+")
+    for task in tasks:
+        known(task)
+    if "task" in given and torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 22e9:
+        return "paper"
+    if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
+        return "tiny"
+    raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and algorithmic: "
+                     "add --preset small or paper, or --policy X --experts A B C")
+
+
+def check(args):
+    """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
+    may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip", "clip_high",
+                   "warmup", "save_every", "seed")
+    for name, default in asdict(Args()).items():
+        value = getattr(args, name)
+        fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
+        if fine and isinstance(value, (int, float)):
+            fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
+        if not fine:
+            raise ValueError(f"--{name} is {value!r}, it must be {'0 or' if name in may_be_zero else ''} more than 0")
+    if args.group < 2:
+        raise ValueError("--group 1 has nothing to compare an answer with: give it at least 2")
+    if args.batch < WORLD:
+        raise ValueError(f"--batch {args.batch} gives {WORLD} ranks not a prompt each: raise it")
+    if args.collab == "text" and args.align:
+        raise ValueError("--collab text reads words, there is nothing to align: leave --align out")
+    if args.control != "none" and args.collab not in ("soft", "hard", "linear"):
+        raise ValueError(f"--collab {args.collab} reads no states that --control {args.control} could replace: use "
+                         "--collab soft, or no control")
+    if args.lora_rank == 0 and args.collab in ("single", "text"):
+        raise ValueError(f"--lora_rank 0 with --collab {args.collab} leaves nothing to train: give it a rank")
+    needs_experts = args.collab not in ("single", "prefix") or args.align
+    if needs_experts and not args.experts:
+        raise ValueError(f"--collab {args.collab} --align {args.align} has no experts to read: name --experts, or use "
+                         "--collab single --align 0")
+    if not needs_experts:
+        args.experts = []
+
+
+def saved_args(folder):
+    """The settings of the run in `folder`, by its config.json. Also called by eval.py."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py wrote")
     try:
-        yield asked
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        config = json.loads(path.read_text())
+        args = Args(**config["args"])
+        check(args)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): start anew with another --out") from error
+    if config["ranks"] != WORLD and Path(sys.argv[0]).name == "train.py":
+        raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
+    return args
 
 
-@ranks.started()
-def main(argv=None):
-    """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
+def pick_device(name):
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind, _, index = (next(d for d in there if there[d]) if name == "auto" else name).partition(":")
+    index = index or (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "")  # a GPU for each rank
+    if not there.get(kind) or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
+        raise ValueError(f"there is no {name} for this process: use --device {' or '.join(d for d in there if there[d])}"
+                         ", and no more ranks than there are GPUs")
+    return f"{kind}:{index}" if index else kind
+
+
+def one_sentence(program, run):
+    """Call run(); returns the exit code. What a user can mend is said in one sentence, a bug is raised."""
     try:
-        args = resolve(vars(parser(__doc__).parse_args(argv)))
-        with contextlib.nullcontext() if ranks.RANK else checkpoint.locked(args["out"]):
-            if ranks.RANK == 0:
-                sweep(args["out"], age=0)
-                sweep(args["cache"] or cache_dir() / "states")
-            return train(args)
-    except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        return excuse("train.py", e)
-    except SystemExit as e:  # argparse has said what is wrong
-        return e.code
+        run()
+        return 0
+    except Stopped:
+        print("stopped and saved; go on with --resume")
+        return 0
     except KeyboardInterrupt:
-        print("\ntrain.py: stopped; the last checkpoint and the states read so far are kept", file=sys.stderr)
+        print(f"\n{program}: stopped; the last checkpoint and what the experts read are kept", file=sys.stderr)
         return 130
+    except SystemExit as error:  # argparse has said what is wrong
+        return error.code
+    except OSError as error:  # a full disk, a folder that may not be written, another rank that is gone
+        message = f"{error}: mend that and go on with --resume, what was saved is complete"
+    except ValueError as error:
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        try:
+            half_of(1, error)
+        except ValueError as out_of_memory:
+            message = str(out_of_memory)
+    print(f"{program}: {message}", file=sys.stderr)
+    return 2
+
+
+def run(argv=None):
+    with ranks():
+        args = parse_args(argv)
+        with contextlib.nullcontext() if RANK else one_process(Path(args.out)):
+            main(args)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # while reading and evaluating, too
-    sys.exit(main())
+    sys.exit(one_sentence("train.py", run))
