@@ -1,25 +1,15 @@
 """
-What was learned: accuracy before and after on held-out problems, who was listened to, and what each expert
-was worth.
+What was learned: accuracy before and after on held-out problems, who is attended to, and whether that matters.
 
-    python eval.py runs/NAME                            the test problems, before and after, with 95%
-    intervals
-    python eval.py runs/NAME --samples 8                and pass@k, majority@k
-    python eval.py runs/NAME --ask "How much is 17 + 25?"   one question, and a bar for every expert
-    python eval.py runs/A runs/B runs/C --table         finished runs side by side, seeds put together
-    python eval.py runs/NAME --ablate static zero       what replacing attention or states at test time costs
-    python eval.py runs/NAME --probe                    what a linear map reads off the experts' states
-    python eval.py runs/NAME --walk                     one problem from text to reward, in numbers
-    python eval.py runs/A runs/B results/curves/*.json --figures   every picture of these
-    python eval.py runs/NAME --export DIR               what was trained, for others: PEFT's format, a card
-    python eval.py --from DIR                           an export in place of a run
+$ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
+$ python eval.py runs/NAME --samples 8                   # and pass@k, majority@k
+$ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
+$ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
-"Before" is the policy alone: LoRA off and prefix off (what experts write in --collab text it reads already).
-Attention shows who was listened to; it is no proof that it mattered. So each expert is also silenced (its
-attention set to exactly 0, the others' renormalised) and the accuracy that this costs is measured on the same
-problems.
+"Before" is the policy alone, LoRA off and prefix off. Attention shows who is attended to; it is no proof that it
+matters. Two tests are: an expert is masked out (attention exactly 0) and the accuracy that this costs is measured;
+and in the swap test every question comes with the states of another one, and the answer follows either.
 """
-
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -34,242 +24,220 @@ from pathlib import Path
 
 import torch
 
-import analysis
-import checkpoint
-import export
-import figures
-import ranks
-from analysis import by_dataset, silence, table
-from answers import extract, number
-from rewards import Problem, guessing_floor
-from rlvr import listen, rollout
-from run import build, evaluate, excuse, held_out
-from settings import settings
-from stats import wilson
-
-
-def score(verdicts):
-    n, right = len(verdicts), sum(v.strict for v in verdicts)
-    return dict(strict=right / n, lenient=sum(v.lenient for v in verdicts) / n, ci95=wilson(right, n))
-
-
-def pass_at(k, n, c):
-    """Chance that one of k completions is right, from c right among n: 1 - C(n-c, k) / C(n, k) (2107.03374,
-    eq. 1)."""
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def measure(run, samples=0):
-    """Everything eval reports on the run's test items, as one JSON-able dict."""
-    items = run.items["test"]
-    with run.policy.plain():
-        before = evaluate(run, items, None)[0]
-    after, _, attention = evaluate(run, items)
-    names = [e.name for e in run.experts]
-    report = dict(task=run.args["task"], n=len(items), seed=run.args["seed"], collab=run.args["collab"],
-                  control=run.args["control"], read=run.args["read"],
-                  floor=guessing_floor(items)[0], before=score(before), after=score(after))
-    b, a = by_dataset(items, before), by_dataset(items, after)
-    report["datasets"] = [p.dataset for p in items]
-    report["right_before"], report["right"] = ([int(v.strict) for v in some] for some in (before, after))
-    report["by_dataset"] = {d: dict(n=len(a[d]), before=score(b[d]), after=score(a[d])) for d in a}
-    if attention is not None:
-        heard = by_dataset(items, attention.mean((1, 2)))  # dataset -> [(N,)]
-        rounded = lambda rows: [[round(x, 3) for x in row] for row in rows.tolist()]
-        report["heard"] = rounded(attention.mean((1, 2)))  # (n, N)
-        report["example"] = dict(question=items[0].question, answer=items[0].answer,
-                                 attention=rounded(attention[0].mean(0)))  # (L, N)
-        report["attention_by"] = {
-            d: dict(zip(names, torch.stack(x).mean(0).tolist())) for d, x in heard.items()}
-        report["silenced"] = {e: {d: score(x)["strict"] for d, x in by_dataset(items, v).items()}
-                              for e, v in silence(run, items).items()}
-    if samples:
-        report["pass_at"], report["majority_at"] = sample_pass(run, items, samples)
-    return report
-
-
-@torch.no_grad()
-def sample_pass(run, items, samples):
-    """k -> mean pass@k over the items, and k -> share of items with a right majority among the first k, from
-    `samples` completions of each at the training temperature."""
-    generator = torch.Generator(run.args["device"]).manual_seed(run.args["seed"])
-    right, votes, step = [], [], max(1, 64 // samples)
-    for i in range(0, len(items), step):
-        out = rollout(run.policy, run.router, run.batch(items[i : i + step]), run.tokenizer, run.verify,
-                      samples, run.args["max_new"], run.args["temperature"], generator)
-        right += [sum(v.strict for v in row) for row in out.verdicts]
-        votes += [[(extract(text, run.form, cut)[0], v.strict) for text, cut, v in zip(*row)]
-                  for row in zip(out.texts, out.truncated.tolist(), out.verdicts)]
-    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    return ({k: sum(pass_at(k, samples, c) for c in right) / len(right) for k in ks},
-            {k: sum(majority(row[:k]) for row in votes) / len(votes) for k in ks})
-
-
-def majority(votes):
-    """Is the commonest answer right (of equally common ones the first)? votes: [(answer as written, or "" for
-    none, is it right)]; 18 and $18.00 are one answer."""
-    said = [(number(text) or text.strip().casefold(), right) for text, right in votes if text.strip()]
-    counts = Counter(answer for answer, _ in said)
-    return bool(said) and dict(said)[max(counts, key=counts.get)]
-
-
-def show(report):
-    interval = lambda s: f"[{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}]"
-    percent = lambda s: f"{s['strict']:6.1%} {interval(s)} lenient {s['lenient']:.1%}"
-    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson); "
-          f"a constant answer is right in {report['floor']:.0%}")
-    print(f"  before {percent(report['before'])}\n  after  {percent(report['after'])}")
-    for d, x in report["by_dataset"].items() if len(report["by_dataset"]) > 1 else ():
-        print(f"    {d:24} n {x['n']:4d}  before {x['before']['strict']:6.1%}  after {percent(x['after'])}")
-    for k, value in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {value:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
-    for d, heard in report.get("attention_by", {}).items():
-        cost = {e: x[d] - report["by_dataset"][d]["after"]["strict"] for e, x in report["silenced"].items()}
-        listens = ", ".join(f"{e} {a:.2f}" for e, a in heard.items())
-        silenced = ", ".join(f"{e} {100 * c:+z.0f}" for e, c in cost.items())
-        print(f"  {d}: listens to {listens}" + (f"; silenced, {silenced} points" if cost else ""))
-    if "experts" in report:
-        said = ", ".join(f"{e} {x['parameters'] / 1e6:.2f} M: {x['attention']:.2f}"
-                         for e, x in report["experts"].items())
-        print(f"  size and attention: {said}; Spearman {signed(report['size_spearman'])}")
-    if "spearman" in report:
-        x = report["spearman"]
-        print(f"  attention's entropy and reward over {x['n']} steps: Spearman {signed(x['rho'])}; with "
-              f"straight trends taken out {signed(x['detrended'])}")
-
-
-def signed(rho):
-    return "not defined" if rho is None else f"{rho:+z.2f}"
-
-
-# -- commands
-def finish(run, out):
-    """The end of training: before and after on held-out problems, the picture, and what to try next."""
-    report, rows = measure(run), analysis.metrics(out)
-    if ranks.RANK:
-        return 0
-    report |= analysis.relations(run, report, rows)
-    figures.figure(rows, report, out / "run.png")
-    checkpoint.write_json(out / "eval.json", report)  # last: it says that the run is finished
-    print()
-    show(report)
-    print(f'figure: {out / "run.png"}; next: python eval.py {out} --ask "{run.items["test"][0].question}"')
-    return 0
-
-
-@torch.no_grad()
-def ask(run, question):
-    """One question of the user's own: the answer, and who was listened to."""
-    problem = Problem(question=question, answer="", split="test")
-    run.prepare([problem, *run.items["test"][:2]], progress=False)  # --control shuffled gives it another's
-    batch = run.batch([problem])
-    context, attention = listen(run.router, batch.H)
-    tokens, mask = run.policy.generate(run.policy.prefill(batch.tokens, batch.lengths, context), 1,
-                                       run.args["max_new"], temperature=0)
-    print(run.tokenizer.decode(tokens[mask], skip_special_tokens=True).strip())
-    for name, text, _ in run.written.get(question, ()):
-        print(f"  {name} wrote: {text}")
-    if attention is not None:
-        width = max(len(e.name) for e in run.experts)
-        for expert, share in zip(run.experts, attention.mean((0, 1, 2)).tolist()):
-            print(f"  {expert.name:{width}} {'█' * round(40 * share)} {share:.2f}")
-
-
-def look(run, a):
-    """What was asked about the test problems: printed, and returned as one JSON-able dict."""
-    folder = Path(a.source or a.run[0])
-    if a.walk:
-        report = dict(walk=analysis.walk(run))
-        print(report["walk"])
-    elif a.ablate:
-        report = analysis.ablate(run, a.ablate)
-        print(analysis.ablation_table(report))
-        if a.run and not a.best:  # beside eval.json, which is of the last checkpoint
-            checkpoint.write_json(folder / "ablate.json", report)
-    else:
-        report = measure(run, a.samples)
-        report |= analysis.relations(run, report, analysis.metrics(folder))
-        show(report)
-    return report
-
-
-def load(folder, best=False):
-    """The run in `folder` with its last (or best) checkpoint in place; raises ValueError with the mend."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py --out wrote")
-    args = settings(folder)
-    if args["device"] != "cpu" and not torch.cuda.is_available():
-        args["device"] = "cpu"
-    run = build(args, training=False)
-    if best:
-        checkpoint.load(folder / "best.safetensors", run.policy, run.router)
-    elif checkpoint.load_last(folder, run.policy, run.router) is None:
-        raise ValueError(
-            f"{folder} has no checkpoint yet: let it train on with python train.py --resume --out {folder}")
-    return run
-
-
-def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("run", nargs="*", help="folder of a run, as train.py --out wrote it; several for --table")
-    p.add_argument("--from", dest="source", metavar="DIR", help="an export instead of a run")
-    p.add_argument("--export", metavar="DIR", help="write LoRA, router and a model card for others to use")
-    p.add_argument("--table", action="store_true", help="a Markdown table of finished runs")
-    p.add_argument("--figures", action="store_true", help="pictures of finished runs, or of results/curves/*")
-    p.add_argument("--out", metavar="DIR", default="runs/figures", help="where --figures go [%(default)s]")
-    p.add_argument("--ablate", nargs="+", metavar="KIND", help="replace attention or states at test time: "
-                   "static, uniform, shuffle, zero, drop:NAME")
-    p.add_argument("--probe", action="store_true", help="what a linear map reads off each expert's states")
-    p.add_argument("--walk", action="store_true", help="one problem from text to reward, in numbers")
-    p.add_argument("--n", type=int, help="test problems (256; gsm8k: all 1,319)")
-    p.add_argument(
-        "--best", action="store_true", help="the checkpoint that was best on validation, not the last")
-    p.add_argument(
-        "--samples", type=int, default=0, help="also sample this many completions a problem and report pass@k"
-    )
-    p.add_argument("--ask", metavar="QUESTION", help="answer one question and show who is listened to")
-    p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    return p
+from experts import write_whole
+from rewards import Problem, extract, number
+from rlvr import Dataset, by_expert, evaluate, rollout, test_report
+from train import build, load_checkpoint, load_newest, load_problems, one_sentence, pick_device, saved_args
 
 
 def main(argv=None):
-    """Returns the exit code: 0, or 2 with one sentence when what was asked for cannot be done."""
-    try:
-        a = parser().parse_args(argv)
-        if bool(a.run) == bool(a.source) or (a.source and (a.best or a.table or a.figures or a.export)):
-            raise ValueError("name a RUN, or --from DIR (which goes without --best, --table, --figures and "
-                             "--export)")
-        if a.table or a.figures:
-            print(*([table(a.run)] if a.table else figures.draw(a.run, Path(a.out))), sep="\n")
-            return 0
-        if len(a.run) > 1 or (a.n is not None and a.n < 1) or a.samples < 0:
-            raise ValueError("one run at a time without --table or --figures; --n is at least 1, --samples 0")
-        run = export.load(a.source) if a.source else load(a.run[0], a.best)
-        if a.export:
-            export.write(run, a.run[0], a.export, evaluated=not a.best)
-            print(f"exported to {a.export}; next: python eval.py --from {a.export}")
-            return 0
-        if a.ask is not None:
-            ask(run, a.ask)
-            return 0
-        if a.probe:
-            report = dict(probe=analysis.probe(run))
-            print(analysis.probe_table(report["probe"]))
+    options = parse(argv)
+    run = Path(options.run)
+    args = saved_args(run)
+    args.device = pick_device(options.device)
+    policy, experts, router = build(args)
+    if options.aligned:
+        if not list(run.glob("aligned*.safetensors")):
+            raise ValueError(f"{run} has no aligned.safetensors: it was trained without stage 0, or is in it still")
+        load_checkpoint(next(run.glob("aligned*.safetensors")), policy, router)
+    else:
+        state = dict(step=0, align=0)
+        load_newest(run, policy, router, None, state, trim=False)
+        if not state["step"]:
+            raise ValueError(f"{run} has no checkpoint of GRPO yet: train on with train.py --resume {run}, or see "
+                             "--aligned")
+    if options.ask is not None:
+        return ask(policy, router, experts, args, options.ask)
+    found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
+    data = Dataset(found, policy, experts, args)
+    report = test_report(policy, router, data, args, experts)
+    if router and data.H.numel() and len(data) > 1:
+        report["swap"] = swap_test(policy, router, data, args)
+    if options.samples:
+        report["pass_at"], report["majority_at"] = sample_pass(policy, router, data, args, options.samples)
+    show(report)
+    name = "aligned" if options.aligned else "run"
+    write_whole(run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+    print(f"picture: {picture(run, report, run / f'{name}.png')}")
+    if options.json:
+        print(json.dumps(report))
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a run, as train.py --out wrote it")
+    parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
+    parser.add_argument("--samples", type=int, default=0, help="completions a problem for pass@k and majority@k")
+    parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
+    parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="a question of yours, or many")
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, the last")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(argv)
+    if (options.n is not None and options.n < 1) or options.samples < 0:
+        raise ValueError("--n must be at least 1, and --samples at least 0")
+    if options.ask is not None and (options.n or options.samples or options.json):
+        raise ValueError("--ask answers questions and measures nothing: leave --n, --samples and --json out")
+    return options
+
+
+def wilson(right, n, z=1.96):
+    """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1: 8 of 10 -> (0.49, 0.94)."""
+    p = right / n
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def swap_test(policy, router, data, args):
+    """Every question with the states of the next one of its dataset: {"strict": share still right, "follows": share
+    answered as the expert that is attended to most would answer the OTHER question, "n": of those where that is
+    another answer than the right one}. A policy that reads follows the states."""
+    partner = list(range(len(data)))
+    for dataset in {problem.dataset for problem in data.problems}:
+        places = [i for i, problem in enumerate(data.problems) if problem.dataset == dataset]
+        for i, j in zip(places, places[1:] + places[:1]):
+            partner[i] = j
+    verdicts, texts, attention = evaluate(policy, router, data, args, H=data.H[partner])
+    follows = []
+    for i, j in enumerate(partner):
+        told = data.problems[j].answer  # where there are no texts: what an expert that knows would say
+        if data.texts and attention is not None:
+            told = data.texts[int(by_expert(attention[i], data.owner).mean((0, 1)).argmax())][j]
+        if told and told != data.problems[i].answer:
+            answer = extract(texts[i], args.form, False)[0]
+            follows.append(answer.strip() == told.strip())
+    strict = sum(verdict.strict for verdict in verdicts) / len(verdicts)
+    return dict(strict=strict, follows=sum(follows) / max(1, len(follows)), n=len(follows))
+
+
+@torch.no_grad()
+def sample_pass(policy, router, data, args, samples):
+    """({k: mean pass@k}, {k: share with a right majority among the first k}) from `samples` completions of each
+    problem at the training temperature. pass@k is 1 - C(n - c, k) / C(n, k) (2107.03374, equation 1)."""
+    generator = torch.Generator(policy.embed.device).manual_seed(args.seed)
+    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
+    passed, majority = Counter(), Counter()
+    size = max(1, 64 // samples)
+    for start in range(0, len(data), size):
+        batch = data.batch(range(start, min(start + size, len(data))))
+        out = rollout(policy, router, batch, args.form, samples, args.max_new, args.temperature, generator)
+        for texts, verdicts in zip(out.texts, out.verdicts):
+            right = [verdict.strict for verdict in verdicts]
+            answers = [extract(text, args.form, False)[0].strip() for text in texts]
+            answers = [number(answer) or answer.casefold() for answer in answers]  # 18 and $18.00 are one answer
+            for k in ks:
+                passed[k] += 1 - math.comb(samples - sum(right), k) / math.comb(samples, k)
+                counts = Counter(answer for answer in answers[:k] if answer != "")
+                if counts:
+                    majority[k] += right[answers.index(counts.most_common(1)[0][0])]
+    return {k: passed[k] / len(data) for k in ks}, {k: majority[k] / len(data) for k in ks}
+
+
+def show(report):
+    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
+    for when in ("before", "after"):
+        share = report[when]["strict"]
+        low, high = report[when]["ci95"] = wilson(share * report["n"], report["n"])
+        print(f"  {when:7} {share:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
+    for dataset, rows in report["by_dataset"].items():
+        print(f"  {dataset}, n {rows['n']}: {rows['before']:.1%} before, {rows['after']:.1%} after")
+        shares = report.get("attention_by_dataset", {}).get(dataset, {})
+        for name, share in shares.items():
+            cost = ""
+            if name in report["masked"]:
+                cost = f"; masked out: {100 * (report['masked'][name][dataset] - rows['after']):+.1f} points"
+            print(f"    attention to {name:24} {share:.2f}{cost}")
+    if "swap" in report:
+        swap = report["swap"]
+        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of {swap['n']} "
+              "answers are what the expert attended to would say to the other problem")
+    for k, share in report.get("pass_at", {}).items():
+        print(f"  pass@{k} {share:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
+
+
+def ask(policy, router, experts, args, question):
+    """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what each
+    expert itself would say."""
+    if question == "" and not sys.stdin.isatty():
+        raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
+    print(f"trained on {args.task}: about anything else it was never rewarded")
+    while True:
+        try:
+            text = question or input("question (Ctrl-D ends): ").strip()
+        except EOFError:
+            return print()
+        if text:
+            answer_one(policy, router, experts, args, text)
+        if question:
+            return None
+
+
+def answer_one(policy, router, experts, args, text):
+    data = Dataset([Problem(question=text, answer="", split="test")], policy, experts, args, progress=False)
+    _, texts, attention = evaluate(policy, router, data, args)
+    print(texts[0].strip() or "(an empty answer)")
+    if attention is None:
+        return
+    width = max(len(expert.name) for expert in experts)
+    shares = by_expert(attention, data.owner).mean((0, 1, 2)).tolist()
+    for e, (expert, share) in enumerate(zip(experts, shares)):
+        words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
+        print(f"  {expert.name:{width}} {'█' * round(40 * share):40} {share:.2f}{words}")
+
+
+def picture(run, report, path):
+    """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    steps = [row["step"] for row in rows]
+    smooth = [sum(r["reward"] for r in rows[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(rows))]
+    axes[0, 0].plot(steps, smooth, label="reward in training, mean of 10 steps", color="0.6")
+    val = [(row["step"], row["val"]) for row in rows if "val" in row]
+    axes[0, 0].plot(*zip(*val), "o-", label="validation, greedy", color="#0072B2")
+    axes[0, 0].axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
+    axes[0, 0].set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
+    axes[0, 0].legend(fontsize=8)
+    shares = report.get("attention_by_dataset")
+    if not shares:
+        for axis in axes.flat[1:]:
+            axis.axis("off")
+    else:
+        names = list(next(iter(shares.values())))
+        for dataset in shares:
+            most = max(names, key=shares[dataset].get)
+            curve = [row["attention_by_dataset"].get(dataset, {}).get(most) for row in rows]
+            axes[0, 1].plot(steps, curve, label=f"{dataset}: {most}")
+        axes[0, 1].axhline(1 / len(names), ls=":", color="0.3", label="even")
+        axes[0, 1].set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
+                       title="The expert attended to most at the end")
+        axes[0, 1].legend(fontsize=8)
+        attention = [[shares[dataset][name] for name in names] for dataset in shares]
+        heat(axes[1, 0], list(shares), names, attention, 1, "{:.2f}", "Attention on test problems")
+        if report["masked"]:
+            lost = [[100 * (report["by_dataset"][dataset]["after"] - report["masked"][name][dataset])
+                     for name in names] for dataset in shares]
+            heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when an expert is masked out")
         else:
-            run.items["test"] = held_out(run.args, "test", a.n, whole=True)
-            run.prepare(run.items["test"])
-            report = look(run, a)
-        if a.json:
-            print(json.dumps(report))
-        return 0
-    except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        return excuse("eval.py", e)
-    except SystemExit as e:  # argparse has said what is wrong
-        return e.code
-    except KeyboardInterrupt:
-        return 130
+            axes[1, 1].axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def heat(axis, datasets, names, values, top, style, title):
+    """A labelled matrix, values[dataset][expert]."""
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axis.set_yticks(range(len(datasets)), datasets)
+    axis.set_title(title)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axis.text(j, i, style.format(value), ha="center", va="center",
+                      color="white" if value > 0.6 * top else "black")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(one_sentence("eval.py", main))

@@ -1,12 +1,11 @@
 """
-Where problems come from, and how an answer is verified without running anything.
-
-The verifier is the teacher: whatever it pays for is what the policy learns. What is easy to get wrong:
-- An answer is text to be compared, never code. Nine of Reasoning Gym's scorers execute it, one pays for any text.
-- Exact comparison with the gold answer is the rule: as a fraction where gold is a number, else as folded text.
+Where problems come from, and how an answer is verified without running anything. What is easy to get wrong:
+- The verifier is the teacher: whatever it pays for is what the policy learns.
+- An answer is text to be compared, never code: nine of Reasoning Gym's scorers execute it, one pays for any.
+  Exact comparison with the gold answer is the rule: as fractions where gold is a number, else as folded text.
   A scorer is asked only where several answers are right, and only after a check of the answer's form.
-- Seeds do not separate train from test: Reasoning Gym draws item i from Random(seed + i). Here the sha256 of a
-  question decides its split, so that no question is in two splits, whatever sizes are asked for.
+- Seeds do not separate train from test: Reasoning Gym draws item i from Random(seed + i). Here the sha256 of
+  a question decides its split, so that no question is in two splits, whatever sizes are asked for.
 - A truncated "1" may be the head of "12", and a list of several numbers is no answer.
 """
 import collections
@@ -61,15 +60,15 @@ FAMILIES = {  # at every other level; a constant answer solves less than a third
 STEPS = {"easy": 0, "hard": 2}  # of a dataset's own curriculum; level "default" is its default parameters
 TOO_HARD = ("caesar_cipher", "survo")  # these forbid step 2 of their own curriculum: "hard" is step 1
 SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all their items when they are built
-UNFIT = {  # why: which datasets are refused; what was measured of all of them is in results/fitness.md
-    "only its own scorer knows all right answers, and it would execute the text (eval, or sympy's parse_expr)":
+UNFIT = {  # why: which datasets; what was measured of every one is in results/fitness.md
+    "several answers are right, and its own scorer would execute the text (eval, or sympy's parse_expr)":
         "countdown puzzle24 simple_integration intermediate_integration polynomial_multiplication",
     "its items have no gold answer, and its own scorer raises, hangs or pays for nonsense":
         "boxnet graph_color propositional_logic rubiks_cube rush_hour",
     "its items change with PYTHONHASHSEED: no two runs would see the same questions":
         "codeio isomorphic_strings knight_swap list_functions ransom_note word_ladder",
     "its gold answers are not rounded as its questions ask": "coin_flip power_function",
-    "some of its items take a minute to make": "number_sequence",
+    "one of its items can take a minute to make": "number_sequence",
     "it is a mix of other datasets, which + makes too": "composite",
 }
 REFUSED = {name: reason for reason, names in UNFIT.items() for name in names.split()}
@@ -90,25 +89,22 @@ def known(name):
     return name
 
 def parameters(dataset, level):
-    """{parameter: value} of a dataset at a level; {} is its default level. ValueError for an unknown level."""
-    if level == "default":
+    """{parameter: value} of a dataset at a level; {} is its default level. ValueError if unknown."""
+    from reasoning_gym.factory import create_curriculum, has_curriculum
+    if level == "default" or (level in STEPS and not has_curriculum(dataset)):
         return {}
     if level == "tiny":
-        for family in TINY.values():
-            if dataset in family:
-                return family[dataset]
-        raise ValueError(f"level tiny exists only for {', '.join(TINY)}, not for {dataset}: "
-                         "choose --level easy, or --preset small")
-    make, config = registry()[dataset]
+        found = [family[dataset] for family in TINY.values() if dataset in family]
+        if not found:
+            raise ValueError(f"level tiny exists only for {', '.join(TINY)}, not for {dataset}: "
+                             "choose --level easy, or --preset small")
+        return found[0]
     if level in STEPS:
-        from reasoning_gym.factory import create_curriculum, has_curriculum
-        if not has_curriculum(dataset):
-            return {}
         curriculum = create_curriculum(dataset)
         curriculum.set_global_level(1 if level == "hard" and dataset in TOO_HARD else STEPS[level])
         values = vars(curriculum.generate_configuration())
         return {name: value for name, value in values.items() if name not in ("seed", "size")}
-    kinds = {field.name: field.type for field in dataclasses.fields(config)
+    kinds = {field.name: field.type for field in dataclasses.fields(registry()[dataset][1])
              if field.type in (bool, int, float, str) and field.name not in ("seed", "size")}
     values = {}
     for part in level.split(","):
@@ -130,43 +126,34 @@ def source(dataset, level):
     try:
         return make(config(seed=1, size=SIZES.get(dataset, 10**9), **values))
     except Exception as error:
-        reason = error or type(error).__name__
-        raise ValueError(f"{dataset} cannot be built at level {level} ({reason}): choose another") from error
+        raise ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another") from error
 
-# Problems
 def split_of(question):
     """The split of a generated question: 1/2 train, 1/4 val, 1/4 test. Final: tiny/ is trained on it."""
     return ("train", "train", "val", "test")[int(hashlib.sha256(question.encode()).hexdigest(), 16) % 4]
 
 def dataset_problems(task, dataset, split, level):
-    """Yields the distinct problems of one dataset in one split, in the order in which they are drawn.
-
-    They end after max(200, 3 x distinct questions) repeats in a row, counted over all splits: what a split
-    holds does not depend on how many problems anybody asks for.
-    """
+    """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
     items = source(dataset, level)
     seen = set()
-    index = repeats = 0
-    for draw in itertools.count():
-        if repeats >= max(200, 3 * len(seen)):
-            return
+    index = drawn = repeats = 0
+    while repeats < max(200, 3 * len(seen)):  # over all splits, so that what one holds depends on nothing else
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # bf prints
-                entry = items[draw]
+                entry = items[drawn]
         except IndexError:  # only the datasets in SIZES end
             return
         except Exception as error:
-            reason = error or type(error).__name__
-            raise ValueError(f"{dataset} fails at item {draw} ({reason}): choose another level") from error
-        question = entry["question"]
+            raise ValueError(f"{dataset} fails at item {drawn} ({error!r}): choose another level") from error
+        drawn += 1
         repeats += 1
-        if question in seen or entry["answer"] == "":  # an empty answer cannot be given
-            continue
-        seen.add(question)
-        repeats = 0
-        if split_of(question) == split:
-            yield Problem(question, str(entry["answer"]), task, dataset, level, split, index, entry)
-            index += 1
+        question = entry["question"]
+        if question not in seen and entry["answer"] != "":  # an empty answer cannot be given
+            seen.add(question)
+            repeats = 0
+            if split_of(question) == split:
+                yield Problem(question, str(entry["answer"]), task, dataset, level, split, index, entry)
+                index += 1
 
 def epochs(items, name):
     """Yields the items in order, then without end one reshuffled epoch of them after another."""
@@ -180,7 +167,7 @@ def epochs(items, name):
         yield from order
 
 def take_turns(parts):
-    """Yields an item of each part in turn until one part ends; a held-out question of two parts comes once."""
+    """Yields an item of each part in turn until one ends; a held-out question of two parts comes once."""
     seen = set()
     for part in itertools.cycle(parts):
         item = next((item for item in part if item.split == "train" or item.question not in seen), None)
@@ -209,9 +196,9 @@ class TooFew(ValueError):
 def problems(task, split, n, data=None, level=None):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
-    The first 10 of 1,000 are the 10. val and test hold no question twice; train repeats, reshuffled, when it
-    ends. `data`: where GSM8K lies (see gsm8k). `level`: easy, default, hard, tiny, or "parameter=value,..." of
-    a dataset. ValueError for an unknown task, split or level and an unfit dataset; TooFew if there are fewer.
+    The first 10 of 1,000 are the 10. val and test hold no question twice; train begins again, reshuffled.
+    `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..." of a dataset.
+    ValueError for an unknown task, split or level and a refused dataset; TooFew if there are fewer than n.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
@@ -220,7 +207,7 @@ def problems(task, split, n, data=None, level=None):
     found = list(itertools.islice(take_turns(parts), n))
     if len(found) < n:
         mend = "pass a larger file as --data" if "gsm8k" in names else "choose another --level"
-        few = f"only {len(found)} distinct {split} questions, not {n}: ask for at most {len(found)}, or {mend}"
+        few = f"only {len(found)} distinct {split} questions: ask for at most {len(found)}, or {mend}"
         error = TooFew(f"{task} has {few if found else f'no {split} question: {mend}'}")
         error.available = len(found)
         raise error
@@ -276,15 +263,15 @@ def read_rows(path):
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             valid = False
         if not valid:
-            raise ValueError(f'{path}, line {at}: it needs a "question" and an "answer" that ends in "#### NUMBER"')
+            raise ValueError(f'{path}, line {at}: it needs a "question", and an "answer" ending in #### 18')
         rows.setdefault(question, gold.strip().replace(",", ""))
     return list(rows.items())
 
 def gsm8k(data=None):
     """{split: [(question, answer)]}: test is test.jsonl, val the last 256 of train.jsonl, train the others.
 
-    `data` is a folder with both, or one file of problems: that is split as generated questions are, unless it
-    is one of the two and lies beside the other. Without `data` the official files are downloaded once.
+    `data`: a folder with both, or one file, which is split as generated questions are unless it is one of the
+    two and lies beside the other. Without `data` the official files are downloaded once.
     """
     data = Path(data).expanduser() if data else None
     if data and data.name in SHA256 and all((data.parent / name).is_file() for name in SHA256):
@@ -298,15 +285,13 @@ def gsm8k(data=None):
     held = min(256, len(train) // 4)
     return {"train": train[:len(train) - held], "val": train[len(train) - held:], "test": test}
 
-# Prompts
 INSTRUCTION = "\n\nThink briefly, then give only the final answer in <answer>...</answer>."
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
     """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.
 
-    plain: the question, and "\\nAnswer:" unless it ends in "=" (verified as "plain"). chat: the tokenizer's
-    template, asking for answer tags (verified as "tagged") unless `ask` is False, as for experts. auto: chat
-    where the tokenizer has a template.
+    plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template, asking for
+    answer tags unless `ask` is False, as for experts. auto: chat where there is a template, else plain.
     """
     if template not in ("plain", "chat", "auto"):
         raise ValueError(f"unknown template {template!r}: choose plain, chat or auto")
@@ -324,17 +309,16 @@ OPEN, CLOSE, THOUGHT = "<answer>", "</answer>", "</think>"
 STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<end_of_turn>")
 
 def verify(completion, problem, form="tagged", truncated=False):
-    """The Verdict on a completion: plain text, with the text of its stop token or without.
+    """The Verdict on a completion: text, with the text of its stop token or without. It never raises on text.
 
     form "tagged": after the last </think>, exactly one <answer>...</answer> holds nothing but the answer.
-    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit; a
-    complete block still counts, an unended first line does not. Raises ValueError for an unknown form only.
+    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit;
+    a complete block still counts, an unended first line does not.
     """
     if form not in ("tagged", "plain"):
         raise ValueError(f"unknown answer form {form!r}: choose tagged or plain")
     text, reason = extract(completion, form, truncated)
-    if reason is None:
-        reason = grade(text, problem, units=form == "tagged")
+    reason = reason or grade(text, problem, units=form == "tagged")
     strict = reason == "right"
     return Verdict(strict, strict or lenient(completion[-2000:], problem.answer), float(strict), reason)
 
@@ -356,27 +340,22 @@ def extract(completion, form, truncated):
         return "", "several"
     return "", "truncated" if truncated else "unclosed" if opens else "no_answer"
 
-# These have several right answers. Their scorers were measured: on an answer of this form (with white space
-# folded, in either case) none executes, hangs or raises, and none pays for a wrong one.
+# Several answers are right. These scorers were measured: on an answer of this form (white space folded, in
+# either case) none executes, hangs or raises, and none pays for a wrong answer.
 SCORERS = {
-    "cryptarithm": r"[a-z]=[0-9](, ?[a-z]=[0-9])*",
-    "group_anagrams": r"[\w\[\]\",' -]+",
-    "jugs": r"[\w\[\]\",> -]+",
-    "kakurasu": r"[01 ]+",
+    "cryptarithm": "[a-z]=[0-9](, ?[a-z]=[0-9])*", "number_format": "[0-9.,e+-]+",
     "knights_knaves": r"[a-z]+ is an? [a-z]+((, and | and |, ?| )[a-z]+ is an? [a-z]+)*\.?",
-    "number_format": r"[0-9.,e+-]+",
-    "palindrome_generation": r"[a-z]+",
-    "palindrome_partitioning": r"[a-z\[\]\", ]+",
-    "quantum_lock": r"[abc→ ]+",
     "shortest_path": r"((up|down|left|right) ?)+",
-    "sokoban": r"[lrud]+",
     "tower_of_hanoi": r"(move disk [0-9]{1,2} from peg [0-9]{1,2} to peg [0-9]{1,2} ?)+",
+    "kakurasu": "[01 ]+", "quantum_lock": "[abc→ ]+", "sokoban": "[lrud]+", "palindrome_generation": "[a-z]+",
+    **dict.fromkeys(["group_anagrams", "jugs", "palindrome_partitioning"], r"[][\w\",'> -]+"),
 }
-PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2, as lowest terms may be the task
+PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2: lowest terms may be the task
 
 def grade(text, problem, units):
     """The reason of the verdict on an extracted answer; `units`: words may follow a number."""
     gold, entry = problem.answer.strip(), problem.entry or {"metadata": {}}
+    text = text if problem.dataset == "gsm8k" else text.strip()
     is_number = problem.dataset == "gsm8k" or PLAIN_NUMBER.fullmatch(gold)
     if len(text) > (MAX_NUMBER if is_number else 4 * len(gold) + 64):
         return "too_long"
@@ -392,15 +371,14 @@ def grade(text, problem, units):
     if not re.fullmatch(SCORERS[problem.dataset], " ".join(text.split()), re.IGNORECASE | re.ASCII):
         return "refused"
     try:
-        score = source(problem.dataset, "default").score_answer(text.strip(), entry)
+        score = source(problem.dataset, "default").score_answer(text, entry)
     except Exception:  # whatever a scorer fails on is not paid, and counted
         return "scorer_raised"
     return "right" if score >= 0.99 else "wrong"
 
 def fold(text):
     """A text without case, quotes, spaces beside a mark, and zeros at the end of decimals."""
-    text = " ".join(text.casefold().replace("\u2212", "-").split())
-    text = re.sub("[\"']", "", text)
+    text = " ".join(text.casefold().replace("\u2212", "-").replace("'", "").replace('"', "").split())
     text = re.sub(r" ?([^\w ]) ?", r"\1", text)
     return re.sub(r"[0-9]+\.[0-9]+", lambda decimal: decimal[0].rstrip("0").rstrip("."), text)
 
@@ -408,10 +386,11 @@ MAX_NUMBER = 200  # characters: int() is quadratic in them
 THIN = "\u2009\u202f"  # thin space, narrow no-break space: they group thousands, as the comma does
 DIGITS = "(?:" + "|".join(f"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+" for mark in "," + THIN) + "|[0-9]+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"  # 18, 1,000.50, .5, 1e3
-NUMBER = re.compile(rf"(?P<sign>[-+]?)(\\?[$€%]\s*)*(?P<digits>{DECIMAL}|{DIGITS}\s*/\s*{DIGITS})")  # -$5, 36/2
+RATIO = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"  # 36/2, but not 1/0
+NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)*(?P<value>{DECIMAL}|{RATIO})")  # -$5
 NUMBER_TOKEN = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN}]*")
-PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}"))
 SIGNS = ("\\$", "$", "€", "\\%", "%")
+PAIRS = (("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}"))
 NOT_UNITS = frozenset(  # words that would change the number they follow: "18 thousand", "18 or nineteen"
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds "
@@ -419,10 +398,10 @@ NOT_UNITS = frozenset(  # words that would change the number they follow: "18 th
     "or to not plus minus times over point squared cubed e x".split())
 
 def number(text, units=True):
-    """The one number that `text` is, as a Fraction, or None: $1,000. or **18** or \\boxed{36/2} or 18 dollars.
+    """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.
 
-    Taken off: white space, $ € %, bold and italic marks, \\boxed{}, \\( \\), $ $, one full stop and, with
-    `units`, up to three words that follow. Several numbers, a range and an expression are no number.
+    Taken off: white space, $ € %, bold and italic marks, \\boxed{}, \\( \\), one full stop; if `units`, up to
+    three words that follow. $1,000. and **18** and \\boxed{36/2} and 18 dollars are numbers.
     """
     if len(text) > MAX_NUMBER:
         return None
@@ -442,32 +421,21 @@ def number(text, units=True):
                 break
             text, units = rest[0], False
     match = NUMBER.fullmatch(text)
-    try:
-        return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["digits"])) if match else None
-    except ZeroDivisionError:
-        return None
+    return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["value"])) if match else None
 
 def lenient(tail, gold):
-    """Would a generous reader find the gold answer in the end of a completion? Reported, never trained on.
-
-    A number: the last \\boxed, else what follows the first ####, else the last number. Anything else: the text
-    of the last line or answer block.
-    """
+    """Would a generous reader find the gold answer in the end of a completion? Reported, never trained on."""
     value = number(gold)
-    if value is None:
-        lines = tail.replace(OPEN, "\n").replace(CLOSE, "\n").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    if value is None:  # the text of the last line or answer block
+        last = tail.replace(OPEN, "\n").replace(CLOSE, "\n").strip().rpartition("\n")[2].strip()
         return bool(last) and last.casefold() == gold.strip().casefold()
-    if "\\boxed{" in tail:
+    if "\\boxed{" in tail:  # the last one
         inside, closed, _ = tail.rpartition("\\boxed{")[2].partition("}")
         return bool(closed) and number(inside) == value
-    if "####" in tail:
-        line = tail.partition("####")[2].split("\n")[0]
-        return value in (number(line), last_number(line))
-    return last_number(tail) == value
-
-def last_number(text):
-    """The last number written in a text, or None."""
-    tokens = reversed(NUMBER_TOKEN.findall(text.replace("\u2212", "-")))
+    if "####" in tail:  # what follows the first one
+        tail = tail.partition("####")[2].split("\n")[0]
+        if number(tail) == value:
+            return True
+    tokens = reversed(NUMBER_TOKEN.findall(tail.replace("\u2212", "-")))  # else the last number
     values = (number(token.rstrip(".,/" + THIN), units=False) for token in tokens)
-    return next((value for value in values if value is not None), None)
+    return next((found for found in values if found is not None), None) == value

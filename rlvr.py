@@ -39,6 +39,7 @@ from rewards import prompt, verify
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
 
+WORDS_BATCH = 256  # problems a step of stage 0 while the policy is not run
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -209,7 +210,7 @@ def align(policy, router, data, args, start, moments, after_step):
             if step != words:
                 restore(optimizer, moments)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        size = args.align_words_batch if step < words else args.align_batch
+        size = WORDS_BATCH if step < words else args.align_batch
         rows = share(torch.randint(len(data), (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]

@@ -500,7 +500,7 @@ def checkpoints(out):
     return sorted(out.glob("step-*.safetensors"), reverse=True) + sorted(out.glob("align-*.safetensors"), reverse=True)
 
 
-def load_newest(out, policy, router, generator, state):
+def load_newest(out, policy, router, generator, state, trim=True):
     """Load the newest checkpoint that is whole; `state` is filled, AdamW's moments are returned. One that is damaged
     is passed over with a warning. Rows of the .jsonl files that are newer are dropped: they are made again."""
     moments = {}
@@ -514,7 +514,7 @@ def load_newest(out, policy, router, generator, state):
     else:
         if checkpoints(out):
             raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
-    for path in out.glob("*.jsonl") if RANK == 0 else ():
+    for path in out.glob("*.jsonl") if trim and RANK == 0 else ():
         kept = []
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # the last line may be torn
