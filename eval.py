@@ -1,14 +1,16 @@
 """
-What was learned: accuracy before and after on held-out problems, who is attended to, and whether that matters.
+What was learned: accuracy before and after on held-out problems, who is attended to, and whether that
+matters.
 
 $ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
 $ python eval.py runs/NAME --samples 8                   # and pass@k, majority@k
 $ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
 $ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
-"Before" is the policy alone, LoRA off and prefix off. Attention shows who is attended to; it is no proof that it
-matters. Two tests are: an expert is masked out (attention exactly 0) and the accuracy that this costs is measured;
-and in the swap test every question comes with the states of another one, and the answer follows either.
+"Before" is the policy alone, LoRA off and prefix off. Attention shows who is attended to; it is no proof that
+it matters. Two tests are: an expert is masked out (attention exactly 0) and the accuracy that this costs is
+measured; and in the swap test every question comes with the states of another one, and the answer follows
+either.
 """
 import os
 
@@ -38,13 +40,12 @@ def main(argv=None):
     policy, experts, router = build(args)
     if options.aligned:
         if not list(run.glob("aligned*.safetensors")):
-            raise ValueError(f"{run} has no aligned.safetensors: it was trained without stage 0, or is in it still")
+            raise ValueError(f"{run} has no aligned weights: it had no stage 0, or is in it still")
         load_checkpoint(next(run.glob("aligned*.safetensors")), policy, router)
     else:
-        state = dict(step=0, align=0)
-        load_newest(run, policy, router, None, state, trim=False)
+        state, _ = load_newest(run, policy, router)
         if not state["step"]:
-            raise ValueError(f"{run} has no checkpoint of GRPO yet: train on with train.py --resume {run}, or see "
+            raise ValueError(f"{run} has no checkpoint of GRPO yet: go on with train.py --resume {run}, or see "
                              "--aligned")
     if options.ask is not None:
         return ask(policy, router, experts, args, options.ask)
@@ -64,10 +65,11 @@ def main(argv=None):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("run", help="folder of a run, as train.py --out wrote it")
     parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
-    parser.add_argument("--samples", type=int, default=0, help="completions a problem for pass@k and majority@k")
+    parser.add_argument("--samples", type=int, default=0, help="completions a problem, for pass@k, majority@k")
     parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
     parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="a question of yours, or many")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, the last")
@@ -89,9 +91,9 @@ def wilson(right, n, z=1.96):
 
 
 def swap_test(policy, router, data, args):
-    """Every question with the states of the next one of its dataset: {"strict": share still right, "follows": share
-    answered as the expert that is attended to most would answer the OTHER question, "n": of those where that is
-    another answer than the right one}. A policy that reads follows the states."""
+    """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
+    share answered as the expert that is attended to most would answer the OTHER question, "n": of those where
+    that is another answer than the right one}. A policy that reads follows the states."""
     partner = list(range(len(data)))
     for dataset in {problem.dataset for problem in data.problems}:
         places = [i for i, problem in enumerate(data.problems) if problem.dataset == dataset]
@@ -112,19 +114,19 @@ def swap_test(policy, router, data, args):
 
 @torch.no_grad()
 def sample_pass(policy, router, data, args, samples):
-    """({k: mean pass@k}, {k: share with a right majority among the first k}) from `samples` completions of each
-    problem at the training temperature. pass@k is 1 - C(n - c, k) / C(n, k) (2107.03374, equation 1)."""
+    """({k: mean pass@k}, {k: share with a right majority among the first k}) from `samples` completions of
+    each problem at the training temperature. pass@k is 1 - C(n - c, k) / C(n, k) (2107.03374, equation 1)."""
     generator = torch.Generator(policy.embed.device).manual_seed(args.seed)
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
     passed, majority = Counter(), Counter()
     size = max(1, 64 // samples)
     for start in range(0, len(data), size):
         batch = data.batch(range(start, min(start + size, len(data))))
-        out = rollout(policy, router, batch, args.form, samples, args.max_new, args.temperature, generator)
+        out = rollout(policy, router, batch, args, samples, args.temperature, generator)
         for texts, verdicts in zip(out.texts, out.verdicts):
             right = [verdict.strict for verdict in verdicts]
             answers = [extract(text, args.form, False)[0].strip() for text in texts]
-            answers = [number(answer) or answer.casefold() for answer in answers]  # 18 and $18.00 are one answer
+            answers = [number(answer) or answer.casefold() for answer in answers]  # 18 and $18.00 are one
             for k in ks:
                 passed[k] += 1 - math.comb(samples - sum(right), k) / math.comb(samples, k)
                 counts = Counter(answer for answer in answers[:k] if answer != "")
@@ -149,15 +151,15 @@ def show(report):
             print(f"    attention to {name:24} {share:.2f}{cost}")
     if "swap" in report:
         swap = report["swap"]
-        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of {swap['n']} "
-              "answers are what the expert attended to would say to the other problem")
+        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
+              f"{swap['n']} answers are what the expert attended to would say to the other problem")
     for k, share in report.get("pass_at", {}).items():
         print(f"  pass@{k} {share:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 
 def ask(policy, router, experts, args, question):
-    """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what each
-    expert itself would say."""
+    """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what
+    each expert itself would say."""
     if question == "" and not sys.stdin.isatty():
         raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
     print(f"trained on {args.task}: about anything else it was never rewarded")
@@ -219,7 +221,7 @@ def picture(run, report, path):
         if report["masked"]:
             lost = [[100 * (report["by_dataset"][dataset]["after"] - report["masked"][name][dataset])
                      for name in names] for dataset in shares]
-            heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when an expert is masked out")
+            heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when it is masked out")
         else:
             axes[1, 1].axis("off")
     figure.savefig(path, dpi=110)

@@ -2,18 +2,18 @@
 The frozen pool: any Hugging Face model as an expert that reads each problem once.
 
 An expert reads a prompt with its own tokenizer and leaves hidden states of its last token (H in the paper's
-C = g(H)). Frozen weights and a fixed prompt always give the same states, so they are a cache on disk, and while
-the policy trains no expert is in memory:
+C = g(H)). Frozen weights and a fixed prompt always give the same states, so they are a cache on disk, and
+while the policy trains no expert is in memory:
 
     texts -> token ids -> AutoModel, in batches -> states of each text -> shards on disk -> H (n, N, D)
 
-It can also say what it would answer (`write`): a few greedy tokens, in the same cache. Stage 0 teaches the policy
-to read the states with these texts as targets, and `--collab text` puts them into the policy's prompt.
+It can also say what it would answer (`write`): a few greedy tokens, in the same cache. Stage 0 teaches the
+policy to read the states with these texts as targets, and `--collab text` puts them into the policy's prompt.
 
 What is easy to get wrong:
 - A state must not depend on what else is in its batch. Texts are padded on the right, where a causal model
-  cannot see the padding and an encoder's mask hides it. And every batch of a length has the same shape, because
-  products of other shapes round differently: the cache holds the same bits however it was filled.
+  cannot see the padding and an encoder's mask hides it. And every batch of a length has the same shape,
+  because products of other shapes round differently: the cache holds the same bits however it was filled.
 - Nothing is ever cut: a text longer than the model's window is refused.
 - A model's folder is data: only safetensors are read, and no code in it is run.
 """
@@ -75,7 +75,8 @@ class Expert:
                              f"{' '.join(map(str, layers))}: choose another --layer")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
         with loading("tokenizer", source):
-            # what tokenizer.json says: AutoTokenizer goes by the model's type, and splits as Qwen for any qwen2
+            # what tokenizer.json says: AutoTokenizer goes by the model's type, and splits as Qwen for any
+            # qwen2
             fast = (self.folder / "tokenizer.json").is_file()
             kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
             self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
@@ -110,8 +111,8 @@ class Expert:
         width = first("hidden_size", "d_model", "n_embd", "dim")
         layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         if self.config.get("is_encoder_decoder") or not (1 <= width <= 65_536 and 1 <= layers <= 1_000):
-            raise ValueError(f"{self.source} needs the config.json of a causal model or an encoder (found width "
-                             f"{width}, {layers} layers): fetch it again or name another model")
+            raise ValueError(f"{self.source} needs the config.json of a causal model or an encoder (found "
+                             f"width {width}, {layers} layers): fetch it again or name another model")
         # the smaller of two: RoBERTa's config counts two positions that it cannot use
         stated = read_json(self.folder / "tokenizer_config.json").get("model_max_length")
         window = first("max_position_embeddings", "n_positions", "max_seq_len") or math.inf
@@ -132,7 +133,8 @@ class Expert:
     def tokenize(self, texts, room=0):
         """Token ids of each text. Raises ValueError for one that is empty or longer than the window less
         `room`. A chat text holds its special tokens already; a plain one is given the tokenizer's own."""
-        ids = self.tokenizer(list(texts), add_special_tokens=self.template == "plain", verbose=False)["input_ids"]
+        plain = self.template == "plain"
+        ids = self.tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
                 raise ValueError(f"a prompt has {len(row)} tokens for {self.name}, which has room for 1 to "
@@ -151,7 +153,8 @@ class Expert:
             else:
                 model, report = auto.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
                                                      trust_remote_code=False, output_loading_info=True)
-                # what is missing was filled with random numbers; only BERT's pooler, which is not read, may be
+                # what is missing was filled with random numbers; only BERT's pooler, which is not read, may
+                # be
                 missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
                 if missing:
                     raise ValueError(f"{len(missing)} tensors are not in its files, among them {missing[0]}")
@@ -200,8 +203,9 @@ class Expert:
 def read(experts, texts, progress=True):
     """H, what every expert makes of every problem: (n, N * K, D), D the widest expert's width.
 
-    texts: N lists of n strings, texts[e][i] is problem i as expert e is to see it. Only what is not in the cache
-    is read. Narrower states are padded with zeros; the dtype is the experts' own, float32 if theirs differ.
+    texts: N lists of n strings, texts[e][i] is problem i as expert e is to see it. Only what is not in the
+    cache is read. Narrower states are padded with zeros; the dtype is the experts' own, float32 if theirs
+    differ.
     """
     dtype = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
     D = max(expert.width for expert in experts)
@@ -211,7 +215,8 @@ def read(experts, texts, progress=True):
 
 
 def write(experts, texts, progress=True):
-    """What every expert would say to every problem: N lists of n one-line strings; "" of one that only reads."""
+    """What every expert would say to every problem: N lists of n one-line strings; "" of one that only
+    reads."""
     columns = []
     for expert, prompts in zip(experts, texts):
         if not expert.writes:
@@ -223,8 +228,9 @@ def write(experts, texts, progress=True):
     return columns
 
 
-# -- The cache: <cache>/<kind>/<fingerprint>/<checksum>.safetensors, each with `keys` (n, 32) uint8, the sha256 of n
-# texts, and `rows`, one a text. Any number of processes may share it: at worst two read the same text.
+# -- The cache: <cache>/<kind>/<fingerprint>/<checksum>.safetensors, each with `keys` (n, 32) uint8, the
+# sha256 of n texts, and `rows`, one a text. Any number of processes may share it: at worst two read the same
+# text.
 
 
 def cached_rows(expert, kind, texts, progress=True):
@@ -252,8 +258,8 @@ def stored_rows(folder):
 
 
 def fill_cache(expert, kind, missing, folder, progress):
-    """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and at
-    the end, even if that is an interruption. Only in here are the weights in memory."""
+    """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and
+    at the end, even if that is an interruption. Only in here are the weights in memory."""
     compute = expert.states_of if kind == STATES else expert.texts_of
     room = expert.tokens if kind == TEXTS else 0
     keys, ids = list(missing), expert.tokenize(missing.values(), room)
@@ -300,11 +306,12 @@ def write_shard(folder, rows):
     try:
         write_tensors(folder, {"keys": keys, "rows": torch.stack(list(rows.values()))})
     except OSError as error:
-        warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the disk "
-                      f"or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
+        warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the "
+                      f"disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
 
 
-# -- Files of ours: complete or not there, and damage shows, as the name of a file ends with its content's checksum
+# -- Files of ours: complete or not there, and damage shows, as the name of a file ends with its content's
+# checksum
 
 
 def write_tensors(folder, tensors, prefix=""):
@@ -353,8 +360,8 @@ def find_model(source):
         folder = Path(snapshot_download(repo, revision=revision or None, ignore_patterns=["*/*"],
                                         allow_patterns=[*META_FILES, "model*.safetensors"]))
     except Exception as error:  # the errors of the hub's client share no base class
-        raise ValueError(f"{source} is no folder and cannot be had from the Hugging Face hub: name a folder, or "
-                         f"check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
+        raise ValueError(f"{source} is no folder and cannot be had from the Hugging Face hub: name a folder, "
+                         f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
     return folder, folder.name
 
 
@@ -364,8 +371,8 @@ def weight_files(folder):
     if not (folder / names[0]).is_file():
         names = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
     if not names or any(Path(name).name != name for name in names):  # ../elsewhere is not this model's
-        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors (other "
-                         "formats can run code and are never loaded)")
+        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
+                         "(other formats can run code and are never loaded)")
     return [folder / name for name in names]
 
 
@@ -379,13 +386,14 @@ def count_parameters(path):
 
 
 def stop_tokens(folder, config):
-    """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are none."""
+    """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are
+    none."""
     ids = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no text ends: add it to "
-                         "its config.json")
+        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no text ends: add it "
+                         "to its config.json")
     return ids
 
 

@@ -1,6 +1,6 @@
 """
-Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of the stage before it. The
-loop that uses them is in train.py.
+Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of the stage before it.
+The loop that uses them is in train.py.
 
     Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
     align_loss    stage 0: the router learns to write, and the policy to read, what an expert would say
@@ -13,13 +13,15 @@ What is easy to get wrong:
 - The stop token is part of the completion and is trained on, else the policy never learns to stop.
 - Loss and sampler share one temperature, and there is no top-k or top-p: else the ratio is not the policy's.
 - The router runs again in the training forward (train.py): the context of the rollout has no gradient.
-- The loss is normalised by the tokens of the whole step, known before it is cut: micro-batches change nothing.
-- The reference of the KL term is the policy as GRPO finds it. After stage 0 that is the aligned one: the frozen
-  policy without a prefix would punish reading. Without stage 0 it is the frozen one, LoRA and prefix off (paper).
+- The loss is normalised by the tokens of the whole step, known before it is cut: micro-batches change
+  nothing.
+- The reference of the KL term is the policy as GRPO finds it. After stage 0 that is the aligned one: the
+  frozen policy without a prefix would punish reading. Without stage 0 it is the frozen one, LoRA and prefix
+  off (paper).
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
-- Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked out:
-  whom to attend to is left for GRPO to learn.
+- Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked
+  out: whom to attend to is left for GRPO to learn.
 """
 import contextlib
 import importlib
@@ -54,7 +56,8 @@ def meet(collective, *args, **options):
         if WORLD > 1:
             collective(*args, **options)
     except RuntimeError as error:  # gloo and nccl have no kind of their own for this
-        raise ConnectionError(f"another rank is gone, see its message ({str(error).splitlines()[0]})") from error
+        message = str(error).splitlines()[0]
+        raise ConnectionError(f"another rank is gone, see what it printed ({message})") from error
 
 
 def gather(value):
@@ -75,7 +78,8 @@ def add_gradients(parameters):
     """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
     if WORLD == 1:
         return
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     meet(dist.all_reduce, flat)
     for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = new.view_as(p)
@@ -87,7 +91,7 @@ def ranks():
     if WORLD == 1:
         yield
         return
-    importlib.import_module("torch.distributed.nn")  # later it would keep the group, and its threads, for ever
+    importlib.import_module("torch.distributed.nn")  # imported later, it would keep the group's threads alive
     patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
@@ -118,7 +122,8 @@ class Dataset:
     H         (n, N, D)          what the experts' states are ((n, 0, 0) where none are read)
     owner     (N,)               whose state each of the N is: an expert may give several
     texts     [experts][n]       what each expert would say ([] where nobody asks)
-    targets   [experts][n]       the same as tokens of the policy's answer, stop token included; [] for no text
+    targets   [experts][n]       the same as tokens of the policy's answer, stop token included; [] for no
+              text
     Raises ValueError for a prompt that leaves no room in the policy's window.
     """
 
@@ -126,8 +131,8 @@ class Dataset:
         self.problems, self.policy, self.form = problems, policy, args.form
         expert_prompts = []
         for expert in experts:
-            tokenizer = expert.tokenizer if expert.template == "chat" else None
-            expert_prompts.append([prompt(p, expert.template, tokenizer, ask=False) + expert.cue for p in problems])
+            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in problems]
+            expert_prompts.append([text + expert.cue for text in asked])
         mine = [share(prompts) for prompts in expert_prompts]
         self.texts = []
         if args.align or args.collab == "text":
@@ -149,8 +154,8 @@ class Dataset:
         self.prompts = []
         for i, p in enumerate(problems):
             if args.collab == "text":
-                notes = [f"{expert.name}: {texts[i]}\n" for expert, texts in zip(experts, self.texts) if expert.writes]
-                p = replace(p, question="".join(notes) + p.question)
+                pairs = [(e.name, texts[i]) for e, texts in zip(experts, self.texts) if e.writes]
+                p = replace(p, question="".join(f"{name}: {text}\n" for name, text in pairs) + p.question)
             self.prompts.append(prompt(p, template, policy.tokenizer))
         self.ids = policy.tokenizer(self.prompts, add_special_tokens=args.form == "plain")["input_ids"]
         room = policy.window - args.max_new - args.latents
@@ -184,20 +189,21 @@ def answer_ids(policy, text, form):
     return policy.tokenizer(answer, add_special_tokens=False)["input_ids"] + [policy.config.stop[0]]
 
 
-# -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It learns that
-# first, without rewards, from what the experts themselves would say.
+# -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It
+# learns that first, without rewards, from what the experts themselves would say.
 
 
 def align(policy, router, data, args, start, moments, after_step):
     """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
 
-    words    The policy is not run. Context token i is held to the policy's embedding of token i of an expert's
-             text: the router learns to write in the policy's vocabulary. For a router that reads states.
-    reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows slowly.
-             Without a router (`--collab single`) the same texts are learned from the problem alone.
+    words    The policy is not run. Context token i is held to the policy's embedding of token i of an
+             expert's text: the router learns to write in the policy's vocabulary. For a router that reads
+             states.
+    reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
+             slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    A step draws problems and, for each, one expert that writes; the others are masked out. What it draws depends on
-    nothing but seed and step. after_step(steps done, optimizer, loss) is called after each.
+    A step draws problems and, for each, one expert that writes; the others are masked out. What it draws
+    depends on nothing but seed and step. after_step(steps done, optimizer, loss) is called after each.
     """
     words, texts = align_steps(args, data)
     device = policy.embed.device
@@ -240,11 +246,11 @@ def align_steps(args, data):
 
 
 def words_loss(policy, context, targets, used):
-    """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner products,
-    plus a little of the squared distance, which also fixes the length. context (B, L, d), targets [B][tokens].
-    Returns the sum over the texts' tokens, as far as the L places reach, and their number."""
+    """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
+    products, plus a little of the squared distance, which also fixes the length. context (B, L, d), targets
+    [B][tokens]. Returns the sum over the texts' tokens, as far as the L places reach, and their number."""
     B, L, d = context.shape
-    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), in a prefix's units
+    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), as a prefix
     index = {token: i for i, token in enumerate(used)}
     target = torch.tensor([[index[token] for token in ids[:L]] + [-1] * (L - len(ids)) for ids in targets])
     target = target.to(context.device)  # (B, L)
@@ -267,8 +273,9 @@ def reading_loss(policy, batch, context, targets):
 
 @torch.no_grad()
 def read_back(policy, router, data, args, n=64):
-    """What stage 0 is judged by, on problems it has not seen: [(expert's place, share of its texts that the policy
-    reads back, the same with the states of another problem, number of texts)]. Greedy, the others masked out."""
+    """What stage 0 is judged by, on problems it has not seen: [(expert's place, share of its texts that the
+    policy reads back, the same with the states of another problem, number of texts)]. Greedy, the others
+    masked out."""
     device = policy.embed.device
     result = []
     for e, texts in enumerate(data.texts):
@@ -287,8 +294,8 @@ def read_back(policy, router, data, args, n=64):
 
 
 def make_optimizer(policy, router, lr, router_lr):
-    """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained model.
-    Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps."""
+    """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained
+    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps."""
     groups = [dict(params=list(policy.parameters()), lr=lr, base_lr=lr)]
     if router:
         groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
@@ -296,7 +303,8 @@ def make_optimizer(policy, router, lr, router_lr):
 
 
 def restore(optimizer, moments):
-    """Put AdamW's moments back: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
+    """Put AdamW's moments back: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step":
+    ...}}."""
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
 
 
@@ -305,8 +313,9 @@ def restore(optimizer, moments):
 
 @dataclass
 class Rollout:
-    """G completions of each of B problems: tokens (B, G, T); mask (B, G, T), True up to and including the stop
-    token; texts and verdicts [B][G]; rewards and truncated (B, G); attention (B, heads, L, N) or None; seconds."""
+    """G completions of each of B problems: tokens (B, G, T); mask (B, G, T), True up to and including the
+    stop token; texts and verdicts [B][G]; rewards and truncated (B, G); attention (B, heads, L, N) or None;
+    seconds."""
 
     problems: list
     tokens: torch.Tensor
@@ -320,12 +329,12 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(policy, router, batch, form, group, max_new, temperature, generator=None):
+def rollout(policy, router, batch, args, group, temperature, generator=None):
     """Sample `group` completions of every problem and verify each."""
     start = time.perf_counter()
     context, attention = router(batch.H) if router else (None, None)
     cache = policy.prefill(batch.tokens, batch.lengths, context)
-    tokens, mask = policy.generate(cache, group, max_new, temperature, generator)
+    tokens, mask = policy.generate(cache, group, args.max_new, temperature, generator)
     truncated = ~(policy.ends[tokens] & mask).any(-1)  # (B, G): no stop token
     rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
     seconds = time.perf_counter() - start
@@ -333,7 +342,7 @@ def rollout(policy, router, batch, form, group, max_new, temperature, generator=
     texts, verdicts = [], []
     for b, (problem, cut) in enumerate(zip(batch.problems, truncated.tolist())):
         texts.append(decoded[b * group:(b + 1) * group])
-        verdicts.append([verify(text, problem, form, truncated=c) for text, c in zip(texts[b], cut)])
+        verdicts.append([verify(text, problem, args.form, truncated=c) for text, c in zip(texts[b], cut)])
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
 
@@ -350,30 +359,31 @@ def advantages(rewards):
 
 
 def kl_estimate(logp, ref):
-    """KL(policy || reference) of each token from the sampled token alone: unbiased, never negative (Schulman's k3;
-    2402.03300, equation 4)."""
+    """KL(policy || reference) of each token from the sampled token alone: unbiased, never negative
+    (Schulman's k3; 2402.03300, equation 4)."""
     return torch.exp(ref - logp) - (ref - logp) - 1
 
 
-def grpo_loss(logp, old, ref, advantage, mask, beta=0.04, clip=0.2, clip_high=0.2):
+def grpo_loss(logp, old, ref, advantage, mask, args):
     """Summed over the tokens of a micro-batch; the caller divides by the tokens of the whole step.
 
-    logp, old, ref (B, G, T): log-probability of the sampled tokens under the policy now, the policy that sampled
-    them, and the reference (None: no KL term). advantage (B, G), mask (B, G, T). The ratio may fall to 1 - clip
-    and rise to 1 + clip_high before its gradient stops (clip_high above clip is DAPO's, 2503.14476).
+    logp, old, ref (B, G, T): log-probability of the sampled tokens under the policy now, the policy that
+    sampled them, and the reference (None: no KL term). advantage (B, G), mask (B, G, T). The ratio may fall
+    to 1 - clip and rise to 1 + clip_high before its gradient stops (clip_high above clip is DAPO's,
+    2503.14476).
     """
     ratio = torch.exp(logp - old)
     advantage = advantage[..., None]  # the same for every token of a completion
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip_high) * advantage)
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip_high) * advantage)
     if ref is not None:
-        loss = loss + beta * kl_estimate(logp, ref)
+        loss = loss + args.beta * kl_estimate(logp, ref)
     return loss.masked_fill(~mask, 0.0).sum()
 
 
 @torch.no_grad()
 def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
-    """Log-probabilities (B, G, T) under the KL term's reference: (LoRA's tensors, router), or None for the frozen
-    policy, LoRA off and prefix off."""
+    """Log-probabilities (B, G, T) under the KL term's reference: (LoRA's tensors, router), or None for the
+    frozen policy, LoRA off and prefix off."""
     if reference is None:
         with policy.lora_disabled():
             return policy.logprobs(policy.prefill(batch.tokens, batch.lengths), tokens, mask, temperature)[0]
@@ -383,7 +393,8 @@ def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
         for p, frozen in zip(policy.parameters(), lora):
             p.data = frozen
         context = router(batch.H)[0] if router else None
-        return policy.logprobs(policy.prefill(batch.tokens, batch.lengths, context), tokens, mask, temperature)[0]
+        cache = policy.prefill(batch.tokens, batch.lengths, context)
+        return policy.logprobs(cache, tokens, mask, temperature)[0]
     finally:
         for p, data in zip(policy.parameters(), now):
             p.data = data
@@ -391,8 +402,8 @@ def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
 
 @torch.no_grad()
 def evaluate(policy, router, data, args, rows=None, H=None, size=None):
-    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L, N)
-    or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
+    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
+    N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
     rows = list(range(len(data))) if rows is None else rows
     size = size or (256 if policy.embed.is_cuda else 64)
     mine = share(rows)
@@ -401,7 +412,7 @@ def evaluate(policy, router, data, args, rows=None, H=None, size=None):
         batch = data.batch(mine[i:i + size])
         if H is not None:
             batch.H = H[mine[i:i + size]].to(batch.H)
-        out = rollout(policy, router, batch, args.form, 1, args.max_new, temperature=0)
+        out = rollout(policy, router, batch, args, 1, temperature=0)
         attention = None if out.attention is None else out.attention.cpu()
         parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
     parts = sum(gather(parts), [])
@@ -415,7 +426,8 @@ def accuracy(verdicts):
 
 
 def by_expert(attention, owner):
-    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its states."""
+    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its
+    states."""
     shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
     return shares.index_add(-1, owner.to(attention.device), attention)
 
@@ -435,22 +447,23 @@ def masked_router(router, owner, e):
 
 
 def test_report(policy, router, data, args, experts):
-    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert masked out:
-    attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
+    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
+    masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
     names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
     strict = lambda verdicts: torch.tensor([float(verdict.strict) for verdict in verdicts])
     with policy.lora_disabled():
         before = evaluate(policy, None, data, args)[0]
     after, texts, attention = evaluate(policy, router, data, args)
     rows = {"before": by_dataset(datasets, strict(before)), "after": by_dataset(datasets, strict(after))}
-    counts = {dataset: datasets.count(dataset) for dataset in rows["after"]}
+    rows = {dataset: dict(n=datasets.count(dataset), **{when: means[dataset] for when, means in rows.items()})
+            for dataset in rows["after"]}
     report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
                   control=args.control, align=args.align,
                   before=dict(strict=accuracy(before), lenient=sum(v.lenient for v in before) / len(before)),
                   after=dict(strict=accuracy(after), lenient=sum(v.lenient for v in after) / len(after)),
-                  by_dataset={d: dict(n=counts[d], before=rows["before"][d], after=rows["after"][d]) for d in counts},
-                  right=strict(after).int().tolist(), masked={},
-                  example=dict(question=data.problems[0].question, answer=data.problems[0].answer, text=texts[0]))
+                  by_dataset=rows, right=strict(after).int().tolist(), masked={})
+    first = data.problems[0]
+    report["example"] = dict(question=first.question, answer=first.answer, text=texts[0])
     if attention is not None:
         attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
         report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)

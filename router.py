@@ -2,10 +2,10 @@
 The router: attention from a few learned latents to the experts' hidden states.
 
 The policy cannot read the experts' states as they are: each expert has its own width and its own meaning for
-every dimension. The router turns the N states of one problem into L context tokens, vectors of the policy's width
-that stand before the prompt as a soft prefix. It is a Perceiver (2103.03206): a set of inputs of any size is read
-by cross-attention from a few learned vectors, the latents, and what the latents collect IS the output. Here it has
-one cross-attention layer, as in n-Musketeers (2602.09173):
+every dimension. The router turns the N states of one problem into L context tokens, vectors of the policy's
+width that stand before the prompt as a soft prefix. It is a Perceiver (2103.03206): a set of inputs of any
+size is read by cross-attention from a few learned vectors, the latents, and what the latents collect IS the
+output. Here it has one cross-attention layer, as in n-Musketeers (2602.09173):
 
     states   H (B, N, D)       padded to the widest expert   x = (H - mean) / std     per expert and dimension
     project  E (B, N, dim)     einsum("bnd,ndk->bnk", x, W)  W (N, D, dim): every expert has its own matrix
@@ -15,11 +15,13 @@ one cross-attention layer, as in n-Musketeers (2602.09173):
 A is a softmax over the experts: A[b, :, :, n] is how much problem b attends to expert n. Nothing else in this
 project decides that: no label says which expert is good at what. So one can watch collaboration emerge in A.
 
-One einsum projects all experts at once: a single batched matrix product, with no loop over experts and no custom
-kernel. Padding is harmless: x is zero there, so W's rows beyond an expert's width have no effect and no gradient.
+One einsum projects all experts at once: a single batched matrix product, with no loop over experts and no
+custom kernel. Padding is harmless: x is zero there, so W's rows beyond an expert's width have no effect and
+no gradient.
 
-An expert may give several states (more layers, more positions): then N counts states, not experts, and nothing
-here changes. A router of your own: one class with the signature of `ConstantPrefix`, and one entry in ROUTERS.
+An expert may give several states (more layers, more positions): then N counts states, not experts, and
+nothing here changes. A router of your own: one class with the signature of `ConstantPrefix`, and one entry in
+ROUTERS.
 """
 import math
 
@@ -34,8 +36,9 @@ class Router(nn.Module):
     d_policy     d, the width of the policy's embeddings
     latents      L, the number of context tokens; heads and dim: of the attention (8, 8 and 512 in the paper)
     temperature  divides the attention scores; below 1 a choice among few experts is sharper
-    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero (paper),
-                 so that a fresh prefix does no harm; not zero, so that every part has a gradient from the start
+    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
+                 (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
+                 from the start
     Raises ValueError when there is no state to read, or dim is no multiple of heads.
     """
 
@@ -69,11 +72,12 @@ class Router(nn.Module):
     def fit_standardization(self, H):
         """Fix mean and std of every state's dimensions from the states H (n, N, D) of training prompts.
 
-        States of a language model share one large mean and a few huge dimensions, equal for every prompt; what
-        differs between prompts is small beside them. Kept with the weights, never trained. The paper is silent.
+        States of a language model share one large mean and a few huge dimensions, equal for every prompt;
+        what differs between prompts is small beside them. Kept with the weights, never trained. The paper is
+        silent.
         """
         std, mean = torch.std_mean(H.float(), dim=0)  # (N, D)
-        std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # a dimension that hardly varies stays small
+        std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # what hardly varies stays small
         self.inv_std.copy_((self.inv_std > 0) / std)
         self.mean.copy_(mean)
 
@@ -82,8 +86,8 @@ class Router(nn.Module):
         H (B, N, D), zero beyond a state's width -> context tokens C (B, L, d), in standard deviations of the
         policy's embeddings, and attention A (B, heads, L, N).
 
-        mask (N,) or (B, N): False masks a state out: attention 0, no influence and no gradient. One must stay.
-        attention, broadcast to (B, heads, L, N): used in place of the router's own.
+        mask (N,) or (B, N): False masks a state out: attention 0, no influence and no gradient. One must
+        stay. attention, broadcast to (B, heads, L, N): used in place of the router's own.
         """
         E = self.project(self.standardize(H, mask))  # (B, N, dim)
         q = self.split_heads(self.to_q(self.norm_latents(self.latents)))  # (h, L, dim / h), for every problem
@@ -114,8 +118,8 @@ class Router(nn.Module):
 class HardRouter(Router):
     """A control: every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
-    The choice is straight-through (1308.3432): the forward pass takes the chosen state alone, the backward pass
-    the softmax's mixture. So the layer learns what the states that were not chosen would have given.
+    The choice is straight-through (1308.3432): the forward pass takes the chosen state alone, the backward
+    pass the softmax's mixture. So the layer learns what the states that were not chosen would have given.
     """
 
     def __init__(self, widths, *args, **kwargs):
@@ -157,8 +161,8 @@ class LinearRouter(nn.Module):
 
 
 class ConstantPrefix(nn.Module):
-    """A control: L learned vectors, the same for every problem (2104.08691). What a run gains with these it does
-    not gain by reading the experts."""
+    """A control: L learned vectors, the same for every problem (2104.08691). What a run gains with these it
+    does not gain by reading the experts."""
 
     def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
         super().__init__()
@@ -172,4 +176,5 @@ class ConstantPrefix(nn.Module):
         return self.C.expand(len(H), -1, -1), None
 
 
-ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix": ConstantPrefix}  # by --collab
+# by --collab
+ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix": ConstantPrefix}

@@ -1,18 +1,18 @@
 """
 n-Musketeers, end to end: a policy learns by reinforcement to read the hidden states of frozen experts.
 
-$ python train.py                                    # three tiny experts in this repository: minutes on a laptop
-$ python train.py --task gsm8k                       # the paper's setting, on one GPU
-$ python train.py --collab single                    # the same policy without experts: the first control
-$ python train.py --resume runs/NAME --steps 400     # go on with a run
-$ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
+$ python train.py                                    # three tiny experts in this repository: minutes on a
+laptop $ python train.py --task gsm8k                       # the paper's setting, on one GPU $ python
+train.py --collab single                    # the same policy without experts: the first control $ python
+train.py --resume runs/NAME --steps 400     # go on with a run $ torchrun --nproc_per_node=8 train.py --task
+gsm8k  # the same on eight GPUs
 
 Not here: a value network, top-p sampling, a replay buffer, a trainer class.
 """
 import os
 
-# Before torch is imported. Threads that wait without spinning are kind to busy neighbours; a little spinning is
-# kept, as sleeping between the thousand small operations of a token would cost half of a decode step.
+# Before torch is imported. Threads that wait without spinning are kind to busy neighbours; a little spinning
+# is kept, as sleeping between the thousand small operations of a token would cost half of a decode step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -39,7 +39,7 @@ from transformers import HfArgumentParser
 
 from experts import Expert, line_ends, read_tensors, write_tensors, write_whole
 from model import Policy
-from rewards import TooFew, known, problems
+from rewards import SPLITS, TooFew, known, problems
 from rlvr import (RANK, WORLD, Dataset, accuracy, add_gradients, advantages, align, align_steps, by_dataset,
                   by_expert, evaluate, gather, grpo_loss, kl_estimate, make_optimizer, ranks, read_back,
                   reference_logprobs, restore, rollout, share, test_report, total)
@@ -55,7 +55,7 @@ def arg(default, why):
 
 @dataclass
 class Args:  # the defaults are the paper's where it names them; PRESETS below has smaller settings
-    preset: Literal["", "tiny", "small", "paper"] = arg("", "default: tiny, or with --task what fits the device")
+    preset: Literal["", "tiny", "small", "paper"] = arg("", "default: tiny, or with --task what fits")
     # task
     task: str = arg("gsm8k", "gsm8k, arithmetic, logic, algorithmic, a Reasoning Gym dataset; joined by +")
     level: str = arg("default", "of generated tasks: tiny, easy, default, hard, or min_terms=2,max_terms=3")
@@ -65,10 +65,10 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     experts: list[str] = arg(["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                               "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
                              "frozen, of any architecture (the paper does not name its own)")
-    form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: chat template, answer in tags; plain: one line")
-    collab: Literal[(*ROUTERS, "text", "single")] = arg("soft", "soft: the router; hard, linear, prefix: its controls; "
-                                                        "text: experts' words in the prompt; single: LoRA alone")
-    control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for experts' states")
+    form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
+    collab: Literal[(*ROUTERS, "text", "single")] = arg(
+        "soft", "soft: the router; hard, linear, prefix: its controls; text: words; single: LoRA alone")
+    control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for the states")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
@@ -79,7 +79,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     router_dim: int = arg(512, "width of the router (paper)")
     router_heads: int = arg(8, "its attention heads (paper)")
     router_temperature: float = arg(1.0, "of its attention; below 1 sharpens")
-    neutral: Literal["zero", "mean"] = arg("zero", "where an empty prefix lies: zero (paper) or the mean embedding")
+    neutral: Literal["zero", "mean"] = arg("zero", "an empty prefix: zero (paper) or the mean embedding")
     lora_rank: int = arg(8, "paper")
     lora_alpha: float = arg(16.0, "updates are scaled by alpha / rank; twice the rank is usual")
     # stage 0
@@ -111,10 +111,9 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     test: int = arg(256, "held-out problems, most likely the paper's number")
     seed: int = arg(0, "of weights, order of problems and sampling")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; auto: bfloat16 from 50 M parameters")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; bfloat16 from 50 M on")
     out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
-    resume: str = arg("", "folder of a run to go on with; only --steps and --log may be given beside it")
-    log: Literal["none", "tensorboard"] = arg("none", "where metrics go beside metrics.jsonl")
+    resume: str = arg("", "folder of a run to go on with; only --steps may be given beside it")
 
 
 PRESETS = {
@@ -134,19 +133,20 @@ PRESETS = {
 
 def main(args):
     """One run, from models to test."""
-    out, track = Path(args.out), tracker(args)
+    out = Path(args.out)
     policy, experts, router = build(args)
     # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
-    data = {split: Dataset(load_problems(args, split), policy, experts, args) for split in ("train", "val", "test")}
+    data = {split: Dataset(load_problems(args, split), policy, experts, args) for split in SPLITS}
     if router:
         router.fit_standardization(data["train"].H[:256].to(policy.embed.device))
     generator = torch.Generator(policy.embed.device).manual_seed(args.seed + 1_000_003 * RANK)
-    state = dict(align=0, step=0, skipped=0)  # how far the run is
-    moments = load_newest(out, policy, router, generator, state) if args.resume else {}
+    state, moments = load_newest(out, policy, router, generator)  # how far the run is
+    drop_rows(out, state)
     introduce(args, policy, router, experts, data, state)
     keeper = Keeper(args, policy, router, generator, state)
 
-    # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would say.
+    # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would
+    # say.
     if state["align"] < sum(align_steps(args, data["train"])):
         align(policy, router, data["train"], args, state["align"], moments, keeper.after_align_step)
         show_read_back(out, experts, read_back(policy, router, data["val"], args))
@@ -165,12 +165,13 @@ def main(args):
         # 1. Sample: the policy reads [context; prompt] and gives a group of answers to each problem.
         #    The verifier pays 1 for a right answer and 0 for any other.
         batch = data["train"].batch(share(range((step - 1) * args.batch, step * args.batch)))
-        sampled = rollout(policy, router, batch, args.form, args.group, args.max_new, args.temperature, generator)
+        sampled = rollout(policy, router, batch, args, args.group, args.temperature, generator)
 
         # 2. How much better was each answer than the others of its group?
         advantage = advantages(sampled.rewards)  # (B, G)
 
-        # 3. Score the same tokens again, now with gradient. It reaches LoRA and, through the context, the router.
+        # 3. Score the same tokens again, now with gradient. It reaches LoRA and, through the context, the
+        # router.
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
         old = {}  # log-probabilities under the policy that sampled: those of the first epoch
@@ -187,17 +188,17 @@ def main(args):
                     ref = None
                     if args.beta:
                         ref = reference_logprobs(policy, reference, micro, tokens, mask, args.temperature)
-                    loss = grpo_loss(logp, old[i], ref, advantage[part], mask, args.beta, args.clip, args.clip_high)
-                    loss = loss / n_tokens
+                    loss = grpo_loss(logp, old[i], ref, advantage[part], mask, args) / n_tokens
                     loss.backward()
-                except (RuntimeError, MemoryError) as error:  # out of memory: the step again, fewer prompts at a time
+                except (RuntimeError, MemoryError) as error:  # out of memory: again, fewer prompts at a time
                     args.micro_batch = half_of(args.micro_batch, error)
                     optimizer.zero_grad(set_to_none=True)
                     i, sums, old = 0, Counter(), old if epoch else {}
                     continue
                 sums["loss"] += loss.item()
                 sums["entropy"] += entropy.sum().item() / n_tokens
-                sums["kl"] += 0.0 if ref is None else kl_estimate(logp.detach(), ref)[mask].sum().item() / n_tokens
+                if ref is not None:
+                    sums["kl"] += kl_estimate(logp.detach(), ref)[mask].sum().item() / n_tokens
                 i += args.micro_batch
 
             # 4. Step.
@@ -213,8 +214,8 @@ def main(args):
         row |= summarize(sampled, data["train"].owner, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
             row["val"] = accuracy(evaluate(policy, router, data["val"], args)[0])
-        log(out, track, row, sampled)
-        keeper.after_step(row, finite, optimizer)
+        log(out, row, sampled)
+        keeper.after_step(step, finite, optimizer)
 
     report = test_report(policy, router, data["test"], args, experts)
     show_report(args, report)
@@ -244,7 +245,8 @@ def build(args):
     policy.tokenizer = itself.tokenizer
     if args.form == "plain":  # the answer is the first line
         policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
-    # a hub model is named with its commit, so that the run goes on with the same weights when the hub has others
+    # a hub model is named with its commit, so that the run goes on with the same weights when the hub has
+    # others
     args.policy = itself.pinned
     args.experts = [expert.pinned for expert in experts]
     if args.collab not in ROUTERS:
@@ -258,8 +260,8 @@ def build(args):
 
 
 def load_problems(args, split, n=None):
-    """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a longer run
-    begins alike; a small dataset gives as many held-out ones as it has."""
+    """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a
+    longer run begins alike; a small dataset gives as many held-out ones as it has."""
     if split != "train":
         try:
             return problems(args.task, split, n or getattr(args, split), args.data, args.level)
@@ -285,16 +287,14 @@ def introduce(args, policy, router, experts, data, state):
         write_whole(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
     words, texts = align_steps(args, data["train"])
-    control = "" if args.control == "none" else f", control {args.control}"
-    print(f"n-Musketeers: {args.collab} collaboration{control} on {args.task}, level {args.level}, seed {args.seed}")
+    print(f"n-Musketeers: {args.collab}, control {args.control}, task {args.task}, seed {args.seed}")
     print(f"  problems   {len(data['train']):,} train, {len(data['val'])} val, {len(data['test'])} test")
     print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers {args.form}")
     for expert in experts:
         print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
               f"{expert.params / 1e6:.2f} M, {expert.template}{'' if expert.writes else ', reads only'}")
     print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
-    if words + texts:
-        print(f"  stage 0    {words} steps of words (the router alone), {texts} of reading texts aloud; no reward")
+    print(f"  stage 0    {words} steps of words (the router alone), {texts} of reading aloud; no reward")
     print(f"  GRPO       {args.steps} steps of {args.batch} prompts x {args.group} answers of at most "
           f"{args.max_new} tokens; KL weight {args.beta:g}")
     print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
@@ -306,8 +306,8 @@ def show_read_back(out, experts, rows):
     for e, read, shuffled, n in rows:
         if RANK == 0:
             append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: of {n} texts of {experts[e].name} that are new to it the policy reads {read:.0%} back; "
-                   f"given another problem's states, {shuffled:.0%}")
+        tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with the "
+                   f"states of other problems {shuffled:.0%}")
 
 
 def summarize(sampled, owner, experts, sums):
@@ -337,12 +337,11 @@ def summarize(sampled, owner, experts, sums):
     return row
 
 
-def log(out, track, row, sampled):
+def log(out, row, sampled):
     """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl."""
     if RANK:
         return
     append(out / "metrics.jsonl", row)
-    track(row)
     if row["step"] % 10 == 1 or "val" in row:
         line = f"step {row['step']:4d} | reward {row['reward']:.3f}"
         line += f" | val {row['val']:.1%}" if "val" in row else ""
@@ -356,8 +355,8 @@ def log(out, track, row, sampled):
                     step=row["step"], question=problem.question, answer=problem.answer, completion=text,
                     reason=verdict.reason, reward=verdict.reward))
     if row["step"] == 3 and row["reward"] == 0:
-        tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on nothing is learned: "
-                   "try an easier --level, --form plain or another --policy")
+        tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on, nothing "
+                   "is learned: try an easier --level, --form plain or another --policy")
 
 
 def show_report(args, report):
@@ -365,8 +364,8 @@ def show_report(args, report):
     if RANK:
         return
     write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
-    n, before, after = report["n"], report["before"]["strict"], report["after"]["strict"]
-    print(f"\n{n} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
+    before, after = report["before"]["strict"], report["after"]["strict"]
+    print(f"\n{report['n']} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
     for dataset, rows in report["by_dataset"].items():
         line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%}"
         for name, masked in report["masked"].items():
@@ -382,38 +381,21 @@ def append(path, row):
         file.write(json.dumps(row) + "\n")
 
 
-def tracker(args):
-    """A function that sends a row of metrics where --log says. Raises ValueError if that is not installed."""
-    if args.log == "none" or RANK:
-        return lambda row: None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--log tensorboard needs a package: pip install tensorboard") from error
-    writer = SummaryWriter(args.out)
-
-    def send(row):
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
-        for key in ("attention", "reward_by_dataset"):
-            numbers |= {f"{key}/{name}": value for name, value in row.get(key, {}).items()}
-        for key, value in numbers.items():
-            writer.add_scalar(key, value, row["step"])
-        writer.flush()
-
-    return send
+# -- Stopping and going on. A checkpoint is one safetensors file, which cannot run code: weights, AdamW's
+# moments, the ranks' random generators, and as JSON text how far the run is.
 
 
-# -- Stopping and going on. A checkpoint is one safetensors file (which cannot run code): weights, AdamW's moments,
-# the ranks' random generators, and as JSON text how far the run is.
+class Stopped(Exception):
+    """Asked to stop; the work is saved."""
 
 
 class Keeper:
-    """Writes a checkpoint when one is due and keeps the last two. Raises Stopped after Ctrl-C or SIGTERM."""
+    """Writes a checkpoint when one is due, keeps the last two, and raises Stopped after Ctrl-C or SIGTERM."""
 
     def __init__(self, args, policy, router, generator, state):
-        self.args, self.state, self.saved, self.skipped = args, state, time.monotonic(), 0
+        self.args, self.out, self.state, self.saved = args, Path(args.out), state, time.monotonic()
         self.policy, self.router, self.generator = policy, router, generator
-        self.signals = []
+        self.signals, self.skipped = [], 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask_to_stop)
 
@@ -425,42 +407,39 @@ class Keeper:
     def after_align_step(self, done, optimizer, loss):
         self.state["align"] = done
         if RANK == 0 and done % 25 == 1:
-            append(Path(self.args.out) / "align.jsonl", dict(align=done, loss=loss))
+            append(self.out / "align.jsonl", dict(align=done, loss=loss))
             tqdm.write(f"stage 0, step {done:4d} | loss {loss:.3f}")
         self.keep(f"align-{done:06d}-", done, False, optimizer)
 
-    def after_step(self, row, finite, optimizer):
-        self.state["step"] = step = row["step"]
-        self.state["skipped"] += not finite
+    def after_step(self, step, finite, optimizer):
+        self.state["step"] = step
         self.skipped = 0 if finite else self.skipped + 1  # in a row
-        if not finite:
-            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped; if that goes on, start "
-                       "anew with a lower --lr, --router_lr or --grad_clip")
         self.keep(f"step-{step:06d}-", step, step == self.args.steps or self.skipped == 5, optimizer)
+        if self.skipped:
+            tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
         if self.skipped == 5:
-            raise ValueError("5 steps in a row were skipped: start anew with a lower --lr, --router_lr or --grad_clip")
+            raise ValueError("5 steps in a row were skipped, as loss or gradient is not finite: start anew with "
+                             "a lower --lr, --router_lr or --grad_clip")
 
     def keep(self, prefix, step, last, optimizer):
         due = step % self.args.save_every == 0 if self.args.save_every else time.monotonic() - self.saved > 60
         due, stop = map(bool, total(due, len(self.signals)))  # what one rank decides, all do
         if due or last or stop:
-            out = Path(self.args.out)
-            save_checkpoint(out / prefix, self.policy, self.router, self.state, optimizer, self.generator)
-            for old in checkpoints(out)[2:] if RANK == 0 else ():
+            save_checkpoint(self.out / prefix, self.policy, self.router, self.state, optimizer,
+                            self.generator)
+            for old in checkpoints(self.out)[2:] if RANK == 0 else ():
                 old.unlink()
             self.saved = time.monotonic()
         if stop and not last:
             raise Stopped
 
 
-class Stopped(Exception):
-    """Asked to stop; the work is saved."""
-
-
 def trainable(policy, router):
     """Name -> tensor of everything that training changes or fixes: LoRA and the router."""
     named = {f"policy.{name}": p for name, p in policy.named_parameters()}
-    return named | {f"router.{name}": t for name, t in (router.state_dict(keep_vars=True) if router else {}).items()}
+    if router:
+        named |= {f"router.{name}": t for name, t in router.state_dict(keep_vars=True).items()}
+    return named
 
 
 def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
@@ -472,12 +451,13 @@ def save_checkpoint(path, policy, router, state, optimizer=None, generator=None)
     for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
     tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    write_tensors(path.parent, {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path.name)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_tensors(path.parent, tensors, path.name)
 
 
 def load_checkpoint(path, policy, router, generator=None):
-    """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing nothing, for
-    a file that is damaged or was made for other models."""
+    """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing
+    nothing, for a file that is damaged or was made for other models."""
     tensors, named = read_tensors(path), trainable(policy, router)
     for name, t in named.items():
         if name not in tensors or tensors[name].shape != t.shape:
@@ -497,37 +477,38 @@ def load_checkpoint(path, policy, router, generator=None):
 
 def checkpoints(out):
     """Those of a run, the newest first."""
-    return sorted(out.glob("step-*.safetensors"), reverse=True) + sorted(out.glob("align-*.safetensors"), reverse=True)
+    return [path for stage in ("step", "align") for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
 
 
-def load_newest(out, policy, router, generator, state, trim=True):
-    """Load the newest checkpoint that is whole; `state` is filled, AdamW's moments are returned. One that is damaged
-    is passed over with a warning. Rows of the .jsonl files that are newer are dropped: they are made again."""
-    moments = {}
+def load_newest(out, policy, router, generator=None):
+    """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is
+    passed over with a warning. Raises ValueError if none can be loaded."""
     for path in checkpoints(out):
         try:
-            saved, moments = load_checkpoint(path, policy, router, generator)
-            state.update(saved)
-            break
+            return load_checkpoint(path, policy, router, generator)
         except ValueError as error:
             warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
-    else:
-        if checkpoints(out):
-            raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
-    for path in out.glob("*.jsonl") if trim and RANK == 0 else ():
+    if checkpoints(out):
+        raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
+    return dict(align=0, step=0), {}
+
+
+def drop_rows(out, state):
+    """Drop rows of the .jsonl files that are newer than the checkpoint: they are made again."""
+    for path in out.glob("*.jsonl") if RANK == 0 else ():
         kept = []
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # the last line may be torn
                 row = json.loads(line)
-                kept += [line] if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"] else []
-        write_whole(path, "".join(f"{line}\n" for line in kept).encode())
-    return moments
+                if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]:
+                    kept.append(f"{line}\n")
+        write_whole(path, "".join(kept).encode())
 
 
 def load_reference(out, policy, router):
     """(LoRA's tensors, router) as stage 0 left them; policy and router stay as they are."""
     now = {name: t.detach().clone() for name, t in trainable(policy, router).items()}
-    load_checkpoint(next(out.glob("aligned*.safetensors")), policy, router)
+    load_checkpoint(next(out.glob("aligned*")), policy, router)
     reference = [p.detach().clone() for p in policy.parameters()], copy.deepcopy(router)
     with torch.no_grad():
         for name, t in trainable(policy, router).items():
@@ -553,7 +534,8 @@ def half_of(micro_batch, error):
     if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
         raise error
     if micro_batch == 1:
-        raise ValueError("out of memory: start anew with a lower --group, --batch or --max_new, or smaller models")
+        raise ValueError("out of memory: start anew with a lower --group, --batch or --max_new, or smaller "
+                         "models")
     tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
     return micro_batch // 2
 
@@ -562,22 +544,24 @@ def half_of(micro_batch, error):
 
 
 def parse_args(argv):
-    """The settings of a run: what was given, else the preset's. Raises ValueError, one sentence with the mend."""
+    """The settings of a run: what is given, else the preset's. Raises ValueError, one sentence with the
+    mend."""
     parser = HfArgumentParser(Args, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what is given is in the namespace
     given = vars(parser.parse_args(argv))
     if given.get("resume"):
         saved = vars(saved_args(given["resume"]))
-        changed = [name for name, value in given.items() if not f"{saved[name]}@".startswith(f"{value}@")]
-        changed = sorted(set(changed) - {"resume", "out", "steps", "log", "micro_batch", "device"})
+        same = [name for name, value in given.items() if f"{saved[name]}@".startswith(f"{value}@")]
+        changed = sorted(given.keys() - {*same, "resume", "out", "steps", "micro_batch", "device"})
         if changed:
-            raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would make it another")
+            raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would change it")
         args = Args(**(saved | given | dict(out=given["resume"])))
     else:
         preset = given.get("preset") or pick_preset(given)
-        own = PRESETS["small"] | dict(experts=[], cue="")  # for a policy of the user's, without small's experts
-        args = Args(**(PRESETS.get(preset, own) | given | dict(preset=PRESETS.get(preset) and preset or "")))
+        if "policy" in given and "preset" not in given:  # small's settings, but none of its models
+            given = dict(experts=[], cue="") | given
+        args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
         if preset == "paper" and args.task == "gsm8k" and "steps" not in given:
             args.steps = 233  # one epoch of 32 prompts a step (paper)
         if args.collab in ("single", "text") and "align" not in given:
@@ -585,53 +569,55 @@ def parse_args(argv):
         args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
         args.out = gather(args.out)[0]  # clocks differ
         if list(Path(args.out).glob("*.json")):
-            raise ValueError(f"{args.out} holds a run: choose another --out, or go on with --resume {args.out}")
+            raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
     args.device = pick_device(args.device)
     check(args)
     return args
 
 
 def pick_preset(given):
+    """Without --preset: small's settings for a policy of the user's; else what task and device ask for."""
     if "policy" in given:
-        return "own"
+        return "small"
     tasks = given.get("task", PRESETS["tiny"]["task"]).split("+")
     for task in tasks:
         known(task)
-    if "task" in given and torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 22e9:
+    cuda = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory
+    if "task" in given and cuda > 22e9:
         return "paper"
     if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
         return "tiny"
-    raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and algorithmic: "
-                     "add --preset small or paper, or --policy X --experts A B C")
+    raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and "
+                     "algorithmic: add --preset small or paper, or --policy X --experts A B C")
 
 
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
-    may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip", "clip_high",
-                   "warmup", "save_every", "seed")
+    may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
+                   "clip_high", "warmup", "save_every", "seed")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
         if fine and isinstance(value, (int, float)):
             fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
         if not fine:
-            raise ValueError(f"--{name} is {value!r}, it must be {'0 or' if name in may_be_zero else ''} more than 0")
-    if args.group < 2:
-        raise ValueError("--group 1 has nothing to compare an answer with: give it at least 2")
-    if args.batch < WORLD:
-        raise ValueError(f"--batch {args.batch} gives {WORLD} ranks not a prompt each: raise it")
-    if args.collab == "text" and args.align:
-        raise ValueError("--collab text reads words, there is nothing to align: leave --align out")
-    if args.control != "none" and args.collab not in ("soft", "hard", "linear"):
-        raise ValueError(f"--collab {args.collab} reads no states that --control {args.control} could replace: use "
-                         "--collab soft, or no control")
-    if args.lora_rank == 0 and args.collab in ("single", "text"):
-        raise ValueError(f"--lora_rank 0 with --collab {args.collab} leaves nothing to train: give it a rank")
-    needs_experts = args.collab not in ("single", "prefix") or args.align
-    if needs_experts and not args.experts:
-        raise ValueError(f"--collab {args.collab} --align {args.align} has no experts to read: name --experts, or use "
-                         "--collab single --align 0")
-    if not needs_experts:
+            raise ValueError(f"--{name} is {value!r}: see train.py --help for what it may be")
+    reads = args.collab in ("soft", "hard", "linear")
+    for wrong, message in (
+            (args.group < 2, "--group 1 has nothing to compare an answer with: give it at least 2"),
+            (args.batch < WORLD, f"--batch {args.batch} gives {WORLD} ranks not a prompt each: raise it"),
+            (args.align and args.collab == "text",
+             "--collab text reads words, there is nothing to align: leave --align out"),
+            (args.control != "none" and not reads,
+             f"--collab {args.collab} reads no states that --control could replace: use --collab soft"),
+            (not args.lora_rank and args.collab in ("single", "text"),
+             "--lora_rank 0 leaves nothing to train: give it a rank"),
+            (not args.experts and (reads or args.collab == "text" or args.align),
+             f"--collab {args.collab} --align {args.align} needs experts to read: name --experts, or use "
+             "--collab single --align 0")):
+        if wrong:
+            raise ValueError(message)
+    if not (reads or args.collab == "text" or args.align):
         args.experts = []
 
 
@@ -644,20 +630,22 @@ def saved_args(folder):
         config = json.loads(path.read_text())
         args = Args(**config["args"])
         check(args)
+        same_ranks = config["ranks"] == WORLD
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): start anew with another --out") from error
-    if config["ranks"] != WORLD and Path(sys.argv[0]).name == "train.py":
+    if not same_ranks:
         raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
     return args
 
 
 def pick_device(name):
-    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    kind, _, index = (next(d for d in there if there[d]) if name == "auto" else name).partition(":")
+    there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                              ("cpu", True)) if yes]
+    kind, _, index = (there[0] if name == "auto" else name).partition(":")
     index = index or (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "")  # a GPU for each rank
-    if not there.get(kind) or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
-        raise ValueError(f"there is no {name} for this process: use --device {' or '.join(d for d in there if there[d])}"
-                         ", and no more ranks than there are GPUs")
+    if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
+        raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
+                         "ranks than GPUs")
     return f"{kind}:{index}" if index else kind
 
 
@@ -670,7 +658,7 @@ def one_sentence(program, run):
         print("stopped and saved; go on with --resume")
         return 0
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; the last checkpoint and what the experts read are kept", file=sys.stderr)
+        print(f"\n{program}: stopped; the last checkpoint and what was read are kept", file=sys.stderr)
         return 130
     except SystemExit as error:  # argparse has said what is wrong
         return error.code
