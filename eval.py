@@ -31,7 +31,6 @@ from rewards import Problem, extract, number
 from rlvr import Dataset, by_expert, evaluate, rollout, test_report
 from train import build, load_checkpoint, load_newest, load_problems, one_sentence, pick_device, saved_args
 
-
 def main(argv=None):
     options = parse(argv)
     run = Path(options.run)
@@ -45,7 +44,7 @@ def main(argv=None):
     else:
         state, _ = load_newest(run, policy, router)
         if not state["step"]:
-            raise ValueError(f"{run} has no checkpoint of GRPO yet: go on with train.py --resume {run}, or see "
+            raise ValueError(f"{run} has no checkpoint of GRPO: go on with train.py --resume {run}, or see "
                              "--aligned")
     if options.ask is not None:
         return ask(policy, router, experts, args, options.ask)
@@ -63,13 +62,12 @@ def main(argv=None):
     if options.json:
         print(json.dumps(report))
 
-
 def parse(argv):
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
     parser.add_argument("run", help="folder of a run, as train.py --out wrote it")
     parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
-    parser.add_argument("--samples", type=int, default=0, help="completions a problem, for pass@k, majority@k")
+    parser.add_argument("--samples", type=int, default=0, help="completions a problem, for pass@k")
     parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
     parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="a question of yours, or many")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, the last")
@@ -81,14 +79,12 @@ def parse(argv):
         raise ValueError("--ask answers questions and measures nothing: leave --n, --samples and --json out")
     return options
 
-
 def wilson(right, n, z=1.96):
     """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1: 8 of 10 -> (0.49, 0.94)."""
     p = right / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, center - half), min(1.0, center + half)
-
 
 def swap_test(policy, router, data, args):
     """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
@@ -110,7 +106,6 @@ def swap_test(policy, router, data, args):
             follows.append(answer.strip() == told.strip())
     strict = sum(verdict.strict for verdict in verdicts) / len(verdicts)
     return dict(strict=strict, follows=sum(follows) / max(1, len(follows)), n=len(follows))
-
 
 @torch.no_grad()
 def sample_pass(policy, router, data, args, samples):
@@ -134,7 +129,6 @@ def sample_pass(policy, router, data, args, samples):
                     majority[k] += right[answers.index(counts.most_common(1)[0][0])]
     return {k: passed[k] / len(data) for k in ks}, {k: majority[k] / len(data) for k in ks}
 
-
 def show(report):
     print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     for when in ("before", "after"):
@@ -156,7 +150,6 @@ def show(report):
     for k, share in report.get("pass_at", {}).items():
         print(f"  pass@{k} {share:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
-
 def ask(policy, router, experts, args, question):
     """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what
     each expert itself would say."""
@@ -173,7 +166,6 @@ def ask(policy, router, experts, args, question):
         if question:
             return None
 
-
 def answer_one(policy, router, experts, args, text):
     data = Dataset([Problem(question=text, answer="", split="test")], policy, experts, args, progress=False)
     _, texts, attention = evaluate(policy, router, data, args)
@@ -185,7 +177,6 @@ def answer_one(policy, router, experts, args, text):
     for e, (expert, share) in enumerate(zip(experts, shares)):
         words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
         print(f"  {expert.name:{width}} {'█' * round(40 * share):40} {share:.2f}{words}")
-
 
 def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
@@ -228,7 +219,6 @@ def picture(run, report, path):
     plt.close(figure)
     return path
 
-
 def heat(axis, datasets, names, values, top, style, title):
     """A labelled matrix, values[dataset][expert]."""
     axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
@@ -239,7 +229,6 @@ def heat(axis, datasets, names, values, top, style, title):
         for j, value in enumerate(row):
             axis.text(j, i, style.format(value), ha="center", va="center",
                       color="white" if value > 0.6 * top else "black")
-
 
 if __name__ == "__main__":
     sys.exit(one_sentence("eval.py", main))

@@ -44,7 +44,6 @@ SHARD_SECONDS = 20  # at most this much reading is lost when the process is kill
 META_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # config and tokenizer
 STATES, TEXTS = "states", "texts"  # the two kinds of rows in the cache
 
-
 class Expert:
     """One frozen model: its tokenizer, its sizes (from files alone) and, only while reading, its weights.
 
@@ -199,7 +198,6 @@ class Expert:
         ended = torch.isin(wrote, torch.tensor(stop)).cumsum(1) > 0
         return F.pad(wrote.masked_fill(ended, -1), (0, self.tokens - wrote.shape[1]), value=-1).int()
 
-
 def read(experts, texts, progress=True):
     """H, what every expert makes of every problem: (n, N * K, D), D the widest expert's width.
 
@@ -212,7 +210,6 @@ def read(experts, texts, progress=True):
     columns = [F.pad(cached_rows(expert, STATES, prompts, progress).to(dtype), (0, D - expert.width))
                for expert, prompts in zip(experts, texts)]
     return torch.cat(columns, dim=1)
-
 
 def write(experts, texts, progress=True):
     """What every expert would say to every problem: N lists of n one-line strings; "" of one that only
@@ -227,11 +224,9 @@ def write(experts, texts, progress=True):
         columns.append([" ".join(text.split()) for text in written])
     return columns
 
-
 # -- The cache: <cache>/<kind>/<fingerprint>/<checksum>.safetensors, each with `keys` (n, 32) uint8, the
 # sha256 of n texts, and `rows`, one a text. Any number of processes may share it: at worst two read the same
 # text.
-
 
 def cached_rows(expert, kind, texts, progress=True):
     """The row of each text, stacked: from the cache or, where it is not there, from the model now."""
@@ -242,7 +237,6 @@ def cached_rows(expert, kind, texts, progress=True):
     if missing:
         rows |= fill_cache(expert, kind, missing, folder, progress)
     return torch.stack([rows[key] for key in keys])
-
 
 def stored_rows(folder):
     """{key: row} of all shards in a folder. A damaged shard is deleted, with a warning."""
@@ -255,7 +249,6 @@ def stored_rows(folder):
             warnings.warn(f"{error}; its texts are read again", stacklevel=2)
             path.unlink(missing_ok=True)
     return rows
-
 
 def fill_cache(expert, kind, missing, folder, progress):
     """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and
@@ -285,7 +278,6 @@ def fill_cache(expert, kind, missing, folder, progress):
             write_shard(folder, fresh)
     return rows | fresh
 
-
 def batches(ids, window, device):
     """(places in `ids`, padded length, number of rows) of each batch: texts of about one length together,
     the longest first, so that what does not fit fails at once."""
@@ -299,7 +291,6 @@ def batches(ids, window, device):
         for start in range(0, len(places), size):
             yield places[start:start + size], length, size
 
-
 def write_shard(folder, rows):
     """Add a shard of {key: row}. A full disk costs the cache, not the run."""
     keys = torch.tensor([list(key) for key in rows], dtype=torch.uint8)  # (n, 32)
@@ -309,10 +300,8 @@ def write_shard(folder, rows):
         warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the "
                       f"disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
 
-
 # -- Files of ours: complete or not there, and damage shows, as the name of a file ends with its content's
 # checksum
-
 
 def write_tensors(folder, tensors, prefix=""):
     """Write {name: tensor} as <prefix><checksum>.safetensors; returns the path. Raises OSError."""
@@ -321,7 +310,6 @@ def write_tensors(folder, tensors, prefix=""):
     write_whole(path, data)
     return path
 
-
 def read_tensors(path):
     """{name: tensor} of a file of `write_tensors`. Raises ValueError if it is damaged."""
     data = path.read_bytes()
@@ -329,10 +317,8 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged, its checksum does not match")
     return load(data)
 
-
 def checksum(data):
     return hashlib.sha256(data).hexdigest()[:16]
-
 
 def write_whole(path, data):
     """Write bytes so that the file is complete or not there, whatever happens meanwhile. Raises OSError."""
@@ -347,9 +333,7 @@ def write_whole(path, data):
     finally:
         aside.unlink(missing_ok=True)
 
-
 # -- A model's folder: found, checked, never trusted
-
 
 def find_model(source):
     """(folder, commit): a local folder and None, or the snapshot of a hub model "org/name[@revision]"."""
@@ -364,7 +348,6 @@ def find_model(source):
                          f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
     return folder, folder.name
 
-
 def weight_files(folder):
     """The safetensors files of a model. Raises ValueError if there are none."""
     names = ["model.safetensors"]
@@ -375,7 +358,6 @@ def weight_files(folder):
                          "(other formats can run code and are never loaded)")
     return [folder / name for name in names]
 
-
 def count_parameters(path):
     """Numbers stored in a safetensors file, from its header alone."""
     try:
@@ -383,7 +365,6 @@ def count_parameters(path):
             return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is missing or damaged: fetch it again ({brief(error)})") from error
-
 
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are
@@ -396,12 +377,10 @@ def stop_tokens(folder, config):
                          "to its config.json")
     return ids
 
-
 def line_ends(tokenizer):
     """Ids of all tokens that end a line: as is, in byte-level vocabularies, in SentencePiece's."""
     marks = ("\n", "Ċ", "<0x0A>")
     return [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
-
 
 def read_json(path):
     """The object in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
@@ -409,7 +388,6 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: fetch this model again ({brief(error)})") from error
-
 
 @contextlib.contextmanager
 def loading(part, source):
@@ -425,7 +403,6 @@ def loading(part, source):
     finally:
         transformers.logging.set_verbosity(level)
         transformers.logging.enable_progress_bar()
-
 
 def brief(error):
     return f"{type(error).__name__}: {error}".split("\n")[0]

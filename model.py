@@ -29,7 +29,6 @@ from experts import find_model, loading, read_json, stop_tokens, weight_files
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen2.5; Qwen3
 ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the text
 
-
 class LoRALinear(nn.Module):
     """One or several linear layers that read the same input, fused into one product, with LoRA (2106.09685)
     on each.
@@ -68,13 +67,11 @@ class LoRALinear(nn.Module):
             y.addmm_(rows @ A.T, B.T)
         return y.unflatten(0, x.shape[:-1])
 
-
 def rotate(x, cos, sin):
     """Rotary position embedding (2104.09864), half-split as in Hugging Face: x (..., D), cos and sin (..., D
     / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of gate and up side by side, (..., 2 f) -> (..., f) (2002.05202). Only the input is
@@ -91,7 +88,6 @@ class SwiGLU(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, dim=-1)
         return torch.cat((torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)), dim=-1)
-
 
 class Block(nn.Module):
     """Pre-norm attention and SwiGLU. `attend` decides which token sees which: it is the one thing that
@@ -131,7 +127,6 @@ class Block(nn.Module):
         x = x + self.o(attend(q, k, v).flatten(-2))
         return x + self.down(SwiGLU.apply(self.gate_up(self.norm(x, self.norm2))))
 
-
 @dataclass
 class Prefill:
     """What B prompts leave behind. Per layer keys and values (B, K, S, D); `last` (B, d): the hidden state of
@@ -144,7 +139,6 @@ class Prefill:
     lengths: torch.Tensor
     padding: torch.Tensor | None
 
-
 def bucket(n):
     """n rounded up to a power of two, above 16 to a multiple of 16, above 128 to one of 64. Libraries prepare
     a kernel for each new shape and keep it: with few shapes neither time nor memory creeps up."""
@@ -152,7 +146,6 @@ def bucket(n):
         return 1 << (n - 1).bit_length()
     step = 16 if n <= 128 else 64
     return math.ceil(n / step) * step
-
 
 def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     """G completions attend to their shared prompt and each to its own tokens, in one softmax: (B, G, T, H,
@@ -176,7 +169,6 @@ def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     p = torch.cat((shared, own), dim=-1).softmax(-1)  # (B, K, G, R T, S + t), summed in fp32
     y = (p[..., :S].reshape(B, K, G * n, S) @ shared_v).view(B, K, G, n, D) + p[..., S:] @ own_v
     return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
-
 
 class TokenLogprob(torch.autograd.Function):
     """log softmax(h W' / temperature)[target] of n tokens, in chunks, so that (n, V) never exists.
@@ -217,7 +209,6 @@ class TokenLogprob(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         return (d_logp[:, None] * grad).to(grad.dtype), None, None, None, None
 
-
 def sample(logits, temperature, generator=None):
     """One token id for each row of logits (n, V): the most likely one at temperature 0, else a draw from
     softmax(logits / temperature). No top-k or top-p: the loss is about this very distribution.
@@ -235,7 +226,6 @@ def sample(logits, temperature, generator=None):
         edges = torch.softmax(few.float() / temperature, dim=-1).cumsum(-1)  # (rows, V)
         tokens.append(torch.searchsorted(edges, share * edges[:, -1:])[:, 0])
     return torch.cat(tokens).clamp(max=logits.shape[-1] - 1)  # for NaN logits, whose step is skipped
-
 
 class Policy(nn.Module):
     """The decoder. Its only parameters are LoRA's. `Policy.from_pretrained` makes one of a folder or hub
@@ -442,9 +432,7 @@ class Policy(nn.Module):
             for layer in layers:
                 layer.merged = None
 
-
 # -- reading a model's folder
-
 
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `inv_freq` (D / 2,), `rope_scale` and `stop` filled in.

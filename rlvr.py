@@ -44,11 +44,9 @@ from rewards import prompt, verify
 WORDS_BATCH = 256  # problems a step of stage 0 while the policy is not run
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-
 def share(items):
     """This rank's part of a list; the parts in a row are the list, and differ in length by one at most."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
 
 def meet(collective, *args, **options):
     """Do what all ranks do together. Raises ConnectionError where one of them does not come."""
@@ -59,20 +57,17 @@ def meet(collective, *args, **options):
         message = str(error).splitlines()[0]
         raise ConnectionError(f"another rank is gone, see what it printed ({message})") from error
 
-
 def gather(value):
     """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
     values = [value] * WORLD
     meet(dist.all_gather_object, values, value)
     return values
 
-
 def total(*numbers):
     """Each number summed over the ranks, a list of floats."""
     sums = torch.tensor(numbers, dtype=torch.float64)
     meet(dist.all_reduce, sums)
     return sums.tolist()
-
 
 def add_gradients(parameters):
     """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
@@ -83,7 +78,6 @@ def add_gradients(parameters):
     meet(dist.all_reduce, flat)
     for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = new.view_as(p)
-
 
 @contextlib.contextmanager
 def ranks():
@@ -98,9 +92,7 @@ def ranks():
         yield
     dist.destroy_process_group()
 
-
 # -- Problems, ready to run
-
 
 @dataclass
 class Batch:
@@ -113,7 +105,6 @@ class Batch:
 
     def __getitem__(self, part):
         return Batch(self.problems[part], self.tokens[part], self.lengths[part], self.H[part])
-
 
 class Dataset:
     """Problems and all about them that never changes during training, in lists of one order.
@@ -180,7 +171,6 @@ class Dataset:
         tokens, lengths, H = (t.to(device, non_blocking=True) for t in (tokens, lengths, H))
         return Batch([self.problems[i] for i in rows], tokens, lengths, H)
 
-
 def answer_ids(policy, text, form):
     """Tokens of a text as the policy would give it for an answer, stop token included; [] for no text."""
     if not text:
@@ -188,10 +178,8 @@ def answer_ids(policy, text, form):
     answer = f"<answer>{text}</answer>" if form == "tagged" else f" {text}"
     return policy.tokenizer(answer, add_special_tokens=False)["input_ids"] + [policy.config.stop[0]]
 
-
 # -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It
 # learns that first, without rewards, from what the experts themselves would say.
-
 
 def align(policy, router, data, args, start, moments, after_step):
     """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
@@ -237,13 +225,11 @@ def align(policy, router, data, args, start, moments, after_step):
         optimizer.zero_grad(set_to_none=True)
         after_step(step + 1, optimizer, total(loss.item())[0])
 
-
 def align_steps(args, data):
     """(steps of words, steps of reading) of stage 0."""
     if not args.align:
         return 0, 0
     return (args.align_words if data.H.numel() else 0), args.align
-
 
 def words_loss(policy, context, targets, used):
     """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
@@ -259,7 +245,6 @@ def words_loss(policy, context, targets, used):
     distance = (context - embeddings[target]).square().mean(-1).sum()
     return loss + 0.1 * distance, len(target)
 
-
 def reading_loss(policy, batch, context, targets):
     """Negative log-likelihood of the texts' tokens behind the prompts, summed, and their number."""
     longest = max(1, max(map(len, targets)))
@@ -269,7 +254,6 @@ def reading_loss(policy, batch, context, targets):
     cache = policy.prefill(batch.tokens, batch.lengths, context)
     logp, _ = policy.logprobs(cache, tokens, mask)
     return -logp.sum(), int(mask.sum())
-
 
 @torch.no_grad()
 def read_back(policy, router, data, args, n=64):
@@ -292,7 +276,6 @@ def read_back(policy, router, data, args, n=64):
         result.append((e, *shares, len(rows)))
     return result
 
-
 def make_optimizer(policy, router, lr, router_lr):
     """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained
     model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps."""
@@ -301,15 +284,12 @@ def make_optimizer(policy, router, lr, router_lr):
         groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
-
 def restore(optimizer, moments):
     """Put AdamW's moments back: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step":
     ...}}."""
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
 
-
 # -- GRPO
-
 
 @dataclass
 class Rollout:
@@ -326,7 +306,6 @@ class Rollout:
     truncated: torch.Tensor
     attention: torch.Tensor | None
     seconds: float
-
 
 @torch.no_grad()
 def rollout(policy, router, batch, args, group, temperature, generator=None):
@@ -346,7 +325,6 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
 
-
 def advantages(rewards):
     """(reward - mean) / std within each group. rewards (B, G) -> (B, G) (2402.03300, section 4.1.2)
 
@@ -357,12 +335,10 @@ def advantages(rewards):
     std = rewards.std(1, keepdim=True, correction=0)
     return torch.where(std > 1e-6, centered / std.clamp(min=1e-6), 0.0)
 
-
 def kl_estimate(logp, ref):
     """KL(policy || reference) of each token from the sampled token alone: unbiased, never negative
     (Schulman's k3; 2402.03300, equation 4)."""
     return torch.exp(ref - logp) - (ref - logp) - 1
-
 
 def grpo_loss(logp, old, ref, advantage, mask, args):
     """Summed over the tokens of a micro-batch; the caller divides by the tokens of the whole step.
@@ -378,7 +354,6 @@ def grpo_loss(logp, old, ref, advantage, mask, args):
     if ref is not None:
         loss = loss + args.beta * kl_estimate(logp, ref)
     return loss.masked_fill(~mask, 0.0).sum()
-
 
 @torch.no_grad()
 def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
@@ -398,7 +373,6 @@ def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
     finally:
         for p, data in zip(policy.parameters(), now):
             p.data = data
-
 
 @torch.no_grad()
 def evaluate(policy, router, data, args, rows=None, H=None, size=None):
@@ -420,17 +394,14 @@ def evaluate(policy, router, data, args, rows=None, H=None, size=None):
     attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
     return verdicts, texts, attention
 
-
 def accuracy(verdicts):
     return sum(verdict.strict for verdict in verdicts) / len(verdicts)
-
 
 def by_expert(attention, owner):
     """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its
     states."""
     shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
     return shares.index_add(-1, owner.to(attention.device), attention)
-
 
 def by_dataset(datasets, values, names=None):
     """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
@@ -440,11 +411,9 @@ def by_dataset(datasets, values, names=None):
         means[dataset] = dict(zip(names, mean.tolist())) if names else mean.item()
     return means
 
-
 def masked_router(router, owner, e):
     """The router with expert e masked out."""
     return lambda H: router(H, (owner != e).to(H.device))
-
 
 def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert

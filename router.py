@@ -29,7 +29,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 class Router(nn.Module):
     """
     widths       width of each state, a list of N
@@ -114,7 +113,6 @@ class Router(nn.Module):
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., n, dim) -> (..., h, n, dim / h)
 
-
 class HardRouter(Router):
     """A control: every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
@@ -135,7 +133,6 @@ class HardRouter(Router):
         chosen = F.one_hot(p.argmax(-1), p.shape[-1]).float()
         straight_through = chosen + p - p.detach()
         return super().forward(H, mask, straight_through[:, None, None] if attention is None else attention)
-
 
 class LinearRouter(nn.Module):
     """A control: one linear map of all states side by side, without attention."""
@@ -159,7 +156,6 @@ class LinearRouter(nn.Module):
             x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
         return self.map(x.flatten(1)).unflatten(-1, (self.latents, -1)), None
 
-
 class ConstantPrefix(nn.Module):
     """A control: L learned vectors, the same for every problem (2104.08691). What a run gains with these it
     does not gain by reading the experts."""
@@ -174,7 +170,6 @@ class ConstantPrefix(nn.Module):
     def forward(self, H, mask=None, attention=None):
         """H of B problems -> C (B, L, d), and no attention."""
         return self.C.expand(len(H), -1, -1), None
-
 
 # by --collab
 ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix": ConstantPrefix}

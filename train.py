@@ -47,11 +47,9 @@ from router import ROUTERS
 
 TINY = str(Path(__file__).resolve().parent / "tiny")
 
-
 def arg(default, why):
     return field(metadata={"help": why}, **(
         dict(default_factory=lambda: default) if isinstance(default, list) else dict(default=default)))
-
 
 @dataclass
 class Args:  # the defaults are the paper's where it names them; PRESETS below has smaller settings
@@ -115,7 +113,6 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
     resume: str = arg("", "folder of a run to go on with; only --steps may be given beside it")
 
-
 PRESETS = {
     "paper": {},
     "small": dict(  # one consumer GPU, or a patient CPU: a policy of 135 million parameters
@@ -129,7 +126,6 @@ PRESETS = {
         align_batch=96, align_lr=3e-3, align_router_lr=3e-4, beta=0.0, lr=1e-3, router_lr=2e-3, batch=36,
         micro_batch=36, steps=100, max_new=8, router_dim=64, router_heads=4, router_temperature=0.5),
 }
-
 
 def main(args):
     """One run, from models to test."""
@@ -220,9 +216,7 @@ def main(args):
     report = test_report(policy, router, data["test"], args, experts)
     show_report(args, report)
 
-
 # -- What a run is made of
-
 
 def build(args):
     """Policy, experts and router. Also called by eval.py."""
@@ -258,7 +252,6 @@ def build(args):
                                   args.router_temperature, init_scale)
     return policy, experts, router.to(args.device)
 
-
 def load_problems(args, split, n=None):
     """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a
     longer run begins alike; a small dataset gives as many held-out ones as it has."""
@@ -276,9 +269,7 @@ def load_problems(args, split, n=None):
         found[start:start + block] = part
     return found[:n]
 
-
 # -- What is said and written down
-
 
 def introduce(args, policy, router, experts, data, state):
     """What the run is about to do; config.json is written now."""
@@ -301,14 +292,12 @@ def introduce(args, policy, router, experts, data, state):
     if args.resume:
         print(f"  resumed    after {state['align']} steps of stage 0 and {state['step']} of GRPO")
 
-
 def show_read_back(out, experts, rows):
     for e, read, shuffled, n in rows:
         if RANK == 0:
             append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with the "
+        tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with "
                    f"states of other problems {shuffled:.0%}")
-
 
 def summarize(sampled, owner, experts, sums):
     """A row of metrics.jsonl, of all ranks: shares are 0 to 1, lengths in tokens, times in seconds."""
@@ -336,7 +325,6 @@ def summarize(sampled, owner, experts, sums):
         row["attention_map"] = attention.mean(0).tolist()
     return row
 
-
 def log(out, row, sampled):
     """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl."""
     if RANK:
@@ -358,7 +346,6 @@ def log(out, row, sampled):
         tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on, nothing "
                    "is learned: try an easier --level, --form plain or another --policy")
 
-
 def show_report(args, report):
     """Before and after on held-out problems, what masking each expert costs, and what to try next."""
     if RANK:
@@ -375,19 +362,15 @@ def show_report(args, report):
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask {question}\n"
           f"  python train.py --resume {out} --steps {2 * args.steps}")
 
-
 def append(path, row):
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
-
 # -- Stopping and going on. A checkpoint is one safetensors file, which cannot run code: weights, AdamW's
 # moments, the ranks' random generators, and as JSON text how far the run is.
 
-
 class Stopped(Exception):
     """Asked to stop; the work is saved."""
-
 
 class Keeper:
     """Writes a checkpoint when one is due, keeps the last two, and raises Stopped after Ctrl-C or SIGTERM."""
@@ -418,8 +401,8 @@ class Keeper:
         if self.skipped:
             tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
         if self.skipped == 5:
-            raise ValueError("5 steps in a row were skipped, as loss or gradient is not finite: start anew with "
-                             "a lower --lr, --router_lr or --grad_clip")
+            raise ValueError("5 steps in a row were skipped, as loss or gradient is not finite: start anew "
+                             "with a lower --lr, --router_lr or --grad_clip")
 
     def keep(self, prefix, step, last, optimizer):
         due = step % self.args.save_every == 0 if self.args.save_every else time.monotonic() - self.saved > 60
@@ -433,14 +416,12 @@ class Keeper:
         if stop and not last:
             raise Stopped
 
-
 def trainable(policy, router):
     """Name -> tensor of everything that training changes or fixes: LoRA and the router."""
     named = {f"policy.{name}": p for name, p in policy.named_parameters()}
     if router:
         named |= {f"router.{name}": t for name, t in router.state_dict(keep_vars=True).items()}
     return named
-
 
 def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
     """All ranks call, rank 0 writes. The checksum is added to the name."""
@@ -453,7 +434,6 @@ def save_checkpoint(path, policy, router, state, optimizer=None, generator=None)
     tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     write_tensors(path.parent, tensors, path.name)
-
 
 def load_checkpoint(path, policy, router, generator=None):
     """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing
@@ -474,11 +454,9 @@ def load_checkpoint(path, policy, router, generator=None):
             moments.setdefault(int(i), {})[moment] = tensors[name]
     return json.loads(bytes(tensors["state"].tolist())), moments
 
-
 def checkpoints(out):
     """Those of a run, the newest first."""
     return [path for stage in ("step", "align") for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
-
 
 def load_newest(out, policy, router, generator=None):
     """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is
@@ -492,7 +470,6 @@ def load_newest(out, policy, router, generator=None):
         raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
     return dict(align=0, step=0), {}
 
-
 def drop_rows(out, state):
     """Drop rows of the .jsonl files that are newer than the checkpoint: they are made again."""
     for path in out.glob("*.jsonl") if RANK == 0 else ():
@@ -504,7 +481,6 @@ def drop_rows(out, state):
                     kept.append(f"{line}\n")
         write_whole(path, "".join(kept).encode())
 
-
 def load_reference(out, policy, router):
     """(LoRA's tensors, router) as stage 0 left them; policy and router stay as they are."""
     now = {name: t.detach().clone() for name, t in trainable(policy, router).items()}
@@ -514,7 +490,6 @@ def load_reference(out, policy, router):
         for name, t in trainable(policy, router).items():
             t.copy_(now[name])
     return reference
-
 
 @contextlib.contextmanager
 def one_process(out):
@@ -527,7 +502,6 @@ def one_process(out):
             raise ValueError(f"another process trains in {out}: wait, or choose another --out") from None
         yield
 
-
 def half_of(micro_batch, error):
     """The next smaller micro-batch after out-of-memory; any other error is raised again."""
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # every device has its own
@@ -539,9 +513,7 @@ def half_of(micro_batch, error):
     tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
     return micro_batch // 2
 
-
 # -- The command line
-
 
 def parse_args(argv):
     """The settings of a run: what is given, else the preset's. Raises ValueError, one sentence with the
@@ -574,7 +546,6 @@ def parse_args(argv):
     check(args)
     return args
 
-
 def pick_preset(given):
     """Without --preset: small's settings for a policy of the user's; else what task and device ask for."""
     if "policy" in given:
@@ -589,7 +560,6 @@ def pick_preset(given):
         return "tiny"
     raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and "
                      "algorithmic: add --preset small or paper, or --policy X --experts A B C")
-
 
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
@@ -620,7 +590,6 @@ def check(args):
     if not (reads or args.collab == "text" or args.align):
         args.experts = []
 
-
 def saved_args(folder):
     """The settings of the run in `folder`, by its config.json. Also called by eval.py."""
     path = Path(folder) / "config.json"
@@ -637,7 +606,6 @@ def saved_args(folder):
         raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
     return args
 
-
 def pick_device(name):
     there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
                               ("cpu", True)) if yes]
@@ -647,7 +615,6 @@ def pick_device(name):
         raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
                          "ranks than GPUs")
     return f"{kind}:{index}" if index else kind
-
 
 def one_sentence(program, run):
     """Call run(); returns the exit code. What a user can mend is said in one sentence, a bug is raised."""
@@ -674,13 +641,11 @@ def one_sentence(program, run):
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 
-
 def run(argv=None):
     with ranks():
         args = parse_args(argv)
         with contextlib.nullcontext() if RANK else one_process(Path(args.out)):
             main(args)
-
 
 if __name__ == "__main__":
     sys.exit(one_sentence("train.py", run))
