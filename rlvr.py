@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from experts import read, write
 from model import bucket
 from rewards import prompt, verify
+from router import reads_states
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
 
@@ -130,7 +131,7 @@ class Dataset:
             parts = gather(write(experts, mine, progress and RANK == 0))
             self.texts = [sum((part[e] for part in parts), []) for e in range(len(experts))]
         self.H = torch.zeros(len(problems), 0, 0)
-        if experts and args.collab in ("soft", "hard", "linear"):
+        if reads_states(args.collab):
             self.H = torch.cat(gather(read(experts, mine, progress and RANK == 0)))
             generator = torch.Generator().manual_seed(args.seed)
             if args.control == "shuffled":  # the states of another problem

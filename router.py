@@ -173,3 +173,7 @@ class ConstantPrefix(nn.Module):
 
 # by --collab
 ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix": ConstantPrefix}
+
+def reads_states(collab):
+    """Does this way to collaborate read the experts' states?"""
+    return collab in ROUTERS and ROUTERS[collab] is not ConstantPrefix

@@ -43,7 +43,7 @@ from rewards import SPLITS, TooFew, known, problems
 from rlvr import (RANK, WORLD, Dataset, accuracy, add_gradients, advantages, align, align_steps, by_dataset,
                   by_expert, evaluate, gather, grpo_loss, kl_estimate, make_optimizer, ranks, read_back,
                   reference_logprobs, restore, rollout, share, test_report, total)
-from router import ROUTERS
+from router import ROUTERS, reads_states
 
 TINY = str(Path(__file__).resolve().parent / "tiny")
 
@@ -64,8 +64,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
                               "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
                              "frozen, of any architecture (the paper does not name its own)")
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
-    collab: Literal[(*ROUTERS, "text", "single")] = arg(
-        "soft", "soft: the router; hard, linear, prefix: its controls; text: words; single: LoRA alone")
+    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: the experts' words in "
+                              "the prompt; single: LoRA alone")
     control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for the states")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
@@ -166,11 +166,10 @@ def main(args):
         # 2. How much better was each answer than the others of its group?
         advantage = advantages(sampled.rewards)  # (B, G)
 
-        # 3. Score the same tokens again, now with gradient. It reaches LoRA and, through the context, the
-        # router.
+        # 3. Score the same tokens again, now with gradient: it reaches LoRA and, through the context, the router.
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
-        old = {}  # log-probabilities under the policy that sampled: those of the first epoch
+        old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # under the policy that sampled
         for epoch in range(args.epochs):
             i, sums = 0, Counter()
             while i < len(batch.problems):
@@ -180,16 +179,17 @@ def main(args):
                     context, _ = router(micro.H) if router else (None, None)
                     cache = policy.prefill(micro.tokens, micro.lengths, context)
                     logp, entropy = policy.logprobs(cache, tokens, mask, args.temperature)
-                    old.setdefault(i, logp.detach())
+                    if epoch == 0:
+                        old[part] = logp.detach()
                     ref = None
                     if args.beta:
                         ref = reference_logprobs(policy, reference, micro, tokens, mask, args.temperature)
-                    loss = grpo_loss(logp, old[i], ref, advantage[part], mask, args) / n_tokens
+                    loss = grpo_loss(logp, old[part], ref, advantage[part], mask, args) / n_tokens
                     loss.backward()
                 except (RuntimeError, MemoryError) as error:  # out of memory: again, fewer prompts at a time
                     args.micro_batch = half_of(args.micro_batch, error)
                     optimizer.zero_grad(set_to_none=True)
-                    i, sums, old = 0, Counter(), old if epoch else {}
+                    i, sums = 0, Counter()
                     continue
                 sums["loss"] += loss.item()
                 sums["entropy"] += entropy.sum().item() / n_tokens
@@ -572,8 +572,10 @@ def check(args):
             fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
         if not fine:
             raise ValueError(f"--{name} is {value!r}: see train.py --help for what it may be")
-    reads = args.collab in ("soft", "hard", "linear")
+    reads = reads_states(args.collab)
     for wrong, message in (
+            (args.collab not in (*ROUTERS, "text", "single"),
+             f"--collab {args.collab} is unknown: choose {', '.join(ROUTERS)}, text or single"),
             (args.group < 2, "--group 1 has nothing to compare an answer with: give it at least 2"),
             (args.batch < WORLD, f"--batch {args.batch} gives {WORLD} ranks not a prompt each: raise it"),
             (args.align and args.collab == "text",

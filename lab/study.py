@@ -159,18 +159,17 @@ class Study:
 
     def one_run(self, run):
         start = time.monotonic()
-        for words in steps_of(run, self.models):
+        while steps := steps_of(run, self.models):
             if self.stopping:
                 return
-            code = self.call(run, words)
-            finished = not steps_of(run, self.models) or words != steps_of(run, self.models)[0]
-            if code == 0 and not finished:
-                return  # asked to stop; it has saved
-            if code in (130, -signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL) or (code and self.stopping):
-                return
-            if code:
+            code = self.call(run, steps[0])
+            if code > 0 and code != 130:
                 self.failed += 1
-                return self.record(run, dict(after=None, reason=f"exit code {code}: {self.last_line(run)}"))
+                self.record(run, dict(after=None, reason=f"exit code {code}: {self.last_line(run)}"))
+                return
+            if code or steps_of(run, self.models) == steps:
+                print(f"{run.id}: stopped, it goes on when the study is called again", flush=True)
+                return
         row, curve = collect(run)
         write_whole(RESULTS / "curves" / f"{run.id}.json", (json.dumps(curve, separators=(",", ":")) + "\n").encode())
         self.record(run, row)
@@ -234,7 +233,7 @@ def collect(run):
 
 def trainable(out):
     """Trained parameters, counted in the newest checkpoint; the router's statistics of the states are not trained."""
-    path = max(out.glob("step-*.safetensors"))
+    path = max(out.glob("*.safetensors"))
     with safe_open(path, framework="pt") as tensors:
         names = [name for name in tensors.keys() if name.startswith(("policy.", "router."))]
         names = [name for name in names if name not in ("router.mean", "router.inv_std")]

@@ -1,0 +1,247 @@
+"""
+Give a run away: its LoRA in PEFT's format, its router, and a model card. No model is copied.
+
+    python lab/export.py RUN DIR          write the export
+    python lab/export.py --check DIR      verify one, a stranger's too: it is parsed, never run
+
+    adapter_config.json, adapter_model.safetensors   LoRA: PeftModel.from_pretrained(model, DIR) loads it
+    router.json, router.safetensors                  how to build the router, its weights, where its prefix lies
+    export.json, README.md                           settings and checksums; the model card
+
+PEFT alone gives the policy with its LoRA, which attends to nobody. The policy of the run reads
+[neutral + std * C ; prompt], C = Router(**router.json["router"])(H)[0] of the experts' states H (B, N, D);
+neutral and std are prefix.neutral and prefix.std in router.safetensors.
+"""
+import argparse
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval import wilson  # noqa: E402
+from experts import find_model, write_whole  # noqa: E402
+from probe import open_run  # noqa: E402
+from router import ROUTERS  # noqa: E402
+from train import one_sentence  # noqa: E402
+
+LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"
+ABOUT = "an export of n-Musketeers"
+PARTS = {  # our fused layers: the names of their parts, in the order in which they are stacked (model.py, Block)
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+TARGETS = sorted(name.split(".")[1] for names in PARTS.values() for name in names)
+LARGEST = 2**16  # no size in a config may be more: memory is taken before a tensor can contradict it
+
+# -- Out
+
+def lora_tensors(policy):
+    """{PEFT's name: tensor}: A (r, in) and B (out, r) of every linear layer."""
+    tensors = {}
+    for i, block in enumerate(policy.blocks):
+        for ours, names in PARTS.items():
+            layer = getattr(block, ours)  # A of its parts are stacked, (n r, in); each part has a B of its own
+            for name, A, B in zip(names, layer.A.chunk(len(names)), layer.B):
+                key = f"base_model.model.model.layers.{i}.{name}"
+                tensors[f"{key}.lora_A.weight"] = A
+                tensors[f"{key}.lora_B.weight"] = B
+    return tensors
+
+def router_tensors(policy, router):
+    place = {"prefix.neutral": policy.neutral, "prefix.std": policy.embed_std}
+    return router.state_dict() | place
+
+def write_export(run, folder):
+    """The run of the folder `run` as an export in `folder`. Raises ValueError if something else lies there."""
+    run, folder = Path(run), Path(folder)
+    if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and is no export: choose another folder")
+    args, policy, experts, router = open_run(run, "cpu")
+    base, _, commit = portable(args.policy).partition("@")
+    files = {}
+    if args.lora_rank:
+        files[LORA] = to_bytes(lora_tensors(policy))
+        files[LORA_CONFIG] = to_json(dict(
+            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, revision=commit or None,
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
+            target_modules=TARGETS))
+    if router:
+        files[ROUTER] = to_bytes(router_tensors(policy, router))
+        files[ROUTER_CONFIG] = to_json(dict(
+            collab=args.collab, router=dict(
+                widths=[expert.width for expert in experts for _ in range(expert.entries)],
+                d_policy=policy.config.hidden_size, latents=args.latents, heads=args.router_heads,
+                dim=args.router_dim, temperature=args.router_temperature),
+            experts=[portable(source) for source in args.experts], read=args.read, layer=args.layer,
+            positions=args.positions, cue=args.cue))
+    settings = vars(args) | dict(policy=portable(args.policy), data="", out="", resume="",
+                                 experts=[portable(source) for source in args.experts])
+    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    files["README.md"] = model_card(settings, newest_report(run)).encode()
+    files["export.json"] = to_json(dict(about=ABOUT, sha256=sums, args=settings))
+    for name in (LORA, LORA_CONFIG, ROUTER, ROUTER_CONFIG):  # of an export that lay here before
+        if name not in files:
+            (folder / name).unlink(missing_ok=True)
+    for name, data in files.items():  # export.json last: half an export is not taken for one
+        write_whole(folder / name, data)
+
+def is_export(folder):
+    marker = folder / "export.json"
+    return marker.is_file() and ABOUT in marker.read_text(errors="replace")
+
+def to_json(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+def to_bytes(tensors):
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return save(tensors, metadata={"format": "pt"})
+
+def portable(source):
+    """Where another machine finds a model: of the embedded pool its place in this repository, else as given."""
+    path, root = Path(source), Path(__file__).resolve().parents[1]
+    if path.is_dir() and path.resolve().is_relative_to(root / "tiny"):
+        return path.resolve().relative_to(root).as_posix()
+    return source
+
+def newest_report(run):
+    """eval.json, unless the run was trained on since."""
+    path = run / "eval.json"
+    checkpoints = [checkpoint.stat().st_mtime for checkpoint in run.glob("step-*.safetensors")]
+    if path.is_file() and path.stat().st_mtime >= max(checkpoints):
+        return json.loads(path.read_text())
+    return None
+
+def model_card(settings, report):
+    base = settings["policy"].partition("@")[0]
+    lines = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "---",
+             f"# {settings['task']}, {settings['collab']} collaboration (n-Musketeers, arXiv 2602.09173)", "",
+             "What a run trained, without its models: LoRA in PEFT's format and, where there is one, the router.",
+             "PEFT alone gives the policy with its LoRA, but without prefix and experts.", ""]
+    if report:
+        lines += ["| held-out problems, greedy | n | policy alone | with this, 95% |", "|---|---|---|---|"]
+        after, n = report["after"]["strict"], report["n"]
+        rows = [("all", n, report["before"]["strict"], after)]
+        rows += [(name, x["n"], x["before"], x["after"]) for name, x in report["by_dataset"].items()]
+        for name, n, before, after in rows:
+            low, high = wilson(round(after * n), n)
+            lines.append(f"| {name} | {n} | {before:.1%} | {after:.1%} [{low:.1%}, {high:.1%}] |")
+    else:
+        lines.append("Not evaluated: the run is not finished.")
+    lines += ["", f"One run, seed {settings['seed']}; all settings are in export.json. The models, the policy first "
+              "(each under its own licence, look there):", ""]
+    lines += [f"- {source}: {licence(source)}" for source in (settings["policy"], *settings["experts"])]
+    return "\n".join(lines) + "\n"
+
+def licence(source):
+    """What the head of a model's own README.md states."""
+    if source.startswith("tiny/"):
+        return "mit"
+    readme = find_model(source)[0] / "README.md"
+    head = readme.read_text(errors="replace").split("\n---")[0] if readme.is_file() else ""
+    stated = re.search(r"^license:\s*([\w.+-]+)", head, re.MULTILINE)
+    return stated[1] if stated else "not stated in its folder"
+
+# -- Verified
+
+def check_export(folder):
+    """What an export holds, as text. Raises ValueError, one sentence, for whatever is missing, damaged or not what
+    it claims to be. Nothing in it is run, and no path or model that it names is opened."""
+    folder = Path(folder)
+    if not is_export(folder):
+        raise ValueError(f"{folder} is no export (no export.json of one): name a folder that lab/export.py wrote")
+    found = {path.name for path in folder.iterdir()}
+    strange = sorted(found - {LORA, LORA_CONFIG, ROUTER, ROUTER_CONFIG, "export.json", "README.md"})
+    if strange:
+        raise ValueError(f"{folder} holds {', '.join(strange)}, which is no part of an export: do not load it")
+    try:
+        sums = json.loads((folder / "export.json").read_text())["sha256"]
+        for name in sorted(sums.keys() | found - {"export.json", "README.md"}):
+            data = (folder / name).read_bytes() if name in found else b""
+            if hashlib.sha256(data).hexdigest() != sums.get(name):
+                raise ValueError(f"{name} is not the file that export.json names: get it again")
+        lines = check_lora(folder) if LORA in found else ["no LoRA"]
+        lines += check_router(folder) if ROUTER in found else ["no router"]
+    except (KeyError, TypeError, AttributeError, SafetensorError, OSError, RecursionError) as error:
+        raise ValueError(f"{folder} is damaged ({type(error).__name__}: {error}): get it again") from error
+    return "\n".join(lines)
+
+def check_lora(folder):
+    """Every A must be (r, in) and its B (out, r), in pairs, of the layers 0 to n - 1."""
+    config = json.loads((folder / LORA_CONFIG).read_text())
+    tensors = finite_tensors(folder / LORA)
+    r, targets = size(config["r"]), config["target_modules"]
+    if sorted(targets) != TARGETS or not isinstance(config["lora_alpha"], (int, float)):
+        raise ValueError(f"{LORA_CONFIG} does not describe the LoRA of a run: get it again")
+    n = len(tensors) // (2 * len(TARGETS))
+    shapes, expected = {}, set()
+    for i in range(n):
+        for name in (name for names in PARTS.values() for name in names):
+            key = f"base_model.model.model.layers.{i}.{name}"
+            expected |= {f"{key}.lora_A.weight", f"{key}.lora_B.weight"}
+            A, B = tensors.get(f"{key}.lora_A.weight"), tensors.get(f"{key}.lora_B.weight")
+            if A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != r or B.shape[1] != r:
+                raise ValueError(f"{LORA} has no pair of rank {r} for {name} of layer {i}: get it again")
+            if shapes.setdefault(name, (A.shape[1], len(B))) != (A.shape[1], len(B)):
+                raise ValueError(f"{LORA} has another shape for {name} in layer {i} than in layer 0: get it again")
+    if not n or tensors.keys() != expected:
+        raise ValueError(f"{LORA} has a tensor too many or too few: get it again")
+    width = shapes["self_attn.q_proj"][0]
+    return [f"LoRA of rank {r} for {n} layers of width {width}, base {config['base_model_name_or_path']!r}"]
+
+def check_router(folder):
+    """The tensors must be those of the router that the config describes, built without memory."""
+    config = json.loads((folder / ROUTER_CONFIG).read_text())
+    tensors = finite_tensors(folder / ROUTER)
+    shape = config["router"]
+    widths = [size(width) for width in shape["widths"]]
+    sizes = {key: size(shape[key]) for key in ("d_policy", "latents", "heads", "dim")}
+    if config["collab"] not in ROUTERS:
+        raise ValueError(f"{ROUTER_CONFIG} names a router of kind {config['collab']!r}, which is not known")
+    with torch.device("meta"):
+        router = ROUTERS[config["collab"]](widths, sizes["d_policy"], sizes["latents"], sizes["heads"], sizes["dim"])
+    expected = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
+    expected |= {"prefix.neutral": (sizes["d_policy"],), "prefix.std": ()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
+        raise ValueError(f"{ROUTER} does not fit {ROUTER_CONFIG} in {wrong[0]}: get it again")
+    return [f"{config['collab']} router: {len(widths)} states of widths {widths} to {sizes['latents']} context "
+            f"tokens of width {sizes['d_policy']}"]
+
+def finite_tensors(path):
+    tensors = load(path.read_bytes())
+    if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{path.name} holds numbers that are not finite: do not load it")
+    return tensors
+
+def size(value):
+    if type(value) is not int or not 1 <= value <= LARGEST:
+        raise ValueError(f"a config names a size of {value!r}: get it again")
+    return value
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="folder of a run")
+    parser.add_argument("folder", nargs="?", help="where the export goes")
+    parser.add_argument("--check", metavar="DIR", help="verify the export in this folder")
+    options = parser.parse_args(argv)
+    if options.check:
+        print(check_export(options.check))
+    elif options.folder:
+        write_export(options.run, options.folder)
+        print(check_export(options.folder))
+    else:
+        raise ValueError("name a run and a folder for its export, or --check DIR")
+
+if __name__ == "__main__":
+    sys.exit(one_sentence("export.py", main))

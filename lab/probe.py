@@ -1,0 +1,373 @@
+"""
+What a finished run can still be asked.
+
+    python lab/probe.py RUN --states                       what a linear map reads off each expert's states
+    python lab/probe.py RUN --ablate static uniform shuffle zero
+                                                           what replacing attention or states at test time costs
+    python lab/probe.py RUN --walk                         one problem from text to reward, in numbers
+    python lab/probe.py RUN RUN ... --table                finished runs as a Markdown table, seeds put together
+
+--states and --ablate also write RUN/states.json and RUN/ablate.json.
+"""
+import argparse
+import json
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from claims import interval, mcnemar  # noqa: E402
+from experts import Expert, read, write_whole  # noqa: E402
+from rewards import number, prompt, verify  # noqa: E402
+from rlvr import Dataset, advantages, by_expert, evaluate, rollout  # noqa: E402
+from train import build, load_newest, load_problems, one_sentence, pick_device, saved_args  # noqa: E402
+
+KINDS = ("static", "uniform", "shuffle", "zero")
+
+
+def open_run(folder, device="auto"):
+    """(args, policy, experts, router) of a run, with its newest checkpoint."""
+    args = saved_args(folder)
+    args.device = pick_device(device)
+    policy, experts, router = build(args)
+    state, _ = load_newest(Path(folder), policy, router)
+    if not state["step"]:
+        raise ValueError(f"{folder} has no checkpoint of GRPO yet: train on with train.py --resume {folder}")
+    return args, policy, experts, router
+
+
+def by_dataset(problems):
+    """{dataset: places of its problems}, in the order of first appearance."""
+    places = {}
+    for place, problem in enumerate(problems):
+        places.setdefault(problem.dataset, []).append(place)
+    return places
+
+
+# -- Replaced at test time
+
+
+def ablate(policy, experts, router, args, kinds, n=None):
+    """What each kind of replacement costs on the run's test problems.
+
+    static   attention is its mean over training problems, by head and latent, whatever the problem
+    uniform  every state is attended to alike
+    shuffle  the states are those of another test problem of the same dataset
+    zero     the context tokens are neutral: a prefix that says nothing
+    Returns a dictionary for JSON: `right` by problem as trained, `kinds` with the same and its statistics for each
+    kind, and by problem the dataset, each expert's attention share, and whether its own text is right.
+    """
+    check_kinds(args, kinds)
+    data = Dataset(load_problems(args, "test", n), policy, experts, args)
+    verdicts, _, attention = evaluate(policy, router, data, args)
+    right = [int(verdict.strict) for verdict in verdicts]
+    result = dict(right=right, kinds={})
+    for kind in kinds:
+        H, replaced = data.H, router
+        if kind == "static":
+            mean = mean_attention(policy, experts, router, args)
+            replaced = lambda H, mean=mean: router(H, attention=mean)
+        if kind == "uniform":
+            replaced = lambda H: router(H, attention=torch.tensor(1 / H.shape[1], device=H.device))
+        if kind == "shuffle":
+            H = data.H[next_of_dataset(data.problems)]
+        if kind == "zero":
+            replaced = lambda H: (torch.zeros_like(router(H)[0]), None)
+        other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
+        places = by_dataset(data.problems)
+        parts = {dataset: paired([right[i] for i in at], [other[i] for i in at]) for dataset, at in places.items()}
+        result["kinds"][kind] = dict(right=other, **paired(right, other), by_dataset=parts)
+    result["datasets"] = [problem.dataset for problem in data.problems]
+    shares = [] if attention is None else by_expert(attention, data.owner).mean((1, 2)).tolist()
+    result["attended"] = [[round(share, 3) for share in row] for row in shares]
+    result["knows"] = knows(data)
+    return result
+
+
+def check_kinds(args, kinds):
+    """Raises ValueError for what a run has nothing of."""
+    needs = {"static": ("soft",), "uniform": ("soft",), "shuffle": ("soft", "hard", "linear"),
+             "zero": ("soft", "hard", "linear", "prefix")}
+    for kind in kinds:
+        if args.collab not in needs[kind]:
+            raise ValueError(f"a run with --collab {args.collab} has nothing that --ablate {kind} could replace: "
+                             f"ask it of {' or '.join(needs[kind])}")
+
+
+@torch.no_grad()
+def mean_attention(policy, experts, router, args):
+    """(heads, L, N): the mean over at most 2,000 problems that the run was trained on."""
+    data = Dataset(load_problems(args, "train", min(args.steps * args.batch, 2000)), policy, experts, args)
+    total = 0.0
+    for H in data.H.split(256):
+        total = total + router(H.float().to(policy.embed.device))[1].sum(0)
+    return total / len(data)
+
+
+def next_of_dataset(problems):
+    """For each problem the place of the next one of its dataset, the last one's is the first."""
+    partner = list(range(len(problems)))
+    for places in by_dataset(problems).values():
+        for here, there in zip(places, places[1:] + places[:1]):
+            partner[here] = there
+    return partner
+
+
+def knows(data):
+    """[n][experts]: 1 where an expert's own text is the right answer; [] for a run that asked for no texts."""
+    columns = [[int(verify(text, problem, "plain").strict) for text, problem in zip(texts, data.problems)]
+               for texts in data.texts]
+    return [list(row) for row in zip(*columns)]
+
+
+def paired(a, b):
+    """How b does against a, right or wrong on the same problems."""
+    return dict(n=len(a), trained=sum(a) / len(a), replaced=sum(b) / len(b),
+                difference=(sum(b) - sum(a)) / len(a), ci95=interval(np.subtract(b, a)), p=mcnemar(a, b))
+
+
+def ablation_table(result):
+    lines = ["| replaced | problems | n | as trained | replaced | change, 95% | McNemar p |", "|---" * 7 + "|"]
+    for kind, row in result["kinds"].items():
+        parts = {"all": row} | (row["by_dataset"] if len(row["by_dataset"]) > 1 else {})
+        for dataset, x in parts.items():
+            lines.append(f"| {kind} | {dataset} | {x['n']} | {x['trained']:.1%} | {x['replaced']:.1%} | "
+                         f"{points(x['difference'], x['ci95'])} | {x['p']:.2g} |")
+    return "\n".join(lines)
+
+
+def points(difference, ci95):
+    return f"{100 * difference:+z.1f} [{100 * ci95[0]:+z.1f}, {100 * ci95[1]:+z.1f}]"
+
+
+# -- What a state tells
+
+
+def targets_of(answers, common=10):
+    """What is asked about answers: of whole numbers both digits and the sign, else which of the `common` most
+    frequent answers it is (None: another). {name: a class for each answer}."""
+    values = [number(answer) for answer in answers]
+    if any(value is None or value.denominator != 1 for value in values):
+        usual = {answer for answer, _ in Counter(answers).most_common(common)}
+        return {"answer": [answer if answer in usual else None for answer in answers]}
+    targets = {"ones digit": [abs(value) % 10 for value in values],
+               "tens digit": [abs(value) // 10 % 10 for value in values],
+               "sign": [value < 0 for value in values]}
+    return {name: classes for name, classes in targets.items() if len(set(classes)) > 1}
+
+
+def linear_probe(X, y, X_new, y_new):
+    """Share right on X (n, D) of classes y (n,), and on X_new of y_new, of a ridge regression on the classes'
+    indicators fitted to X; its strength is chosen on the last fifth of X."""
+    std, mean = torch.std_mean(X, dim=0, correction=0)
+    std = std.clamp(min=1e-6 + 0.01 * std.max())  # a dimension that hardly varies stays small
+    X, X_new = (X - mean) / std, (X_new - mean) / std
+    Y = F.one_hot(y).float()
+    cut = len(X) * 4 // 5
+    strengths = [10.0**k for k in range(-1, 6)]
+    tried = [share_right(fit, X[cut:], y[cut:]) for fit in ridge(X[:cut], Y[:cut], strengths)]
+    fit = ridge(X, Y, [strengths[tried.index(max(tried))]])[0]
+    return share_right(fit, X, y), share_right(fit, X_new, y_new)
+
+
+def ridge(X, Y, strengths):
+    """(weights, bias) for every strength, of one decomposition."""
+    U, S, V = torch.linalg.svd(X, full_matrices=False)
+    return [((V.T * (S / (S * S + k))) @ (U.T @ (Y - Y.mean(0))), Y.mean(0)) for k in strengths]
+
+
+def share_right(fit, X, y):
+    return ((X @ fit[0] + fit[1]).argmax(-1) == y).float().mean().item()
+
+
+def probe_states(args, experts, n_train=900, n_val=200):
+    """Rows of a table: dataset, target, expert, layer (and `layers`, how many there are), read, the shares right
+    on training and validation problems, chance (the commonest training class on these), and their number. At most
+    `n_train` and `n_val` problems a dataset."""
+    if not experts:
+        raise ValueError(f"a run with --collab {args.collab} has no experts: ask --states of a soft one")
+    known = load_problems(args, "train", n_train * args.task.count("+") + n_train)
+    known = list({problem.question: problem for problem in known}.values())
+    new = load_problems(args, "val", n_val * args.task.count("+") + n_val)
+    old_places, new_places = by_dataset(known), by_dataset(new)
+    rows = []
+    for dataset, places in new_places.items():
+        old = [known[i] for i in old_places[dataset][:n_train]]
+        problems = old + [new[i] for i in places[:n_val]]
+        targets = targets_of([problem.answer for problem in problems])
+        for expert in experts:
+            layers = sorted({round(expert.n_layers * quarter / 4) for quarter in range(5)})
+            for how_read in ("last", "first", "mean"):
+                reader = Expert(expert.source, how_read, layers, cue=expert.cue, device=expert.device,
+                                untrained=expert.untrained)
+                H = read([reader], [expert_prompts(reader, problems)]).float()  # (n, layers, D)
+                for name, classes in targets.items():
+                    for k, layer in enumerate(layers):
+                        row = dict(dataset=dataset, target=name, expert=expert.name, layer=layer,
+                                   layers=expert.n_layers, read=how_read)
+                        rows.append(row | probe_one(H[:, k], classes, len(old)))
+    return rows
+
+
+def expert_prompts(expert, problems):
+    tokenizer = expert.tokenizer if expert.template == "chat" else None
+    return [prompt(problem, expert.template, tokenizer, ask=False) + expert.cue for problem in problems]
+
+
+def probe_one(X, classes, n_old):
+    """One probe: the first n_old rows of X (n, D) are fitted. A class of None is left out."""
+    index = {name: i for i, name in enumerate(sorted(set(classes) - {None}))}
+    old = [i for i in range(n_old) if classes[i] is not None]
+    new = [i for i in range(n_old, len(X)) if classes[i] is not None]
+    y = torch.tensor([index.get(name, -1) for name in classes])
+    train, val = linear_probe(X[old], y[old], X[new], y[new])
+    chance = (y[new] == y[old].mode().values).float().mean().item()
+    return dict(train=train, val=val, chance=chance, n=len(new))
+
+
+def states_table(rows):
+    """Markdown: held-out accuracy, that on training problems in brackets."""
+    columns, cells = {}, {}
+    for row in rows:
+        column = f"{row['dataset']}, {row['target']}"
+        columns[column] = f"{row['chance']:.0%}, n = {row['n']}"
+        key = (row["expert"], f"{row['layer']} of {row['layers']}", row["read"])
+        cells.setdefault(key, {})[column] = f"{row['val']:.0%} ({row['train']:.0%})"
+    lines = [["expert", "layer", "read", *columns], ["---"] * (3 + len(columns))]
+    lines += [[*key, *(values[column] for column in columns)] for key, values in cells.items()]
+    lines += [["most frequent class", "", "", *columns.values()]]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return table + "\n\nLinear probe: share right on held-out problems (on training problems)."
+
+
+# -- One problem from text to reward
+
+
+@torch.no_grad()
+def walk(policy, experts, router, args):
+    """One test problem, the first of 32 on which the sampled group does not agree, with the run's own numbers:
+    lines of text of at most 110 columns."""
+    data = Dataset(load_problems(args, "test", 32), policy, experts, args, progress=False)
+    for i in range(len(data)):
+        batch = data.batch([i])
+        generator = torch.Generator(policy.embed.device).manual_seed(args.seed)
+        sampled = rollout(policy, router, batch, args, args.group, args.temperature, generator)
+        if sampled.rewards.amax() > sampled.rewards.amin():
+            break
+    problem = data.problems[i]
+    lines = [f"A {problem.dataset} problem, held out of training; its answer is {problem.answer!r}."]
+    say = lambda text: lines.extend(textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    "))
+    say(f"the policy reads {len(data.ids[i])} tokens: {data.prompts[i]!r}")
+    for expert in experts:
+        (text,) = expert_prompts(expert, [problem])
+        say(f"{expert.name} (width {expert.width}) reads {len(expert.tokenize([text])[0])} tokens: {text!r}")
+    context, attention = router(batch.H) if router else (None, None)
+    if attention is not None:
+        say(f"states H {tuple(batch.H.shape)}: those of each expert, padded with zeros to the widest")
+        say(f"attention A {tuple(attention.shape)}: heads, latents, states; mean over heads, by latent and in all:")
+        for expert, row in zip(experts, by_expert(attention, data.owner)[0].mean(0).T.tolist()):
+            share = sum(row) / len(row)
+            latents = " ".join(f"{x:.2f}" for x in row[:12])
+            say(f"{expert.name[:20]:20} {latents} all {share:.2f} {'█' * round(10 * share)}")
+    if context is not None:
+        sizes = " ".join(f"{x:.2f}" for x in context[0].float().square().mean(-1).sqrt().tolist())
+        say(f"prefix C {tuple(context.shape)}: vectors before the prompt, each this far from neutral, in standard "
+            f"deviations of the policy's embeddings: {sizes}")
+    std, mean = torch.std_mean(sampled.rewards, correction=0)
+    say(f"{args.group} answers sampled at temperature {args.temperature:g}; mean reward {mean:.3f}, std {std:.3f}; "
+        "advantage (reward - mean) / std:")
+    for text, verdict, advantage in zip(sampled.texts[0], sampled.verdicts[0], advantages(sampled.rewards)[0].tolist()):
+        text = repr(text if len(text) <= 44 else "... " + text[-40:])[:50]
+        lines.append(f"    {text:50} {verdict.reason:12} reward {verdict.reward:.1f}   advantage {advantage:+z.2f}")
+    return "\n".join(lines)
+
+
+# -- Finished runs side by side, from their files alone
+
+
+def runs_table(folders):
+    """Markdown: a line for every task and way to collaborate."""
+    groups = {}
+    for folder in folders:
+        path = Path(folder) / "eval.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
+        report = json.loads(path.read_text())
+        read_from = saved_args(folder).read
+        extras = [report["control"] if report["control"] != "none" else "",
+                  f"read {read_from}" if read_from != "last" and report["collab"] not in ("single", "prefix") else "",
+                  f"stage 0: {report['align']}" if report["align"] else ""]
+        key = (report["task"], ", ".join([report["collab"], *filter(None, extras)]))
+        groups.setdefault(key, []).append(report)
+    lines = ["| task | collaboration | seeds | n | before | after | by dataset | minus single |", "|---" * 8 + "|"]
+    for (task, way), reports in groups.items():
+        reports.sort(key=lambda report: report["seed"])
+        datasets = reports[0]["by_dataset"]
+        parts = [f"{name} {mean_and_std([r['by_dataset'][name]['after'] for r in reports])}" for name in datasets]
+        seeds = ", ".join(str(report["seed"]) for report in reports)
+        before, after = [mean_and_std([r[when]["strict"] for r in reports]) for when in ("before", "after")]
+        singles = [r for (other, name), found in groups.items() for r in found
+                   if other == task and r["collab"] == "single" and reports[0]["collab"] != "single"]
+        lines.append(f"| {task} | {way} | {seeds} | {reports[0]['n']} | {before} | {after} | {', '.join(parts)} | "
+                     f"{minus_single(reports, singles)} |")
+    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; minus single: points, "
+                      "paired by problem and seed, 95%."])
+
+
+def mean_and_std(values):
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+
+
+def minus_single(reports, singles):
+    """The paired difference from the single runs of the same seeds (with as much of stage 0, where there are
+    such); "" where there are none."""
+    D = []
+    for report in reports:
+        same = [r for r in singles if r["seed"] == report["seed"] and len(r["right"]) == len(report["right"])]
+        same.sort(key=lambda r: r["align"] == report["align"])
+        if same:
+            D.append(np.subtract(report["right"], same[-1]["right"]))
+    if not D or len({len(row) for row in D}) > 1:
+        return ""
+    return f"{points(np.mean(D), interval(D))}, {len(D)} seeds"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--states", action="store_true")
+    parser.add_argument("--ablate", nargs="+", choices=KINDS)
+    parser.add_argument("--walk", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--n", type=int, help="test problems of --ablate (default: as trained with)")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args(argv)
+    if sum(map(bool, (options.states, options.ablate, options.walk, options.table))) != 1:
+        raise ValueError("choose one of --states, --ablate, --walk and --table")
+    if options.table:
+        return print(runs_table(options.runs))
+    if len(options.runs) > 1:
+        raise ValueError("only --table takes several runs: name one")
+    folder = Path(options.runs[0])
+    args, policy, experts, router = open_run(folder, options.device)
+    if options.walk:
+        return print(walk(policy, experts, router, args))
+    if options.states:
+        name, result = "states", probe_states(args, experts)
+        print(states_table(result))
+    else:
+        name, result = "ablate", ablate(policy, experts, router, args, options.ablate, options.n)
+        print(ablation_table(result))
+    write_whole(folder / f"{name}.json", (json.dumps(result) + "\n").encode())
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(one_sentence("probe.py", main))
