@@ -437,7 +437,7 @@ class Policy(nn.Module):
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `inv_freq` (D / 2,), `rope_scale` and `stop` filled in.
     Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
-    raw = read_json(folder / "config.json")
+    raw, most = read_json(folder / "config.json"), {"num_hidden_layers": 1000}  # 2**20 of all else
     if raw.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder} is of architecture {raw.get('model_type')!r}, but a policy is one of "
                          f"{', '.join(ARCHITECTURES)}: name another --policy")
@@ -446,7 +446,7 @@ def policy_config(folder):
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings")
-        wrong = {name: getattr(c, name) for name in sizes if not 1 <= getattr(c, name) <= 2**20}
+        wrong = {name: getattr(c, name) for name in sizes if not 1 <= getattr(c, name) <= most.get(name, 2**20)}
         if wrong or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
             raise ValueError(f"no model has {wrong or 'these numbers of heads or this rms_norm_eps'}")
         rope = c.rope_parameters

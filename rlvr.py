@@ -185,9 +185,10 @@ def answer_ids(policy, text, form):
 def align(policy, router, data, args, start, moments, after_step):
     """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
 
-    words    The policy is not run. Context token i is held to the policy's embedding of token i of an
-             expert's text: the router learns to write in the policy's vocabulary. For a router that reads
-             states.
+    words    The policy is not run. The context tokens are held to the policy's embeddings of the prompt's
+             last token and an expert's text: the router learns to write in the policy's vocabulary, as if the
+             answer stood there already, behind the token that it will follow again. A language model copies
+             such a text by itself (induction). For a router that reads states.
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
@@ -197,7 +198,8 @@ def align(policy, router, data, args, start, moments, after_step):
     words, texts = align_steps(args, data)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
-    used = sorted({token for column in data.targets for ids in column for token in ids})
+    used = sorted({token for column in data.targets for ids in column for token in ids}
+                  | {ids[-1] for ids in data.ids})
     for step in range(start, words + texts):
         if step in (start, words):
             rates = (0.0, args.align_words_lr) if step < words else (args.align_lr, args.align_router_lr)
@@ -211,8 +213,9 @@ def align(policy, router, data, args, start, moments, after_step):
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
         mask = (data.owner == torch.tensor(chosen)[:, None]).to(device)  # (B, N)
         if step < words:
+            spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
             context, _ = router(data.H[rows].to(device).float(), mask)
-            loss, count = words_loss(policy, context, targets, used)
+            loss, count = words_loss(policy, context, spelled, used)
         else:
             batch = data.batch(rows)
             context = router(batch.H, mask)[0] if router else None

@@ -1,10 +1,10 @@
 """
 Which claims hold: verdicts and their intervals, from the rows and curves of results/ alone.
 
-A row is a line of results/study.jsonl together with its file in results/curves (see study.py). What would refute a
-claim stands in `judge`, MARGIN and CLAIMS. Differences are paired: the same problems and seeds on both sides, so that
-what makes a problem easy or hard cancels out. Each interval is a 95% one by itself: of twenty differences that are
-nothing, about one will look like something.
+A row is a line of results/study.jsonl together with its file in results/curves (see study.py). What would
+refute a claim stands in `judge`, MARGIN and CLAIMS. Differences are paired: the same problems and seeds on
+both sides, so that what makes a problem easy or hard cancels out. Each interval is a 95% one by itself: of
+twenty differences that are nothing, about one will look like something.
 """
 import json
 import math
@@ -19,52 +19,48 @@ sys.path.insert(0, str(HERE))
 from eval import wilson  # noqa: E402
 
 RESULTS = HERE / "results"
-FIRST_BUILD = "5947e94"  # rows of this commit: no stage 0, and a policy that was taught to read notes from its prefix
+FIRST_BUILD = "5947e94"  # its rows: no stage 0, and a policy that was taught to read notes from its prefix
 SPECIALIST = {"chain_sum": "arithmetic", "family_relationships": "logic", "count_primes": "algorithmic"}
 MARGIN = {"points": 5.0, "nats": 0.05, "rho": 0.1}  # a smaller difference counts as none
 
-
 # -- Statistics
-
 
 def interval(D, draws=10_000):
     """95% interval of the mean of D (n,) or (seeds, n), paired differences by item.
 
-    Items are drawn anew with replacement (bootstrap, a fixed generator). The means of k seeds enter by Student's t
-    with k - 1 degrees of freedom: a bootstrap over few seeds is far too narrow (of two it covers 61%, of five 88%).
-    With one seed the interval is about that run alone. What items and seeds share is counted twice: a little wide.
+    Items are drawn anew with replacement (bootstrap, a fixed generator). The means of k seeds enter by
+    Student's t with k - 1 degrees of freedom: a bootstrap over few seeds is far too narrow (of two it covers
+    61%, of five 88%). With one seed the interval is about that run alone. What items and seeds share is
+    counted twice: a little wide.
     """
     D = np.atleast_2d(np.asarray(D, float))
     generator = np.random.default_rng(0)
     seeds, n = D.shape
-    values, count = np.unique(D.mean(0), return_counts=True)  # equal items are drawn together: the same law, faster
+    values, count = np.unique(D.mean(0), return_counts=True)  # equal items are drawn together, to save time
     means = generator.multinomial(n, count / n, draws) @ values / n
     if seeds > 1:
         standard_error = D.mean(1).std(ddof=1) / math.sqrt(seeds)
         means = means + generator.standard_t(seeds - 1, draws) * standard_error
     return np.quantile(means, (0.025, 0.975)).tolist()
 
-
 def mcnemar(a, b):
-    """Exact two-sided p that a and b (right or wrong by item) are equally good: is it a fair coin that decides the
+    """Exact two-sided p that a and b (right or wrong by item) are equally good: is it a fair coin that
+    decides the
     items on which they disagree?    5 lost, none won -> 2 / 2^5 = 0.0625"""
     lost = sum(x > y for x, y in zip(a, b))
     won = sum(x < y for x, y in zip(a, b))
     tail = sum(math.comb(lost + won, k) for k in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2 ** (lost + won))
 
-
 def ranks(values):
     """The rank of each value, ties sharing theirs."""
     _, place, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[place]
 
-
 def spearman(x, y):
     """Correlation of ranks; None where one of the series never changes."""
     a, b = ranks(x), ranks(y)
     return float(np.corrcoef(a, b)[0, 1]) if min(a.std(), b.std()) > 0 else None
-
 
 def without_trend(steps, x, degree=1):
     """x less its best polynomial over the steps. Two series that both drift correlate for nothing."""
@@ -72,21 +68,17 @@ def without_trend(steps, x, degree=1):
     rest = np.asarray(x, float) - np.polyval(np.polyfit(steps, x, degree), steps)
     return np.where(np.abs(rest) < 1e-9 * (1 + np.abs(x).max()), 0.0, rest)
 
-
 def spearman_without_trend(steps, x, y, degree):
     if len(x) <= degree + 1:
         return None
     return spearman(without_trend(steps, np.asarray(x), degree), without_trend(steps, np.asarray(y), degree))
-
 
 def detectable(std, seeds=5):
     """The difference of two means over `seeds` seeds of this std that a two-sided test at 5% finds in 80% of
     studies: 2.8 (1.96 + 0.84) standard errors."""
     return 2.8 * std * math.sqrt(2 / seeds)
 
-
 # -- Rows
-
 
 def read_rows(path=None):
     """The rows of study.jsonl, the last one of every id."""
@@ -94,24 +86,22 @@ def read_rows(path=None):
     lines = path.read_text().splitlines() if path.exists() else []
     return list({row["id"]: row for row in map(json.loads, lines)}.values())
 
-
 def finished(first_build=False, results=None):
-    """Finished runs of the first build, or all others: each row with its curve. Runs that only chose rates are left
-    out."""
+    """Finished runs of the first build, or all others: each row with its curve. Runs that only chose rates
+    are left out."""
     results = results or RESULTS
     rows = []
     for row in read_rows(results / "study.jsonl"):
-        if (row.get("commit") == FIRST_BUILD) != first_build or row["after"] is None or row["block"] == "rate":
+        other_build = (row.get("commit") == FIRST_BUILD) != first_build
+        if other_build or row["after"] is None or row["block"] == "rate":
             continue
         curve = json.loads((results / "curves" / f"{row['id']}.json").read_text())
         rows.append(in_new_words(curve | row) if first_build else curve | row)
     return rows
 
-
 NEW_KEYS = {"attention_by": "attention_by_dataset", "reward_by": "reward_by_dataset", "silenced": "masked",
             "heard": "attended"}
 NEW_TASKS = {"arithmetic": "sums", "arithmetic hard": "sums hard", "logic": "family", "algorithmic": "primes"}
-
 
 def in_new_words(row):
     """A row of the first build under the names that are used now."""
@@ -120,10 +110,8 @@ def in_new_words(row):
     row["task"] = NEW_TASKS.get(row["task"], row["task"])
     return row
 
-
 def runs_by_seed(rows, task, way):
     return {row["seed"]: row for row in rows if (row["task"], row["way"]) == (task, way)}
-
 
 def paired_right(rows, task, way, other):
     """Right or wrong, in points, of two ways on the seeds that both have: two arrays (seeds, items)."""
@@ -131,9 +119,7 @@ def paired_right(rows, task, way, other):
     seeds = sorted(a.keys() & b.keys())
     return 100.0 * np.array([a[s]["right"] for s in seeds]), 100.0 * np.array([b[s]["right"] for s in seeds])
 
-
 # -- Verdicts
-
 
 def judge(low, high, margin, kind="more"):
     """The verdict on a difference by its interval. Claimed is that it is
@@ -149,7 +135,6 @@ def judge(low, high, margin, kind="more"):
         return "confirmed" if within else "refuted" if low > 0 or high < 0 else "open"
     return "confirmed" if low >= -margin else "refuted" if high < 0 else "open"
 
-
 def compare(label, a, b=0.0, unit="points", kind="more"):
     """(verdict, sentence) on a - b, each (seeds, items). It takes two runs to say anything about a way."""
     if len(a) < 2:
@@ -157,22 +142,19 @@ def compare(label, a, b=0.0, unit="points", kind="more"):
     D = np.asarray(a, float) - np.asarray(b, float)
     return judge(*interval(D), MARGIN[unit], kind), f"{label}: {shown(D, unit)}, {len(D)} runs"
 
-
 def shown(D, unit="points"):
     digits = "+.1f" if unit == "points" else "+.2f"
     low, high = interval(D)
     return f"{np.mean(D):{digits}} [{low:{digits}}, {high:{digits}}] {unit}"
 
-
 def difference(rows, way, other, *tasks, kind="more"):
     """The parts of a claim on one way against another, a part a task."""
-    return [compare(f"{task}, {way} - {other}", *paired_right(rows, task, way, other), kind=kind) for task in tasks]
-
+    return [compare(f"{task}, {way} - {other}", *paired_right(rows, task, way, other), kind=kind)
+            for task in tasks]
 
 def first_token(rows):
     tasks = [task for task in ("sums", "mix") if runs_by_seed(rows, task, "soft first")]
     return difference(rows, "soft first", "soft", *(tasks or ["mix"]), kind="same")
-
 
 def saturated(rows):
     """Single against soft on every task where single is right in 90% or more."""
@@ -184,23 +166,22 @@ def saturated(rows):
         return difference(rows, "single", "soft", *tasks)
     return [("open", f"single saturates nowhere, at most {max(means.values(), default=0):.0%}")]
 
-
 def entropy_falls(rows):
-    """Spearman's rho of attention's entropy and reward over a run's curve. That it is below 0 is claimed, so the
-    sign is turned."""
+    """Spearman's rho of attention's entropy and reward over a run's curve. That it is below 0 is claimed, so
+    the sign is turned."""
     plain, straight, cubic = [], [], []
     for row in rows:
         points = [point for point in row["curve"] if "attention_entropy" in point]
         if row["way"] != "soft" or row["task"] == "real sums" or len(points) < 3:
             continue
-        steps, entropy, reward = ([point[key] for point in points] for key in ("step", "attention_entropy", "reward"))
+        keys = ("step", "attention_entropy", "reward")
+        steps, entropy, reward = ([point[key] for point in points] for key in keys)
         plain.append(spearman(entropy, reward) or 0.0)
         straight.append([-(spearman_without_trend(steps, entropy, reward, 1) or 0.0)])
         cubic.append(spearman_without_trend(steps, entropy, reward, 3) or 0.0)
     label = (f"Spearman's rho over a run {np.mean(plain or [0]):+.2f}, without its cubic trend "
              f"{np.mean(cubic or [0]):+.2f}; without its straight trend and the sign turned")
     return [compare(label, straight, unit="rho")]
-
 
 def concentrates(rows):
     """Attention's entropy in the last tenth of training, easy sums against hard ones."""
@@ -211,15 +192,12 @@ def concentrates(rows):
             end.append([np.mean([point["attention_entropy"] for point in row["curve"][-5:]])])
     return [compare("entropy at the end, sums - sums hard", *map(np.array, ends), unit="nats")]
 
-
 def names_of(row):
     return [expert["name"] for expert in row["experts"]]
-
 
 def above_even(label, values, experts):
     """Percent by seed and item against an even share of the experts."""
     return compare(f"{label} - {100 / experts:.0f}", values, 100 / experts)
-
 
 def wide_attended(rows):
     """The attention share of the wide expert that knows nothing."""
@@ -227,25 +205,22 @@ def wide_attended(rows):
               for row in runs_by_seed(rows, "sums", "soft wide").values()]
     return [above_even("its share", shares, 4)]
 
-
 def most_attended(row):
     """(n,): the place of the expert attended to most for each item."""
     return np.array(row["attended"]).argmax(-1)
 
-
 def specialist_places(row):
     """(n,): the place of the expert that was made for each item's dataset."""
     return np.array([names_of(row).index(SPECIALIST[dataset]) for dataset in row["datasets"]])
-
 
 def specialist_attended(rows):
     runs = [row for row in runs_by_seed(rows, "mix", "soft").values() if row.get("attended")]
     shares = [100.0 * (most_attended(row) == specialist_places(row)) for row in runs]
     return [above_even("mix, it is attended to most", shares, 3)]
 
-
 def knowing_attended(rows, task):
-    """Of the items that exactly one expert answers right by itself: how often is it the one attended to most?"""
+    """Of the items that exactly one expert answers right by itself: how often is it the one attended to
+    most?"""
     runs = [row for row in runs_by_seed(rows, task, "soft").values() if row.get("knows")]
     shares, experts = [], 2
     for row in runs:
@@ -255,20 +230,17 @@ def knowing_attended(rows, task):
         shares.append(100.0 * (most_attended(row) == knows.argmax(1))[one])
     return [above_even(f"{task}, the only expert that knows is attended to most", shares, experts)]
 
-
 def static_suffices(rows, task, kind):
     """What a run loses when its attention is replaced with its mean over training problems."""
     return test_time(rows, task, "static", f"{task}, as trained - static attention", kind)
 
-
 def test_time(rows, task, replaced, label, kind="more"):
     """A run as trained against the same run with something replaced at test time (probe.py --ablate)."""
     found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if row.get("ablate")]
-    n = min((len(ablate["right"]) for ablate in found), default=0)  # of more problems the first are the same ones
+    n = min((len(ablate["right"]) for ablate in found), default=0)  # the first of more are the same problems
     trained = 100.0 * np.array([ablate["right"][:n] for ablate in found])
     other = 100.0 * np.array([ablate["kinds"][replaced]["right"][:n] for ablate in found])
     return [compare(label, trained, other, kind=kind)]
-
 
 def gain_is_gone(rows, task):
     """Soft with the states of other problems at test time must be no better than single."""
@@ -282,12 +254,10 @@ def gain_is_gone(rows, task):
     label = f"{task}, single - soft with shuffled states at test"
     return [compare(label, 100.0 * np.array(a), 100.0 * np.array(b), kind="no less")]
 
-
 def specialist_share(row):
     """The specialist's share of attention in percent, mean over the datasets."""
     shares = row["attention_by_dataset"]
     return 100 * np.mean([shares[dataset][SPECIALIST[dataset]] for dataset in shares])
-
 
 def stage_0_alone(rows):
     aligned, soft = runs_by_seed(rows, "mix", "stage 0"), runs_by_seed(rows, "mix", "soft")
@@ -298,19 +268,18 @@ def stage_0_alone(rows):
             compare("the same after GRPO - after stage 0", after, before),
             *difference(rows, "soft", "stage 0", "mix")]
 
-
 def real_models_read(rows):
     task = "real sums"
     parts = [difference(rows, "soft", other, task)[0] for other in ("single", "prefix", "soft shuffled")]
     parts += test_time(rows, task, "shuffle", f"{task}, as trained - shuffled states at test")
     return parts + gain_is_gone(rows, task)
 
-
 CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Soft beats single on sums", lambda rows: difference(rows, "soft", "single", "sums")),
     ("It beats a learned constant prefix", lambda rows: difference(rows, "soft", "prefix", "sums", "mix")),
     ("It beats shuffled states, noise and untrained experts", lambda rows: (
-        difference(rows, "soft", "soft shuffled", "sums", "mix") + difference(rows, "soft", "soft noise", "mix")
+        difference(rows, "soft", "soft shuffled", "sums", "mix")
+        + difference(rows, "soft", "soft noise", "mix")
         + difference(rows, "soft", "soft untrained", "mix"))),
     ("The first token's state does as well as the last's", first_token),
     ("Single wins where the task saturates (single at 90% or more)", saturated),
@@ -321,28 +290,27 @@ CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Static attention suffices on sums and not on the mix", lambda rows: (
         static_suffices(rows, "sums", "same") + static_suffices(rows, "mix", "more"))),
     ("Stage 0 alone does not tell whom to attend to, GRPO does", stage_0_alone),
-    ("Real models read: soft beats single, prefix and shuffled, and shuffling states at test removes the gain",
+    ("Real models read: soft beats single, prefix and shuffled; shuffling states at test removes the gain",
      real_models_read),
     ("Attention agrees with who knows", lambda rows: (
         knowing_attended(rows, "mix") + knowing_attended(rows, "real sums"))),
 )
-
 
 def verdict(parts):
     verdicts = [part[0] for part in parts]
     decided = next((word for word in ("refuted", "open") if word in verdicts), "confirmed")
     return decided, "; ".join(part[1] for part in parts)
 
-
 # -- The report
-
 
 def table(rows):
     """Markdown: a line for every task and way, seeds put together."""
-    lines = ["| task | way | seeds | n | before | after | minus single | trained | seconds |", "|---" * 9 + "|"]
+    lines = ["| task | way | seeds | n | before | after | minus single | trained | seconds |",
+             "|---" * 9 + "|"]
     for task, way in sorted({(row["task"], row["way"]) for row in rows}):
         runs = runs_by_seed(rows, task, way)
-        values = {key: np.array([row[key] for row in runs.values()]) for key in ("before", "after", "seconds")}
+        keys = ("before", "after", "seconds")
+        values = {key: np.array([row[key] for row in runs.values()]) for key in keys}
         n, trained = next((row["n"], row["trainable"]) for row in runs.values())
         a, b = paired_right(rows, task, way, "single")
         gain = shown(a - b) if way != "single" and len(a) > 1 else ""
@@ -350,7 +318,6 @@ def table(rows):
                  mean_and_std(values["after"], n), gain, f"{trained:,}", f"{values['seconds'].mean():.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
-
 
 def mean_and_std(values, n=None):
     """Percent: mean ± std over seeds; of one seed and n problems, Wilson's interval."""
@@ -361,10 +328,9 @@ def mean_and_std(values, n=None):
     low, high = wilson(values[0] * n, n)
     return f"{100 * values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
-
 def between_seeds(rows):
-    """(pooled std over seeds in points, that of the group with the most) of soft and single, None before there are
-    two seeds of each."""
+    """(pooled std over seeds in points, that of the group with the most) of soft and single, None before
+    there are two seeds of each."""
     variances = []
     for task in ("sums", "mix"):
         for way in ("soft", "single"):
@@ -372,10 +338,10 @@ def between_seeds(rows):
             variances += [np.var(after, ddof=1)] if len(after) > 1 else []
     return (math.sqrt(np.mean(variances)), math.sqrt(max(variances))) if len(variances) == 4 else None
 
-
 def wrong_sums(rows):
-    """Beyond the claims: when a sum goes wrong, was the wrong expert attended to, or the right one in vain?"""
-    percent = lambda values: ", ".join("–" if math.isnan(value) else f"{100 * value:.0f}" for value in values)
+    """Beyond the claims: when a sum goes wrong, was the wrong expert attended to, or the right one in
+    vain?"""
+    percent = lambda values: ", ".join("–" if math.isnan(x) else f"{100 * x:.0f}" for x in values)
     for task in ("sums", "mix"):
         shares, with_specialist, without = [], [], []
         for _, row in sorted(runs_by_seed(rows, task, "soft").items()):
@@ -388,23 +354,24 @@ def wrong_sums(rows):
             with_specialist.append(right[specialist].mean() if specialist.any() else math.nan)
             without.append(right[~specialist].mean() if not specialist.all() else math.nan)
         if shares:
-            yield (f"- {task}: the specialist is attended to most on {percent(shares)}% of the sums (by seed); of these "
-                   f"{percent(with_specialist)}% are right, of the others {percent(without)}%.")
-
+            yield (f"- {task}: the specialist is attended to most on {percent(shares)}% of the sums (by "
+                   f"seed); of these {percent(with_specialist)}% are right, of the others "
+                   f"{percent(without)}%.")
 
 def report(rows):
     """Markdown: the table, and the verdicts."""
     if not rows:
         return "No runs yet."
-    lines = [*table(rows), "", "Strict greedy accuracy in percent on the same held-out problems, mean ± population "
-             "standard deviation over seeds (of one seed: Wilson's interval).", "Differences are paired by seed and "
+    lines = [*table(rows), "",
+             "Strict greedy accuracy in percent on the same held-out problems, mean ± population standard",
+             "deviation over seeds (of one seed: Wilson's interval). Differences are paired by seed and",
              "problem; 95% intervals: problems by bootstrap, seeds by Student's t."]
     std = between_seeds(rows)
     if std:
-        lines.append(f"Seeds of soft and single on sums and mix differ by {std[0]:.1f} points (pooled standard "
-                     f"deviation; {std[1]:.1f} in the group with the most), so five seeds")
-        lines.append(f"find a difference of {detectable(std[0]):.1f} ({detectable(std[1]):.1f}) points in 80% of such "
-                     "studies.")
+        least = [detectable(x) for x in std]
+        lines += [f"Seeds of soft and single on sums and mix differ by {std[0]:.1f} points (pooled standard",
+                  f"deviation; {std[1]:.1f} in the group with the most), so five seeds find a difference of",
+                  f"{least[0]:.1f} ({least[1]:.1f}) points in 80% of such studies."]
     lines += ["", "| claim | verdict | measured |", "|---|---|---|"]
     for number, (claim, parts) in enumerate(CLAIMS, start=1):
         lines.append("| ({}) {} | **{}** | {} |".format(number, claim, *verdict(parts(rows))))

@@ -4,9 +4,9 @@ Give a run away: its LoRA in PEFT's format, its router, and a model card. No mod
     python lab/export.py RUN DIR          write the export
     python lab/export.py --check DIR      verify one, a stranger's too: it is parsed, never run
 
-    adapter_config.json, adapter_model.safetensors   LoRA: PeftModel.from_pretrained(model, DIR) loads it
-    router.json, router.safetensors                  how to build the router, its weights, where its prefix lies
-    export.json, README.md                           settings and checksums; the model card
+    adapter_config.json, adapter_model.safetensors  LoRA: PeftModel.from_pretrained(model, DIR) loads it
+    router.json, router.safetensors                 how to build the router; its weights, its prefix's place
+    export.json, README.md                          settings and checksums; the model card
 
 PEFT alone gives the policy with its LoRA, which attends to nobody. The policy of the run reads
 [neutral + std * C ; prompt], C = Router(**router.json["router"])(H)[0] of the experts' states H (B, N, D);
@@ -34,7 +34,7 @@ from train import one_sentence  # noqa: E402
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"
 ABOUT = "an export of n-Musketeers"
-PARTS = {  # our fused layers: the names of their parts, in the order in which they are stacked (model.py, Block)
+PARTS = {  # our fused layers: the names of their parts, in the order in which model.py stacks them
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -50,7 +50,7 @@ def lora_tensors(policy):
     tensors = {}
     for i, block in enumerate(policy.blocks):
         for ours, names in PARTS.items():
-            layer = getattr(block, ours)  # A of its parts are stacked, (n r, in); each part has a B of its own
+            layer = getattr(block, ours)  # the A of its parts are stacked, (n r, in); each has a B of its own
             for name, A, B in zip(names, layer.A.chunk(len(names)), layer.B):
                 key = f"base_model.model.model.layers.{i}.{name}"
                 tensors[f"{key}.lora_A.weight"] = A
@@ -62,7 +62,8 @@ def router_tensors(policy, router):
     return router.state_dict() | place
 
 def write_export(run, folder):
-    """The run of the folder `run` as an export in `folder`. Raises ValueError if something else lies there."""
+    """The run of the folder `run` as an export in `folder`. Raises ValueError if something else lies
+    there."""
     run, folder = Path(run), Path(folder)
     if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and is no export: choose another folder")
@@ -107,7 +108,8 @@ def to_bytes(tensors):
     return save(tensors, metadata={"format": "pt"})
 
 def portable(source):
-    """Where another machine finds a model: of the embedded pool its place in this repository, else as given."""
+    """Where another machine finds a model: of the embedded pool its place in this repository, else as
+    given."""
     path, root = Path(source), Path(__file__).resolve().parents[1]
     if path.is_dir() and path.resolve().is_relative_to(root / "tiny"):
         return path.resolve().relative_to(root).as_posix()
@@ -125,8 +127,8 @@ def model_card(settings, report):
     base = settings["policy"].partition("@")[0]
     lines = ["---", f"base_model: {json.dumps(base)}", "library_name: peft", "---",
              f"# {settings['task']}, {settings['collab']} collaboration (n-Musketeers, arXiv 2602.09173)", "",
-             "What a run trained, without its models: LoRA in PEFT's format and, where there is one, the router.",
-             "PEFT alone gives the policy with its LoRA, but without prefix and experts.", ""]
+             "What a run trained, without its models: LoRA in PEFT's format and, where there is one, the",
+             "router. PEFT alone gives the policy with its LoRA, but without prefix and experts.", ""]
     if report:
         lines += ["| held-out problems, greedy | n | policy alone | with this, 95% |", "|---|---|---|---|"]
         after, n = report["after"]["strict"], report["n"]
@@ -137,8 +139,8 @@ def model_card(settings, report):
             lines.append(f"| {name} | {n} | {before:.1%} | {after:.1%} [{low:.1%}, {high:.1%}] |")
     else:
         lines.append("Not evaluated: the run is not finished.")
-    lines += ["", f"One run, seed {settings['seed']}; all settings are in export.json. The models, the policy first "
-              "(each under its own licence, look there):", ""]
+    lines += ["", f"One run, seed {settings['seed']}; all settings are in export.json. The models,",
+              "the policy first, each under its own licence:", ""]
     lines += [f"- {source}: {licence(source)}" for source in (settings["policy"], *settings["experts"])]
     return "\n".join(lines) + "\n"
 
@@ -154,15 +156,15 @@ def licence(source):
 # -- Verified
 
 def check_export(folder):
-    """What an export holds, as text. Raises ValueError, one sentence, for whatever is missing, damaged or not what
-    it claims to be. Nothing in it is run, and no path or model that it names is opened."""
+    """What an export holds, as text. Raises ValueError, one sentence, for whatever is missing, damaged or not
+    what it claims to be. Nothing in it is run, and no path or model that it names is opened."""
     folder = Path(folder)
     if not is_export(folder):
-        raise ValueError(f"{folder} is no export (no export.json of one): name a folder that lab/export.py wrote")
+        raise ValueError(f"{folder} is no export (no export.json): name a folder that lab/export.py wrote")
     found = {path.name for path in folder.iterdir()}
     strange = sorted(found - {LORA, LORA_CONFIG, ROUTER, ROUTER_CONFIG, "export.json", "README.md"})
     if strange:
-        raise ValueError(f"{folder} holds {', '.join(strange)}, which is no part of an export: do not load it")
+        raise ValueError(f"{folder} holds {', '.join(strange)}, no part of an export: do not load it")
     try:
         sums = json.loads((folder / "export.json").read_text())["sha256"]
         for name in sorted(sums.keys() | found - {"export.json", "README.md"}):
@@ -192,7 +194,8 @@ def check_lora(folder):
             if A is None or B is None or A.ndim != 2 or B.ndim != 2 or len(A) != r or B.shape[1] != r:
                 raise ValueError(f"{LORA} has no pair of rank {r} for {name} of layer {i}: get it again")
             if shapes.setdefault(name, (A.shape[1], len(B))) != (A.shape[1], len(B)):
-                raise ValueError(f"{LORA} has another shape for {name} in layer {i} than in layer 0: get it again")
+                raise ValueError(f"{LORA} has another shape for {name} in layer {i} than in layer 0: get it "
+                                 "again")
     if not n or tensors.keys() != expected:
         raise ValueError(f"{LORA} has a tensor too many or too few: get it again")
     width = shapes["self_attn.q_proj"][0]
@@ -208,15 +211,15 @@ def check_router(folder):
     if config["collab"] not in ROUTERS:
         raise ValueError(f"{ROUTER_CONFIG} names a router of kind {config['collab']!r}, which is not known")
     with torch.device("meta"):
-        router = ROUTERS[config["collab"]](widths, sizes["d_policy"], sizes["latents"], sizes["heads"], sizes["dim"])
+        router = ROUTERS[config["collab"]](widths, **sizes)
     expected = {name: tuple(tensor.shape) for name, tensor in router.state_dict().items()}
     expected |= {"prefix.neutral": (sizes["d_policy"],), "prefix.std": ()}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         wrong = sorted(name for name in shapes.keys() | expected if shapes.get(name) != expected.get(name))
         raise ValueError(f"{ROUTER} does not fit {ROUTER_CONFIG} in {wrong[0]}: get it again")
-    return [f"{config['collab']} router: {len(widths)} states of widths {widths} to {sizes['latents']} context "
-            f"tokens of width {sizes['d_policy']}"]
+    return [f"{config['collab']} router: {len(widths)} states of widths {widths} to {sizes['latents']} "
+            f"context tokens of width {sizes['d_policy']}"]
 
 def finite_tensors(path):
     tensors = load(path.read_bytes())
@@ -230,7 +233,8 @@ def size(value):
     return value
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="folder of a run")
     parser.add_argument("folder", nargs="?", help="where the export goes")
     parser.add_argument("--check", metavar="DIR", help="verify the export in this folder")

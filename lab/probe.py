@@ -1,12 +1,12 @@
 """
 What a finished run can still be asked.
 
-    python lab/probe.py RUN --states                       what a linear map reads off each expert's states
-    python lab/probe.py RUN --ablate static uniform shuffle zero
-                                                           what replacing attention or states at test time costs
-    python lab/probe.py RUN --walk                         one problem from text to reward, in numbers
-    python lab/probe.py RUN RUN ... --table                finished runs as a Markdown table, seeds put together
+    python lab/probe.py RUN --states          what a linear map reads off each expert's states
+    python lab/probe.py RUN --ablate KINDS    what replacing attention or states at test time costs
+    python lab/probe.py RUN --walk            one problem from text to reward, in numbers
+    python lab/probe.py RUN RUN ... --table   finished runs as a Markdown table, seeds put together
 
+KINDS are some of static, uniform, shuffle and zero, see `ablate`.
 --states and --ablate also write RUN/states.json and RUN/ablate.json.
 """
 import argparse
@@ -30,7 +30,6 @@ from train import build, load_newest, load_problems, one_sentence, pick_device, 
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
-
 def open_run(folder, device="auto"):
     """(args, policy, experts, router) of a run, with its newest checkpoint."""
     args = saved_args(folder)
@@ -41,7 +40,6 @@ def open_run(folder, device="auto"):
         raise ValueError(f"{folder} has no checkpoint of GRPO yet: train on with train.py --resume {folder}")
     return args, policy, experts, router
 
-
 def by_dataset(problems):
     """{dataset: places of its problems}, in the order of first appearance."""
     places = {}
@@ -49,9 +47,7 @@ def by_dataset(problems):
         places.setdefault(problem.dataset, []).append(place)
     return places
 
-
 # -- Replaced at test time
-
 
 def ablate(policy, experts, router, args, kinds, n=None):
     """What each kind of replacement costs on the run's test problems.
@@ -60,8 +56,8 @@ def ablate(policy, experts, router, args, kinds, n=None):
     uniform  every state is attended to alike
     shuffle  the states are those of another test problem of the same dataset
     zero     the context tokens are neutral: a prefix that says nothing
-    Returns a dictionary for JSON: `right` by problem as trained, `kinds` with the same and its statistics for each
-    kind, and by problem the dataset, each expert's attention share, and whether its own text is right.
+    Returns a dictionary for JSON: `right` by problem as trained, `kinds` with the same and its statistics for
+    each kind, and by problem the dataset, each expert's attention share, and whether its own text is right.
     """
     check_kinds(args, kinds)
     data = Dataset(load_problems(args, "test", n), policy, experts, args)
@@ -81,7 +77,8 @@ def ablate(policy, experts, router, args, kinds, n=None):
             replaced = lambda H: (torch.zeros_like(router(H)[0]), None)
         other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
         places = by_dataset(data.problems)
-        parts = {dataset: paired([right[i] for i in at], [other[i] for i in at]) for dataset, at in places.items()}
+        parts = {dataset: paired([right[i] for i in at], [other[i] for i in at])
+                 for dataset, at in places.items()}
         result["kinds"][kind] = dict(right=other, **paired(right, other), by_dataset=parts)
     result["datasets"] = [problem.dataset for problem in data.problems]
     shares = [] if attention is None else by_expert(attention, data.owner).mean((1, 2)).tolist()
@@ -89,16 +86,14 @@ def ablate(policy, experts, router, args, kinds, n=None):
     result["knows"] = knows(data)
     return result
 
-
 def check_kinds(args, kinds):
     """Raises ValueError for what a run has nothing of."""
     needs = {"static": ("soft",), "uniform": ("soft",), "shuffle": ("soft", "hard", "linear"),
              "zero": ("soft", "hard", "linear", "prefix")}
     for kind in kinds:
         if args.collab not in needs[kind]:
-            raise ValueError(f"a run with --collab {args.collab} has nothing that --ablate {kind} could replace: "
-                             f"ask it of {' or '.join(needs[kind])}")
-
+            raise ValueError(f"a run with --collab {args.collab} has nothing that --ablate {kind} could "
+                             f"replace: ask it of {' or '.join(needs[kind])}")
 
 @torch.no_grad()
 def mean_attention(policy, experts, router, args):
@@ -109,7 +104,6 @@ def mean_attention(policy, experts, router, args):
         total = total + router(H.float().to(policy.embed.device))[1].sum(0)
     return total / len(data)
 
-
 def next_of_dataset(problems):
     """For each problem the place of the next one of its dataset, the last one's is the first."""
     partner = list(range(len(problems)))
@@ -118,22 +112,21 @@ def next_of_dataset(problems):
             partner[here] = there
     return partner
 
-
 def knows(data):
-    """[n][experts]: 1 where an expert's own text is the right answer; [] for a run that asked for no texts."""
+    """[n][experts]: 1 where an expert's own text is the right answer; [] for a run that asked for no
+    texts."""
     columns = [[int(verify(text, problem, "plain").strict) for text, problem in zip(texts, data.problems)]
                for texts in data.texts]
     return [list(row) for row in zip(*columns)]
-
 
 def paired(a, b):
     """How b does against a, right or wrong on the same problems."""
     return dict(n=len(a), trained=sum(a) / len(a), replaced=sum(b) / len(b),
                 difference=(sum(b) - sum(a)) / len(a), ci95=interval(np.subtract(b, a)), p=mcnemar(a, b))
 
-
 def ablation_table(result):
-    lines = ["| replaced | problems | n | as trained | replaced | change, 95% | McNemar p |", "|---" * 7 + "|"]
+    lines = ["| replaced | problems | n | as trained | replaced | change, 95% | McNemar p |",
+             "|---" * 7 + "|"]
     for kind, row in result["kinds"].items():
         parts = {"all": row} | (row["by_dataset"] if len(row["by_dataset"]) > 1 else {})
         for dataset, x in parts.items():
@@ -141,13 +134,10 @@ def ablation_table(result):
                          f"{points(x['difference'], x['ci95'])} | {x['p']:.2g} |")
     return "\n".join(lines)
 
-
 def points(difference, ci95):
     return f"{100 * difference:+z.1f} [{100 * ci95[0]:+z.1f}, {100 * ci95[1]:+z.1f}]"
 
-
 # -- What a state tells
-
 
 def targets_of(answers, common=10):
     """What is asked about answers: of whole numbers both digits and the sign, else which of the `common` most
@@ -160,7 +150,6 @@ def targets_of(answers, common=10):
                "tens digit": [abs(value) // 10 % 10 for value in values],
                "sign": [value < 0 for value in values]}
     return {name: classes for name, classes in targets.items() if len(set(classes)) > 1}
-
 
 def linear_probe(X, y, X_new, y_new):
     """Share right on X (n, D) of classes y (n,), and on X_new of y_new, of a ridge regression on the classes'
@@ -175,21 +164,18 @@ def linear_probe(X, y, X_new, y_new):
     fit = ridge(X, Y, [strengths[tried.index(max(tried))]])[0]
     return share_right(fit, X, y), share_right(fit, X_new, y_new)
 
-
 def ridge(X, Y, strengths):
     """(weights, bias) for every strength, of one decomposition."""
     U, S, V = torch.linalg.svd(X, full_matrices=False)
     return [((V.T * (S / (S * S + k))) @ (U.T @ (Y - Y.mean(0))), Y.mean(0)) for k in strengths]
 
-
 def share_right(fit, X, y):
     return ((X @ fit[0] + fit[1]).argmax(-1) == y).float().mean().item()
 
-
 def probe_states(args, experts, n_train=900, n_val=200):
-    """Rows of a table: dataset, target, expert, layer (and `layers`, how many there are), read, the shares right
-    on training and validation problems, chance (the commonest training class on these), and their number. At most
-    `n_train` and `n_val` problems a dataset."""
+    """Rows of a table: dataset, target, expert, layer (and `layers`, how many there are), read, the shares
+    right on training and validation problems, chance (the commonest training class on these), and their
+    number. At most `n_train` and `n_val` problems a dataset."""
     if not experts:
         raise ValueError(f"a run with --collab {args.collab} has no experts: ask --states of a soft one")
     known = load_problems(args, "train", n_train * args.task.count("+") + n_train)
@@ -214,11 +200,9 @@ def probe_states(args, experts, n_train=900, n_val=200):
                         rows.append(row | probe_one(H[:, k], classes, len(old)))
     return rows
 
-
 def expert_prompts(expert, problems):
     tokenizer = expert.tokenizer if expert.template == "chat" else None
     return [prompt(problem, expert.template, tokenizer, ask=False) + expert.cue for problem in problems]
-
 
 def probe_one(X, classes, n_old):
     """One probe: the first n_old rows of X (n, D) are fitted. A class of None is left out."""
@@ -229,7 +213,6 @@ def probe_one(X, classes, n_old):
     train, val = linear_probe(X[old], y[old], X[new], y[new])
     chance = (y[new] == y[old].mode().values).float().mean().item()
     return dict(train=train, val=val, chance=chance, n=len(new))
-
 
 def states_table(rows):
     """Markdown: held-out accuracy, that on training problems in brackets."""
@@ -245,14 +228,12 @@ def states_table(rows):
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return table + "\n\nLinear probe: share right on held-out problems (on training problems)."
 
-
 # -- One problem from text to reward
-
 
 @torch.no_grad()
 def walk(policy, experts, router, args):
-    """One test problem, the first of 32 on which the sampled group does not agree, with the run's own numbers:
-    lines of text of at most 110 columns."""
+    """One test problem, the first of 32 on which the sampled group does not agree, with the run's own
+    numbers: lines of text of at most 110 columns."""
     data = Dataset(load_problems(args, "test", 32), policy, experts, args, progress=False)
     for i in range(len(data)):
         batch = data.batch([i])
@@ -270,26 +251,27 @@ def walk(policy, experts, router, args):
     context, attention = router(batch.H) if router else (None, None)
     if attention is not None:
         say(f"states H {tuple(batch.H.shape)}: those of each expert, padded with zeros to the widest")
-        say(f"attention A {tuple(attention.shape)}: heads, latents, states; mean over heads, by latent and in all:")
+        say(f"attention A {tuple(attention.shape)}: heads, latents, states; mean over heads, by latent and "
+            "in all:")
         for expert, row in zip(experts, by_expert(attention, data.owner)[0].mean(0).T.tolist()):
             share = sum(row) / len(row)
             latents = " ".join(f"{x:.2f}" for x in row[:12])
             say(f"{expert.name[:20]:20} {latents} all {share:.2f} {'█' * round(10 * share)}")
     if context is not None:
         sizes = " ".join(f"{x:.2f}" for x in context[0].float().square().mean(-1).sqrt().tolist())
-        say(f"prefix C {tuple(context.shape)}: vectors before the prompt, each this far from neutral, in standard "
-            f"deviations of the policy's embeddings: {sizes}")
+        say(f"prefix C {tuple(context.shape)}: vectors before the prompt, each this far from neutral, in "
+            f"standard deviations of the policy's embeddings: {sizes}")
     std, mean = torch.std_mean(sampled.rewards, correction=0)
-    say(f"{args.group} answers sampled at temperature {args.temperature:g}; mean reward {mean:.3f}, std {std:.3f}; "
-        "advantage (reward - mean) / std:")
-    for text, verdict, advantage in zip(sampled.texts[0], sampled.verdicts[0], advantages(sampled.rewards)[0].tolist()):
+    say(f"{args.group} answers sampled at temperature {args.temperature:g}; mean reward {mean:.3f}, std "
+        f"{std:.3f}; advantage (reward - mean) / std:")
+    gained = advantages(sampled.rewards)[0].tolist()
+    for text, verdict, advantage in zip(sampled.texts[0], sampled.verdicts[0], gained):
         text = repr(text if len(text) <= 44 else "... " + text[-40:])[:50]
-        lines.append(f"    {text:50} {verdict.reason:12} reward {verdict.reward:.1f}   advantage {advantage:+z.2f}")
+        lines.append(f"    {text:50} {verdict.reason:12} reward {verdict.reward:.1f}   "
+                     f"advantage {advantage:+z.2f}")
     return "\n".join(lines)
 
-
 # -- Finished runs side by side, from their files alone
-
 
 def runs_table(folders):
     """Markdown: a line for every task and way to collaborate."""
@@ -299,31 +281,31 @@ def runs_table(folders):
         if not path.is_file():
             raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
         report = json.loads(path.read_text())
-        read_from = saved_args(folder).read
-        extras = [report["control"] if report["control"] != "none" else "",
-                  f"read {read_from}" if read_from != "last" and report["collab"] not in ("single", "prefix") else "",
-                  f"stage 0: {report['align']}" if report["align"] else ""]
-        key = (report["task"], ", ".join([report["collab"], *filter(None, extras)]))
-        groups.setdefault(key, []).append(report)
-    lines = ["| task | collaboration | seeds | n | before | after | by dataset | minus single |", "|---" * 8 + "|"]
+        way, read_from = report["collab"], saved_args(folder).read
+        way += f", {report['control']}" if report["control"] != "none" else ""
+        way += f", read {read_from}" if read_from != "last" else ""
+        way += f", stage 0: {report['align']}" if report["align"] else ""
+        groups.setdefault((report["task"], way), []).append(report)
+    lines = ["| task | collaboration | seeds | n | before | after | by dataset | minus single |",
+             "|---" * 8 + "|"]
     for (task, way), reports in groups.items():
         reports.sort(key=lambda report: report["seed"])
         datasets = reports[0]["by_dataset"]
-        parts = [f"{name} {mean_and_std([r['by_dataset'][name]['after'] for r in reports])}" for name in datasets]
+        parts = [f"{name} {mean_and_std([r['by_dataset'][name]['after'] for r in reports])}"
+                 for name in datasets]
         seeds = ", ".join(str(report["seed"]) for report in reports)
         before, after = [mean_and_std([r[when]["strict"] for r in reports]) for when in ("before", "after")]
         singles = [r for (other, name), found in groups.items() for r in found
                    if other == task and r["collab"] == "single" and reports[0]["collab"] != "single"]
-        lines.append(f"| {task} | {way} | {seeds} | {reports[0]['n']} | {before} | {after} | {', '.join(parts)} | "
-                     f"{minus_single(reports, singles)} |")
-    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; minus single: points, "
-                      "paired by problem and seed, 95%."])
-
+        cells = (task, way, seeds, reports[0]["n"], before, after, ", ".join(parts),
+                 minus_single(reports, singles))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; minus single: "
+                      "points, paired by problem and seed, 95%."])
 
 def mean_and_std(values):
     values = 100 * np.array(values)
     return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
-
 
 def minus_single(reports, singles):
     """The paired difference from the single runs of the same seeds (with as much of stage 0, where there are
@@ -338,9 +320,9 @@ def minus_single(reports, singles):
         return ""
     return f"{points(np.mean(D), interval(D))}, {len(D)} seeds"
 
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--states", action="store_true")
     parser.add_argument("--ablate", nargs="+", choices=KINDS)
@@ -367,7 +349,6 @@ def main(argv=None):
         print(ablation_table(result))
     write_whole(folder / f"{name}.json", (json.dumps(result) + "\n").encode())
     return None
-
 
 if __name__ == "__main__":
     sys.exit(one_sentence("probe.py", main))

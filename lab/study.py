@@ -7,9 +7,9 @@ The study: every run of it by one command, a row of results each.
     python lab/study.py --list           the plan, and what is done
     python lab/study.py --report         results/STUDY.md and results/figures anew, from rows and curves alone
 
-A run is one train.py command line with its own seed, in runs/study/ID. Stopped in any way, the same command goes on
-where it was. A run leaves a row in results/study.jsonl (one that failed, too: `after` is null; delete the row to try
-again) and results/curves/ID.json. claims.py judges from these two alone.
+A run is one train.py command line with its own seed, in runs/study/ID. Stopped in any way, the same command
+goes on where it was. A run leaves a row in results/study.jsonl (one that failed, too: `after` is null; delete
+the row to try again) and results/curves/ID.json. claims.py judges from these two alone.
 """
 import argparse
 import fcntl
@@ -44,7 +44,8 @@ SUMS = "--task chain_sum --level min_terms={},max_terms={},min_digits=1,max_digi
 TASKS = {
     "mix": "--preset tiny --task arithmetic+logic+algorithmic --steps 100 --test 1024",
     "sums": "--preset tiny --task arithmetic --steps 100 --test 1024",
-    "family": "--preset tiny --task logic --steps 100 --test 1024 --batch 12",  # 12 problems a step, as in the mix
+    # 12 problems a step, as of each dataset in the mix
+    "family": "--preset tiny --task logic --steps 100 --test 1024 --batch 12",
     "primes": "--preset tiny --task algorithmic --steps 100 --test 1024 --batch 12",
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
     "sums hard": f"--preset tiny {SUMS.format(4, 6, 1)} --steps 100 --test 1024",
@@ -67,13 +68,14 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
 BLOCKS = {  # block: [(tasks, ways, seeds)]
-    "tiny": [(["mix"], list(WAYS), 5), (["sums", "family", "primes"], HEADLINE, 5), (["sums hard"], HEADLINE, 3)],
+    "tiny": [(["mix"], list(WAYS), 5), (["sums", "family", "primes"], HEADLINE, 5),
+             (["sums hard"], HEADLINE, 3)],
     "real": [(["real sums"], [*HEADLINE, "stage 0"], 3)],
     "quick": [(["mix"], HEADLINE, 2)],
 }
-REAL_MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"]  # policy, then experts
+# policy, then experts
+REAL_MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"]
 ABLATED = ["soft"]  # ways whose finished runs probe.py asks what replacing attention or states costs
-
 
 @dataclass(frozen=True)
 class Run:
@@ -91,13 +93,13 @@ class Run:
         """Where train.py writes; stage 0 is tested in the folder of soft's run."""
         return RUNS / (Run(self.block, self.task, "soft", self.seed).id if self.way == "stage 0" else self.id)
 
-
 def plan(block):
-    """The runs of a block, seed by seed, so that an early stop leaves whole comparisons; stage 0 when soft is done."""
+    """The runs of a block, seed by seed, so that an early stop leaves whole comparisons; stage 0 when soft is
+    done."""
     runs = [Run("real" if block == "real" else "tiny", task, way, seed)
-            for tasks, ways, seeds in BLOCKS[block] for seed in range(seeds) for task in tasks for way in ways]
+            for tasks, ways, seeds in BLOCKS[block]
+            for seed in range(seeds) for task in tasks for way in ways]
     return sorted(runs, key=lambda run: (run.way == "stage 0", run.seed))
-
 
 def command(run, models="models"):
     """The run's command line, a list of words; `models`: the folder with the real models."""
@@ -111,23 +113,22 @@ def command(run, models="models"):
         words += ["--policy", policy, "--experts", *experts]
     return [*words, "--seed", str(run.seed), "--out", folder]
 
-
 # -- Doing it
 
-
 def steps_of(run, models):
-    """The commands that a run still needs, in order: train (from the start, or on from a checkpoint), then ablate."""
+    """[(the file that a command leaves, the command)] of all that a run still needs, in order."""
     out, folder = run.folder, os.path.relpath(run.folder, HERE)
-    steps = []
+    train = command(run, models)
+    if (out / "config.json").exists():
+        train = ["python", "train.py", "--resume", folder]
+    ablate = ["python", "lab/probe.py", folder, "--ablate", "static", "uniform", "shuffle", "zero"]
     if run.way == "stage 0":
-        return [] if (out / "eval-aligned.json").exists() else [command(run, models)]
-    if not (out / "eval.json").exists():
-        started = (out / "config.json").exists()
-        steps.append(["python", "train.py", "--resume", folder] if started else command(run, models))
-    if run.way in ABLATED and not (out / "ablate.json").exists():
-        steps.append(["python", "lab/probe.py", folder, "--ablate", "static", "uniform", "shuffle", "zero"])
-    return steps
-
+        steps = [(out / "eval-aligned.json", command(run))]
+    else:
+        steps = [(out / "eval.json", train)]
+    if run.way in ABLATED:
+        steps.append((out / "ablate.json", ablate))
+    return [(path, words) for path, words in steps if not path.exists()]
 
 class Study:
     """Carries out runs, `workers` at once. However it ends, those that are at work are asked to save."""
@@ -142,7 +143,8 @@ class Study:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError("a study, or a run that it left behind, is still at work: wait for its end") from None
+                raise ValueError("a study, or a run that it left behind, is still at work: wait for its "
+                                 "end") from None
             for trained in (True, False):  # stage 0 is tested when all runs that it belongs to are trained
                 runs = [run for run in self.runs if (run.way != "stage 0") == trained]
                 with ThreadPoolExecutor(self.workers) as pool:
@@ -154,34 +156,37 @@ class Study:
                             process.terminate()
                 self.stopping = False
         if self.failed:
-            raise ValueError(f"{self.failed} runs failed, their reasons are in results/study.jsonl: mend them, delete "
-                             "these rows and call the study again")
+            raise ValueError(f"{self.failed} runs failed, see their rows in results/study.jsonl: mend them, "
+                             "delete these rows and call the study again")
 
     def one_run(self, run):
         start = time.monotonic()
-        while steps := steps_of(run, self.models):
+        for path, words in steps_of(run, self.models):
             if self.stopping:
                 return
-            code = self.call(run, steps[0])
+            code = self.call(run, words)
             if code > 0 and code != 130:
                 self.failed += 1
                 self.record(run, dict(after=None, reason=f"exit code {code}: {self.last_line(run)}"))
                 return
-            if code or steps_of(run, self.models) == steps:
+            if not path.exists():
                 print(f"{run.id}: stopped, it goes on when the study is called again", flush=True)
                 return
         row, curve = collect(run)
-        write_whole(RESULTS / "curves" / f"{run.id}.json", (json.dumps(curve, separators=(",", ":")) + "\n").encode())
+        text = json.dumps(curve, separators=(",", ":")) + "\n"
+        write_whole(RESULTS / "curves" / f"{run.id}.json", text.encode())
         self.record(run, row)
-        print(f"{run.id}: {row['before']:.1%} -> {row['after']:.1%}, {time.monotonic() - start:.0f} s", flush=True)
+        seconds = time.monotonic() - start
+        print(f"{run.id}: {row['before']:.1%} -> {row['after']:.1%}, {seconds:.0f} s", flush=True)
 
     def call(self, run, words):
-        """Run a command, its output behind the run's log; returns the exit code. It holds the study's lock as well:
-        while it lives, even alone, no second study starts."""
+        """Run a command, its output behind the run's log; returns the exit code. It holds the study's lock as
+        well: while it lives, even alone, no second study starts."""
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        with open(f"{run.folder}.log", "a") as log:  # a session of its own: Ctrl-C reaches it once, through us
-            process = subprocess.Popen([sys.executable, *words[1:]], cwd=HERE, env=environment, stdout=log, stderr=log,
-                                       pass_fds=[self.lock.fileno()], start_new_session=True)
+        with open(f"{run.folder}.log", "a") as log:
+            process = subprocess.Popen(  # in a session of its own: Ctrl-C reaches it once, through us
+                [sys.executable, *words[1:]], cwd=HERE, env=environment, stdout=log, stderr=log,
+                pass_fds=[self.lock.fileno()], start_new_session=True)
         self.processes.add(process)
         if self.stopping:  # it was asked in between
             process.terminate()
@@ -194,15 +199,14 @@ class Study:
         return lines[-1][:300].replace(self.models, "models")
 
     def record(self, run, more):
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True,
+                             text=True)
         row = dict(id=run.id, block=run.block, task=run.task, way=run.way, seed=run.seed,
                    commit=git.stdout.strip() or None, command=shlex.join(command(run)))
         with open(RESULTS / "study.jsonl", "a") as file:
             file.write(json.dumps(row | more) + "\n")
 
-
 # -- What a run leaves: a row and a curve
-
 
 def collect(run):
     """(numbers of the row, curve) of a finished run, from its folder alone."""
@@ -210,11 +214,13 @@ def collect(run):
     aligned = run.way == "stage 0"
     report = json.loads((out / ("eval-aligned.json" if aligned else "eval.json")).read_text())
     args = json.loads((out / "config.json").read_text())["args"]
-    metrics = [] if aligned else [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    row = {key: args[key] for key in ("collab", "control", "read", "cue", "align", "steps", "lr", "router_lr")}
-    row |= dict(before=report["before"]["strict"], after=report["after"]["strict"], n=report["n"],
-                lenient=report["after"]["lenient"], val=next((m["val"] for m in metrics[::-1] if "val" in m), None),
-                trainable=trainable(out), seconds=round(sum(m["rollout_seconds"] + m["train_seconds"] for m in metrics)))
+    metrics = [] if aligned else read_lines(out / "metrics.jsonl")
+    val = [step["val"] for step in metrics if "val" in step]
+    seconds = sum(step["rollout_seconds"] + step["train_seconds"] for step in metrics)
+    row = {key: args[key] for key in ("collab", "control", "read", "cue", "align", "lr", "router_lr")}
+    row |= dict(steps=len(metrics), before=report["before"]["strict"], after=report["after"]["strict"],
+                n=report["n"], lenient=report["after"]["lenient"], val=val[-1] if val else None,
+                trainable=trainable(out), seconds=round(seconds))
     curve = dict(id=run.id, task=run.task, way=run.way, seed=run.seed,
                  experts=[dict(name=Path(name.partition("@")[0]).name) for name in args["experts"]],
                  curve=condense(metrics), read_back=read_back(out))
@@ -230,36 +236,37 @@ def collect(run):
         curve["ablate"] = ablate
     return row, curve
 
-
 def trainable(out):
-    """Trained parameters, counted in the newest checkpoint; the router's statistics of the states are not trained."""
+    """Trained parameters, counted in the newest checkpoint; the router's statistics of the states are not
+    trained."""
     path = max(out.glob("*.safetensors"))
     with safe_open(path, framework="pt") as tensors:
         names = [name for name in tensors.keys() if name.startswith(("policy.", "router."))]
         names = [name for name in names if name not in ("router.mean", "router.inv_std")]
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
 
-
 def read_back(out):
-    """{expert: what share of its texts the policy reads back after stage 0, also with another problem's states}."""
+    """{expert: what share of its texts the policy reads back after stage 0, also with another problem's
+    states}."""
     path = out / "align.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = read_lines(path) if path.exists() else []
     return {row.pop("expert"): row for row in rows if "expert" in row}
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
-CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length", "grad_norm", "attention_entropy",
-              "attention", "attention_by_dataset", "reward_by_dataset")
-
+CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length", "grad_norm",
+              "attention_entropy", "attention", "attention_by_dataset", "reward_by_dataset")
 
 def condense(metrics, points=50):
-    """The rows of metrics.jsonl as at most `points` rows: means over stretches, each named by its last step."""
+    """The rows of metrics.jsonl as at most `points` rows: means over stretches, each named by its last
+    step."""
     rows = []
     for stretch in np.array_split(np.arange(len(metrics)), points):
         if len(stretch):
             kept = [{key: metrics[i][key] for key in CURVE_KEYS if key in metrics[i]} for i in stretch]
             rows.append(dict(step=metrics[stretch[-1]]["step"]) | mean(kept))
     return rows
-
 
 def mean(values):
     """Mean of numbers, or of dictionaries key by key, over those that have the key."""
@@ -268,19 +275,17 @@ def mean(values):
         return {key: mean([value[key] for value in values if key in value]) for key in keys}
     return round(float(np.mean(values)), 4)
 
-
 # -- The report
 
-
 def with_parts(text, parts):
-    """A Markdown text with what stands between the markers <!-- NAME:begin --> and <!-- NAME:end --> made anew."""
+    """A Markdown text with what stands between the markers <!-- NAME:begin --> and <!-- NAME:end --> made
+    anew."""
     for name, made in parts.items():
         begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1:
             raise ValueError(f"results/STUDY.md lacks {begin.strip()} or {end.strip()}: put them back")
         text = text[:text.index(begin)] + begin + made + text[text.index(end):]
     return text
-
 
 def report_parts():
     """{name of the marker: Markdown} for results/STUDY.md."""
@@ -296,20 +301,19 @@ def report_parts():
         text += "\n\nRuns that failed:\n\n" + "\n".join(failed)
     return {"study": text, "first-build": claims.report(claims.finished(first_build=True, results=RESULTS))}
 
-
 def write_report():
     import figures  # matplotlib takes a second
 
     figures.draw_all(RESULTS)
     path = RESULTS / "STUDY.md"
     if not path.exists():
-        raise ValueError(f"{path} is not there: fetch it from the repository, its tables are made anew in place")
+        raise ValueError(f"{path} is not there: fetch it from the repository, its tables are made in place")
     write_whole(path, with_parts(path.read_text(), report_parts()).encode())
     print(f"{path} and {RESULTS / 'figures'} are made anew")
 
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the headline: four ways on the mix, two seeds")
     parser.add_argument("--real", metavar="FOLDER", help="the block with the real models in this folder")
     parser.add_argument("--list", action="store_true", help="the plan, and what is done")
@@ -337,7 +341,6 @@ def main(argv=None):
     finally:
         signal.signal(signal.SIGTERM, handler)
     return print(claims.report(claims.finished(results=RESULTS)))
-
 
 if __name__ == "__main__":
     sys.exit(one_sentence("study.py", main))

@@ -1,0 +1,255 @@
+"""
+The pictures of the study, drawn from rows and curves alone: no model is loaded, nothing is measured again.
+
+    python lab/figures.py                 results/figures/*.png anew; first-*.png are those of the first build
+
+A band, and an error bar where nothing else is stated, is one population standard deviation over the seeds on
+either side of their mean. Colours are Okabe and Ito's, at most five curves in one picture.
+"""
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from claims import (RESULTS, finished, interval, names_of, runs_by_seed, spearman,  # noqa: E402
+                    spearman_without_trend)
+from train import one_sentence  # noqa: E402
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
+HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
+OTHERS = ("soft", "soft without stage 0", "hard", "linear", "text")
+TASKS = ("mix", "sums", "sums hard", "family", "primes", "real sums")
+
+def series(runs, *keys):
+    """[{step: value}] of the points of each run's curve that have a value under these keys."""
+    found = []
+    for run in runs:
+        values = {}
+        for point in run["curve"]:
+            value = point
+            for key in keys:
+                value = (value or {}).get(key)
+            if value is not None:
+                values[point["step"]] = value
+        found.append(values)
+    return found
+
+def band(axis, values, label, colour, smooth=1):
+    """Mean over runs of {step: value}, each the mean of its last `smooth` points, and one std on either
+    side."""
+    values = [run for run in values if run]
+    if not values:
+        return
+    steps = sorted(set().union(*values))
+    rows = []
+    for run in values:
+        y = list(run.values())
+        y = [np.mean(y[max(0, i + 1 - smooth):i + 1]) for i in range(len(y))]
+        rows.append(np.interp(steps, list(run), y, np.nan, np.nan))  # beyond its end a run has no value
+    mean, std = np.nanmean(rows, axis=0), np.nanstd(rows, axis=0)
+    axis.plot(steps, mean, color=colour, label=label, marker="o" if len(steps) < 20 else None, markersize=3)
+    axis.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    axis.set_xlabel("GRPO step")
+
+def legend_beside(figure, axes):
+    """One legend for all panels, at the right of them."""
+    labels = {}
+    for axis in np.ravel(axes):
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            labels.setdefault(label, handle)
+    figure.legend(labels.values(), labels.keys(), loc="outside right upper", fontsize=9, frameon=False)
+
+def panels(n, width=4.2, height=3.2):
+    """A figure with n panels, three in a row."""
+    columns = min(3, n)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained",
+                                figsize=(width * columns + 2, height * rows))
+    for axis in axes.flat[n:]:
+        axis.axis("off")
+    return figure, axes.flat[:n]
+
+def seeds_of(runs):
+    seeds = sorted(run["seed"] for run in runs)
+    return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
+
+def learning_curves(rows, ways):
+    """Validation accuracy of these ways, a panel a task; squares: test."""
+    tasks = [task for task in TASKS
+             if sum(bool(runs_by_seed(rows, task, way)) for way in ways) > (ways is OTHERS)]
+    if not tasks:
+        return None
+    figure, axes = panels(len(tasks))
+    for axis, task in zip(axes, tasks):
+        counts = []
+        for i, (way, colour) in enumerate(zip(ways, COLOURS)):
+            runs = list(runs_by_seed(rows, task, way).values())
+            if runs:
+                counts.append(len(runs))
+                band(axis, series(runs, "val"), way, colour)
+                after, end = [run["after"] for run in runs], runs[0]["curve"][-1]["step"]
+                axis.errorbar(end * (1.03 + 0.03 * i), np.mean(after), np.std(after), color=colour,
+                              marker="s", markersize=5, capsize=3)
+        run = next(row for row in rows if row["task"] == task and row["way"] == "soft")
+        axis.axhline(run["before"], color="0.4", linestyle="--", label="policy alone (test)")
+        seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else max(counts)
+        axis.set(ylim=(0, 1.02), title=f"{task}, seeds: {seeds}")
+        axis.set_ylabel("share right, greedy" if axis.get_subplotspec().is_first_col() else "")
+    legend_beside(figure, axes)
+    return figure
+
+def learning(rows):
+    return learning_curves(rows, HEADLINE)
+
+def ways(rows):
+    return learning_curves(rows, OTHERS)
+
+def attention(rows):
+    """Attention by dataset over training, soft on the mix."""
+    runs = list(runs_by_seed(rows, "mix", "soft").values())
+    if not runs:
+        return None
+    datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
+    figure, axes = panels(len(datasets))
+    for axis, dataset in zip(axes, datasets):
+        for name, colour in zip(names, COLOURS):
+            shares = series(runs, "attention_by_dataset", dataset, name)
+            band(axis, shares, f"expert {name}", colour, smooth=5)
+        axis.axhline(1 / len(names), color="0.4", linestyle=":", label="even share")
+        axis.set(ylim=(0, 1.02), title=dataset)
+        axis.set_ylabel("attention share" if axis.get_subplotspec().is_first_col() else "")
+    legend_beside(figure, axes)
+    return figure
+
+def entropy(rows):
+    """Attention's entropy and reward, soft, a curve a task."""
+    tasks = [task for task in TASKS[:5] if runs_by_seed(rows, task, "soft")]
+    if not tasks:
+        return None
+    figure, axes = panels(2)
+    for task, colour in zip(tasks, COLOURS):
+        runs = list(runs_by_seed(rows, task, "soft").values())
+        rho = ([], [])
+        for run in runs:
+            keys = ("step", "attention_entropy", "reward")
+            columns = [[point[key] for point in run["curve"]] for key in keys]
+            rho[0].append(spearman(*columns[1:]) or 0.0)
+            rho[1].append(spearman_without_trend(*columns, 1) or 0.0)
+        label = f"{task}, {seeds_of(runs)}\nρ {np.mean(rho[0]):+.2f}, detrended {np.mean(rho[1]):+.2f}"
+        band(axes[0], series(runs, "attention_entropy"), label, colour, smooth=5)
+        band(axes[1], series(runs, "reward"), label, colour, smooth=5)
+    axes[0].set(ylim=(0, None), ylabel="nats", title="Entropy of attention")
+    axes[1].set(ylim=(0, 1.02), ylabel="mean reward", title="Reward in training")
+    legend_beside(figure, axes[:1])
+    return figure
+
+def heat(axis, datasets, names, values, top, style, title):
+    """A labelled matrix, values[dataset][expert]."""
+    axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axis.set_xticks(range(len(names)), names)
+    axis.set_yticks(range(len(datasets)), datasets)
+    axis.set(title=title, xlabel="expert")
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axis.text(j, i, format(value, style), ha="center", va="center",
+                      color="white" if value > 0.6 * top else "black")
+
+def specialization(rows):
+    """Attention on test problems and what masking an expert out costs: soft on the mix, means over seeds."""
+    runs = [run for run in runs_by_seed(rows, "mix", "soft").values() if run.get("masked")]
+    if not runs:
+        return None
+    datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
+    shares = [[np.mean([run["attention_by_dataset"][dataset][name] for run in runs]) for name in names]
+              for dataset in datasets]
+    lost = [[100 * np.mean([accuracy_on(run, dataset) - run["masked"][name][dataset] for run in runs])
+             for name in names] for dataset in datasets]
+    figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 3.2))
+    heat(axes[0], datasets, names, shares, 1, ".2f", f"Attention on test problems, {seeds_of(runs)}")
+    heat(axes[1], datasets, names, lost, 100, "z.0f", "Points lost when an expert is masked out")
+    return figure
+
+def accuracy_on(run, dataset):
+    return np.mean(np.array(run["right"])[np.array(run["datasets"]) == dataset])
+
+def right_and_wrong(rows):
+    """Attention on problems answered right and wrong: soft on the mix."""
+    runs = [run for run in runs_by_seed(rows, "mix", "soft").values() if run.get("attended")]
+    if not runs:
+        return None
+    datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
+    figure, axes = panels(len(datasets))
+    for axis, dataset in zip(axes, datasets):
+        for right, label, hatch in ((0, "answered wrong", "//"), (1, "answered right", "")):
+            means, count = [], 0
+            for run in runs:
+                chosen = (np.array(run["datasets"]) == dataset) & (np.array(run["right"]) == right)
+                count += chosen.sum()
+                means += [np.array(run["attended"])[chosen].mean(0)] if chosen.any() else []
+            if means:
+                places = np.arange(len(names)) + 0.4 * right - 0.2
+                axis.bar(places, np.mean(means, 0), 0.38, yerr=np.std(means, 0), color=COLOURS[1 - right],
+                         hatch=hatch, edgecolor="white", capsize=2, label=label)
+                axis.text(0.98, 0.96 - 0.08 * right, f"{label[9:]}: n = {count}", transform=axis.transAxes,
+                          ha="right", va="top", fontsize=8)
+        axis.set_xticks(range(len(names)), names)
+        axis.set(ylim=(0, 1.25), yticks=np.arange(0, 1.01, 0.25), title=dataset, xlabel="expert")
+        axis.set_ylabel("attention share" if axis.get_subplotspec().is_first_col() else "")
+    legend_beside(figure, axes)
+    return figure
+
+def ablations(rows):
+    """What replacing attention or states at test time costs soft: 95% intervals."""
+    tasks = [task for task in TASKS
+             if any(run.get("ablate") for run in runs_by_seed(rows, task, "soft").values())][:5]
+    if not tasks:
+        return None
+    figure, axis = plt.subplots(layout="constrained", figsize=(9, 3.8))
+    kinds = {}
+    for i, (task, colour) in enumerate(zip(tasks, COLOURS)):
+        runs = [run for run in runs_by_seed(rows, task, "soft").values() if run.get("ablate")]
+        n = min(len(run["ablate"]["right"]) for run in runs)
+        label = f"{task}, {seeds_of(runs)}"
+        for kind in runs[0]["ablate"]["kinds"]:
+            D = [np.subtract(run["ablate"]["kinds"][kind]["right"][:n], run["ablate"]["right"][:n])
+                 for run in runs]
+            low, high = interval(D)
+            place = kinds.setdefault(kind, len(kinds)) + (i + 0.5) * 0.8 / len(tasks) - 0.4
+            axis.bar(place, 100 * np.mean(D), 0.75 / len(tasks), color=colour, label=label, capsize=3,
+                     yerr=[[100 * (np.mean(D) - low)], [100 * (high - np.mean(D))]])
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xticks(range(len(kinds)), kinds)
+    axis.set(xlabel="put in place of attention or states at test time", ylabel="points of accuracy",
+             title="Soft with one thing replaced, less soft as trained (95%)")
+    legend_beside(figure, [axis])
+    return figure
+
+PICTURES = (learning, ways, attention, entropy, specialization, right_and_wrong, ablations)
+
+def draw_all(results=RESULTS):
+    """Draw all pictures that the rows allow; returns their files."""
+    folder = results / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for first_build in (False, True):
+        rows = finished(first_build, results)
+        for picture in PICTURES:
+            figure = picture(rows)
+            if figure:
+                files.append(folder / f"{'first-' if first_build else ''}{picture.__name__}.png")
+                figure.savefig(files[-1], dpi=110)
+                plt.close(figure)
+    return files
+
+def main(argv=None):
+    for path in draw_all():
+        print(path)
+
+if __name__ == "__main__":
+    sys.exit(one_sentence("figures.py", main))
