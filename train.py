@@ -39,7 +39,7 @@ from transformers import HfArgumentParser
 
 from experts import Expert, line_ends, read_tensors, write_tensors, write_whole
 from model import Policy
-from rewards import SPLITS, TooFew, known, problems
+from rewards import SPLITS, TooFew, known, problems, verify
 from rlvr import (RANK, WORLD, Dataset, accuracy, add_gradients, advantages, align, align_steps, by_dataset,
                   by_expert, evaluate, gather, grpo_loss, kl_estimate, make_optimizer, ranks, read_back,
                   reference_logprobs, restore, rollout, share, test_report, total)
@@ -144,6 +144,7 @@ def main(args):
     # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would
     # say.
     if state["align"] < sum(align_steps(args, data["train"])):
+        show_gate(policy, experts, data["val"], args)
         align(policy, router, data["train"], args, state["align"], moments, keeper.after_align_step)
         show_read_back(out, experts, read_back(policy, router, data["val"], args))
         save_checkpoint(out / "aligned", policy, router, state)
@@ -166,7 +167,8 @@ def main(args):
         # 2. How much better was each answer than the others of its group?
         advantage = advantages(sampled.rewards)  # (B, G)
 
-        # 3. Score the same tokens again, now with gradient: it reaches LoRA and, through the context, the router.
+        # 3. Score the same tokens again, now with gradient: it reaches LoRA and, through the context, the
+        # router.
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
         old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # under the policy that sampled
@@ -291,6 +293,29 @@ def introduce(args, policy, router, experts, data, state):
     print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
     if args.resume:
         print(f"  resumed    after {state['align']} steps of stage 0 and {state['step']} of GRPO")
+
+def show_gate(policy, experts, data, args, n=64):
+    """Before minutes are spent: is there anything to attend to? What experts themselves say to a few problems
+    must be right more often than what the policy says alone, by 15 points on a dataset at least."""
+    rows = range(min(n, len(data)))
+    datasets = [data.problems[i].dataset for i in rows]
+    with policy.lora_disabled():
+        verdicts = evaluate(policy, None, data, args, list(rows))[0]
+    alone = by_dataset(datasets, torch.tensor([float(verdict.strict) for verdict in verdicts]))
+    print(f"  alone      the policy is right in {percents(alone)}")
+    gains = []
+    for expert, texts in zip(experts, data.texts):
+        right = [float(verify(texts[i], data.problems[i], "plain").strict) for i in rows]
+        own = by_dataset(datasets, torch.tensor(right))
+        gains += [own[dataset] - alone[dataset] for dataset in own]
+        if expert.writes:
+            print(f"  says       {expert.name} is right in {percents(own)}")
+    if max(gains) < 0.15:
+        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is little to "
+              "attend to")
+
+def percents(shares):
+    return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
 
 def show_read_back(out, experts, rows):
     for e, read, shuffled, n in rows:

@@ -160,14 +160,14 @@ class Study:
                              "delete these rows and call the study again")
 
     def one_run(self, run):
-        start = time.monotonic()
+        start, commit = time.monotonic(), head()
         for path, words in steps_of(run, self.models):
             if self.stopping:
                 return
             code = self.call(run, words)
             if code > 0 and code != 130:
                 self.failed += 1
-                self.record(run, dict(after=None, reason=f"exit code {code}: {self.last_line(run)}"))
+                self.record(run, commit, dict(after=None, reason=f"exit code {code}: {self.last_line(run)}"))
                 return
             if not path.exists():
                 print(f"{run.id}: stopped, it goes on when the study is called again", flush=True)
@@ -175,7 +175,7 @@ class Study:
         row, curve = collect(run)
         text = json.dumps(curve, separators=(",", ":")) + "\n"
         write_whole(RESULTS / "curves" / f"{run.id}.json", text.encode())
-        self.record(run, row)
+        self.record(run, commit, row)
         seconds = time.monotonic() - start
         print(f"{run.id}: {row['before']:.1%} -> {row['after']:.1%}, {seconds:.0f} s", flush=True)
 
@@ -198,13 +198,16 @@ class Study:
         lines = Path(f"{run.folder}.log").read_text().strip().splitlines() or ["no output"]
         return lines[-1][:300].replace(self.models, "models")
 
-    def record(self, run, more):
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True,
-                             text=True)
-        row = dict(id=run.id, block=run.block, task=run.task, way=run.way, seed=run.seed,
-                   commit=git.stdout.strip() or None, command=shlex.join(command(run)))
+    def record(self, run, commit, more):
+        row = dict(id=run.id, block=run.block, task=run.task, way=run.way, seed=run.seed, commit=commit,
+                   command=shlex.join(command(run)))
         with open(RESULTS / "study.jsonl", "a") as file:
             file.write(json.dumps(row | more) + "\n")
+
+def head():
+    """The commit of the code that a run is about to use; None outside a repository."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 # -- What a run leaves: a row and a curve
 

@@ -162,7 +162,8 @@ shutil.copytree({finished!r}, out, dirs_exist_ok=True)
 FAKE_PROBE = """import json, sys
 n = 24
 right = [0] * n
-json.dump(dict(right=right, kinds=dict(static=dict(right=right)), datasets=["chain_sum"] * n,
+datasets = ["chain_sum", "family_relationships", "count_primes"] * 8
+json.dump(dict(right=right, kinds=dict(static=dict(right=right)), datasets=datasets,
                attended=[[1, 0, 0]] * n, knows=[[1, 0, 0]] * n), open(sys.argv[1] + "/ablate.json", "w"))
 """
 FAKE_EVAL = """import shutil, sys

@@ -9,11 +9,10 @@ All is learned from train items of the level "tiny" (rewards.py), seeded, and sa
 A specialist is a language model of "<plain prompt> <answer>" for its own family, so its state at the prompt's
 last token is the one that says the answer: that state is what the router reads.
 
-The policy is taught the FORM of answers, never a solution: its targets are random answers of the right kind.
-Most of its items carry that random answer as a NOTE, eight vectors before the prompt in embedding space, and
-the target is what the note says. A large language model copies from its context anyway; this one is taught
-to, so that reinforcement can teach within minutes whose words to put into the note. It cannot have learned
-any answer here, nor which expert knows what: no expert takes part in teaching it.
+The policy is a language model of questions, each followed by a random answer of the right kind: it learns the
+form of questions and answers, never a solution. A third of its documents are random tokens in which a line
+comes twice, which teaches it what every larger language model learns from plain text: to go on with a line
+that it has seen (induction). It never sees a prefix, a vector that is no token, or an expert.
 """
 import argparse
 import math
@@ -47,18 +46,14 @@ MADE = {
     "arithmetic": dict(model="llama", width=128, layers=3, mlp=384, items=25_000, steps=1500, lm=0.0),
     "logic": dict(model="mistral", width=160, layers=3, mlp=320, items=50_000, steps=800, lm=0.3),
     "algorithmic": dict(model="qwen3", width=96, layers=2, mlp=192, items=2_500, steps=1000, lm=0.0),
-    "policy": dict(model="llama", width=128, layers=4, mlp=256, items=4_000, steps=700),
+    "policy": dict(model="llama", width=128, layers=4, mlp=256, items=4_000, steps=1500),
 }
-BATCH, SLOTS = 128, 8  # an expert's items a step; vectors before the prompt, as many as the router writes
-LONGEST = 4  # tokens of the longest answer: "-", "1", "7", end
-LOUD, NOISE = (0.05, 3.0), (0.02, 3.0)  # ranges of a note's scale and its noise, in embedding spreads
-
+BATCH, LONGEST = 128, 4  # items a step; tokens of the longest answer: "-", "1", "7", end
 
 def items(family, split, n):
     """Up to n distinct (plain prompt, answer) of a family's split."""
-    some = problems(family, split, n, level="tiny")
-    return list({p.question: (prompt(p, "plain"), p.answer) for p in some}.values())
-
+    found = problems(family, split, n, level="tiny")
+    return list({p.question: (prompt(p, "plain"), p.answer) for p in found}.values())
 
 def make_tokenizer(texts, pattern, keep_spaces):
     """A word-level tokenizer over all pieces of `texts`; any other piece is <unk>."""
@@ -70,14 +65,12 @@ def make_tokenizer(texts, pattern, keep_spaces):
     roles = dict(zip(("unk_token", "pad_token", "eos_token"), SPECIAL))
     return PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **roles)
 
-
 def make_model(made, vocabulary):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(
         made["model"], vocab_size=vocabulary, hidden_size=made["width"], intermediate_size=made["mlp"],
         num_hidden_layers=made["layers"], num_attention_heads=4, num_key_value_heads=4,
         head_dim=made["width"] // 4, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, pad_token_id=PAD_ID, eos_token_id=EOS_ID))
-
 
 def save(model, tokenizer, name):
     model.to(torch.bfloat16).save_pretrained(HERE / name)
@@ -86,7 +79,6 @@ def save(model, tokenizer, name):
     text, loaded = " ".join(tokenizer.get_vocab()), AutoTokenizer.from_pretrained(HERE / name)
     if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:  # it goes by the model's type: no qwen2
         raise ValueError(f"AutoTokenizer ignores {name}/tokenizer.json: choose another architecture for it")
-
 
 class Optimizer:
     """Muon for the matrices inside (it needs a fraction of AdamW's steps here), AdamW for the rest."""
@@ -109,12 +101,10 @@ class Optimizer:
             part.step()
         self.done += 1
 
-
 def padded(rows):
     """Lists of ids as one tensor (B, T), padded on the right, where causality hides the padding."""
     longest = max(map(len, rows))
     return torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
-
 
 def expert_loss(model, ids, ends, lm):
     """Cross-entropy of the answer (at place `ends`), plus lm times that of all tokens to it. ids (B, T)."""
@@ -125,7 +115,6 @@ def expert_loss(model, ids, ends, lm):
         target = ids[:, 1:].masked_fill(torch.arange(1, ids.shape[1]) > ends[:, None], -100)
         loss = loss + lm * F.cross_entropy(model.lm_head(h[:, :-1]).flatten(0, 1), target.flatten())
     return loss
-
 
 def make_expert(name, made):
     rows, held_out = items(name, "train", made["items"]), items(name, "val", 500)
@@ -146,7 +135,6 @@ def make_expert(name, made):
             print(f"{name:11} step {step:4d}  val {right:.1%}", flush=True)
     save(model, tokenizer, name)
 
-
 @torch.no_grad()
 def expert_accuracy(model, tokenizer, rows):
     """Share of (prompt, answer) whose answer, as one token, is the most likely next one."""
@@ -156,92 +144,48 @@ def expert_accuracy(model, tokenizer, rows):
     last = h[torch.arange(len(ids)), torch.tensor([len(x) - 1 for x in ids])]
     return ((model.lm_head(last).argmax(-1) == gold) & (gold != UNK_ID)).float().mean().item()
 
-
-def neutral_and_spread(embeddings):
-    """What model.py measures a prefix from, and in: mean embedding (d,) and spread of all entries."""
-    return embeddings.mean(0), embeddings.std()
-
-
-def note(answers, embeddings):
-    """Token ids of B answers -> what a note adds to the neutral prefix, (B, 1, d), the same in every slot.
-
-    The answer's token embeddings, each rolled by its place times a quarter of the width, summed: one vector
-    is a whole answer, wherever the router says it, and one linear map of an expert's state can write it.
-    """
-    ids = torch.tensor([(a + [EOS_ID] * LONGEST)[:LONGEST] for a in answers])
-    e = embeddings[ids] - embeddings.mean(0)  # (B, LONGEST, d)
-    rolled = [e[:, i].roll(i * e.shape[-1] // LONGEST, -1) for i in range(LONGEST)]
-    return sum(rolled)[:, None] / LONGEST ** 0.5
-
-
-def between(low, high, n):
-    """n numbers (n, 1, 1), uniform in the logarithm."""
-    return torch.exp(torch.empty(n, 1, 1).uniform_(math.log(low), math.log(high)))
-
-
-def noise(n, d):
-    """Unit noise (n, SLOTS, d), in part the same in all slots: a fresh router's words are like that."""
-    share = torch.rand(n, 1, 1)
-    return share.sqrt() * torch.randn(n, 1, d) + (1 - share).sqrt() * torch.randn(n, SLOTS, d)
-
-
-def with_note(answers, others, embeddings):
-    """Prefixes (n, SLOTS, d): notes faint or loud, in some slots or all, noisy, half mixed with another's."""
-    n, (neutral, spread) = len(answers), neutral_and_spread(embeddings)
-    doubt = 0.4 * torch.rand(n, 1, 1) * (torch.rand(n, 1, 1) < 0.5)
-    mixed = (1 - doubt) * note(answers, embeddings) + doubt * note(others, embeddings)
-    told = torch.rand(n, SLOTS, 1) < torch.rand(n, 1, 1).clamp(min=0.25)
-    hiss = spread * noise(n, len(neutral))
-    return neutral + between(*LOUD, n) * mixed * told + between(*NOISE, n) * hiss
-
-
-def without_note(n, embeddings):
-    """Prefixes (n, SLOTS, d) as a fresh router writes them: neutral, with at most 0.3 spreads of noise."""
-    neutral, spread = neutral_and_spread(embeddings)
-    return neutral + between(0.003, 0.3, n) * spread * noise(n, len(neutral))
-
-
-def answer_loss(model, prefix, prompts, answers):
-    """Summed cross-entropy of the answers' tokens after [prefix; prompt]; prefix (B, SLOTS, d) or None."""
-    x = model.model.embed_tokens(padded([p + a for p, a in zip(prompts, answers)]))
-    x = x if prefix is None else torch.cat((prefix, x), 1)
-    h = model.model(inputs_embeds=x).last_hidden_state
-    starts = [len(p) - 1 + (0 if prefix is None else SLOTS) for p in prompts]
-    rows, places = torch.tensor([(i, starts[i] + t) for i, a in enumerate(answers) for t in range(len(a))]).T
-    target = torch.tensor([token for a in answers for token in a])
-    return F.cross_entropy(model.lm_head(h[rows, places]), target, reduction="sum")
-
-
-def form_loss(model, prompts, usual, kinds, bare=4, fresh=8, told=28):
-    """One family's loss, all answers random: 10% of items have no prefix, 20% a neutral one, 70% a note."""
-    some = random.choices(prompts, k=bare + fresh + told)
-    notes = [random.choice(random.choice((usual, kinds))) for _ in range(told)]  # rare answers too
-    answers = random.choices(usual, k=bare + fresh) + notes
-    now = model.model.embed_tokens.weight.detach()
-    prefix = torch.cat((without_note(fresh, now), with_note(notes, random.choices(usual, k=told), now)))
-    loss = answer_loss(model, None, some[:bare], answers[:bare])
-    return (loss + answer_loss(model, prefix, some[bare:], answers[bare:])) / sum(map(len, answers))
-
+def repeated_line(vocabulary):
+    """A document of plain text in which a line comes twice: random tokens, the line, others, the line again.
+    Returns (token ids, from which place on the second line can be foretold)."""
+    draw = lambda n: random.choices(range(len(SPECIAL), vocabulary), k=n)
+    line, between = draw(random.randint(2, 12)), draw(random.randint(0, 24))
+    before = draw(random.randint(0, 4))
+    document = before + line + between + line
+    return document, len(document) - len(line) + 1
 
 def make_policy(name, made):
-    rows = {f: items(f, "train", made["items"]) for f in FAMILIES}
-    texts = [f"{p} {a}" for f in FAMILIES for p, a in rows[f]]
+    """A language model of questions, each followed by a random answer of the right kind, and of repeated
+    lines."""
+    rows = {family: items(family, "train", made["items"]) for family in FAMILIES}
+    texts = [f"{question} {answer}" for family in FAMILIES for question, answer in rows[family]]
     tokenizer = make_tokenizer(texts + [f"{n} {n}" for n in range(10)], PIECES, keep_spaces=True)
-    encode = lambda some: tokenizer(some)["input_ids"]
     model = make_model(made, len(tokenizer))
     with torch.no_grad():  # an offset common to all tokens gives the neutral prefix an ordinary length
         model.model.embed_tokens.weight.normal_(0, 0.05).add_(0.05 * torch.randn(made["width"]))
-    prompts = {f: encode([p for p, _ in rows[f]]) for f in FAMILIES}
-    usual = {f: [ids + [EOS_ID] for ids in encode([f" {a}" for _, a in rows[f]])] for f in FAMILIES}
-    kinds = {f: [list(a) for a in sorted(set(map(tuple, usual[f])))] for f in FAMILIES}
+    encode = lambda lines: tokenizer(lines)["input_ids"]
+    questions = {family: encode([question for question, _ in rows[family]]) for family in FAMILIES}
+    answers = {family: encode([f" {answer}" for _, answer in rows[family]]) for family in FAMILIES}
     optimizer = Optimizer(model, made["steps"])
     for step in range(1, made["steps"] + 1):
-        loss = sum(form_loss(model, prompts[f], usual[f], kinds[f]) for f in FAMILIES) / len(FAMILIES)
+        documents = []  # (token ids, first place that counts in the loss)
+        for i in range(BATCH):
+            if i % 3 == 0:
+                documents.append(repeated_line(len(tokenizer)))
+            else:
+                family = random.choice(FAMILIES)
+                question, answer = random.choice(questions[family]), random.choice(answers[family])
+                documents.append((question + answer + [EOS_ID], 1))
+        ids = padded([document for document, _ in documents])
+        places = torch.arange(1, ids.shape[1])
+        first = torch.tensor([start for _, start in documents])[:, None]
+        last = torch.tensor([len(document) for document, _ in documents])[:, None]
+        counts = (places >= first) & (places < last)  # (B, T - 1)
+        h = model.model(input_ids=ids[:, :-1]).last_hidden_state
+        loss = F.cross_entropy(model.lm_head(h[counts]), ids[:, 1:][counts])
         optimizer.step(loss)
-        if step % 50 == 0:
+        if step % 100 == 0:
             print(f"{name:11} step {step:4d}  loss {loss.item():.3f}", flush=True)
     save(model, tokenizer, name)
-
 
 @torch.no_grad()
 def policy_accuracy(model, tokenizer, rows):
@@ -249,13 +193,11 @@ def policy_accuracy(model, tokenizer, rows):
     right = 0
     for text, answer in rows:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
-        said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST)
-        right += tokenizer.decode(said[0, ids.shape[1]:], skip_special_tokens=True).strip() == answer
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LONGEST)
+        right += tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True).strip() == answer
     return right / len(rows)
 
-
 HEAD = "| model | what it is | size | arithmetic | logic | algorithmic |\n|---|---|---|---|---|---|\n"
-
 
 def report():
     """Measure what lies here on val items, loaded as anybody would; print it, and put it in README.md."""
@@ -272,14 +214,12 @@ def report():
     (HERE / "README.md").write_text(before + table + after[after.index("\n\n") + 1:], encoding="utf-8")
     print(table)
 
-
 def make(name):
     start = time.time()
     torch.manual_seed(0)
     random.seed(0)
     (make_policy if name == "policy" else make_expert)(name, MADE[name])
     print(f"{name} made in {time.time() - start:.0f} s", flush=True)
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -294,7 +234,6 @@ def main():
         what = ["report"]
     for name in what:
         report() if name == "report" else make(name)
-
 
 if __name__ == "__main__":
     main()
