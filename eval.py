@@ -38,9 +38,9 @@ def main(argv=None):
     args.device = pick_device(options.device)
     policy, experts, router = build(args)
     if options.aligned:
-        if not list(run.glob("aligned*.safetensors")):
+        if not list(run.glob("aligned-*")):
             raise ValueError(f"{run} has no aligned weights: it had no stage 0, or is in it still")
-        load_checkpoint(next(run.glob("aligned*.safetensors")), policy, router)
+        load_checkpoint(next(run.glob("aligned-*")), policy, router)
     else:
         state, _ = load_newest(run, policy, router)
         if not state["step"]:

@@ -138,7 +138,7 @@ class Dataset:
                 order = torch.randperm(len(problems), generator=generator)
                 self.H[order] = self.H[order.roll(1)]
             if args.control == "noise":  # of the same mean and std as the states, but nothing else
-                std, mean = torch.std_mean(self.H.float(), dim=0)
+                std, mean = torch.std_mean(self.H.float(), dim=0, correction=0)
                 self.H = (mean + std * torch.randn(self.H.shape, generator=generator)).to(self.H.dtype)
         self.owner = torch.tensor([e for e, expert in enumerate(experts) for _ in range(expert.entries)])
         self.targets = [[answer_ids(policy, text, args.form) for text in column] for column in self.texts]
@@ -198,6 +198,8 @@ def align(policy, router, data, args, start, moments, after_step):
     words, texts = align_steps(args, data)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
+    if not len(writers):
+        raise ValueError("stage 0 has nothing to read, as no expert writes: use --align 0, or another expert")
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})
     for step in range(start, words + texts):

@@ -137,20 +137,22 @@ def main(args):
         router.fit_standardization(data["train"].H[:256].to(policy.embed.device))
     generator = torch.Generator(policy.embed.device).manual_seed(args.seed + 1_000_003 * RANK)
     state, moments = load_newest(out, policy, router, generator)  # how far the run is
+    if state["step"] > args.steps:
+        raise ValueError(f"--steps {args.steps} is below the {state['step']} that are done: give more")
     drop_rows(out, state)
     introduce(args, policy, router, experts, data, state)
     keeper = Keeper(args, policy, router, generator, state)
 
     # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would
     # say.
-    if state["align"] < sum(align_steps(args, data["train"])):
+    if args.align and not list(out.glob("aligned-*")):
         show_gate(policy, experts, data["val"], args)
         align(policy, router, data["train"], args, state["align"], moments, keeper.after_align_step)
         show_read_back(out, experts, read_back(policy, router, data["val"], args))
-        save_checkpoint(out / "aligned", policy, router, state)
+        save_checkpoint(out / "aligned-", policy, router, state)
         moments = {}
     # The KL term's reference is the policy as GRPO finds it; None: the frozen one, as there was no stage 0.
-    reference = load_reference(out, policy, router) if args.beta and state["align"] else None
+    reference = load_reference(out, policy, router) if args.beta and args.align else None
 
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr)
     restore(optimizer, moments)
@@ -451,14 +453,14 @@ def trainable(policy, router):
 def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
     """All ranks call, rank 0 writes. The checksum is added to the name."""
     generators = gather(generator.get_state()) if generator else []
-    if RANK:
-        return
     tensors = trainable(policy, router) | {f"generator.{rank}": t for rank, t in enumerate(generators)}
     for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
     tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_tensors(path.parent, tensors, path.name)
+    if RANK == 0:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_tensors(path.parent, tensors, path.name)
+    total(0)  # the ranks meet: the file is there for all
 
 def load_checkpoint(path, policy, router, generator=None):
     """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing
@@ -497,19 +499,21 @@ def load_newest(out, policy, router, generator=None):
 
 def drop_rows(out, state):
     """Drop rows of the .jsonl files that are newer than the checkpoint: they are made again."""
+    aligned = list(out.glob("aligned-*"))
     for path in out.glob("*.jsonl") if RANK == 0 else ():
         kept = []
         for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # the last line may be torn
                 row = json.loads(line)
-                if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]:
+                newer = row.get("step", 0) > state["step"] or row.get("align", 0) > state["align"]
+                if not newer and (aligned or "expert" not in row):  # what was read back is said once
                     kept.append(f"{line}\n")
         write_whole(path, "".join(kept).encode())
 
 def load_reference(out, policy, router):
     """(LoRA's tensors, router) as stage 0 left them; policy and router stay as they are."""
     now = {name: t.detach().clone() for name, t in trainable(policy, router).items()}
-    load_checkpoint(next(out.glob("aligned*")), policy, router)
+    load_checkpoint(next(out.glob("aligned-*")), policy, router)
     reference = [p.detach().clone() for p in policy.parameters()], copy.deepcopy(router)
     with torch.no_grad():
         for name, t in trainable(policy, router).items():
@@ -593,6 +597,8 @@ def check(args):
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
+        if fine and isinstance(value, list):
+            fine = all(isinstance(item, type(default[0])) for item in value)
         if fine and isinstance(value, (int, float)):
             fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
         if not fine:
