@@ -64,8 +64,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
                               "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
                              "frozen, of any architecture (the paper does not name its own)")
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
-    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: the experts' words in "
-                              "the prompt; single: LoRA alone")
+    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: the experts' words "
+                              "in the prompt; single: LoRA alone")
     control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for the states")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
@@ -143,13 +143,12 @@ def main(args):
     introduce(args, policy, router, experts, data, state)
     keeper = Keeper(args, policy, router, generator, state)
 
-    # Stage 0, before any reward: the router learns to write, and the policy to read, what the experts would
-    # say.
+    # Stage 0, before any reward: the router learns to write, the policy to read, what the experts would say.
     if args.align and not list(out.glob("aligned-*")):
         show_gate(policy, experts, data["val"], args)
         align(policy, router, data["train"], args, state["align"], moments, keeper.after_align_step)
         show_read_back(out, experts, read_back(policy, router, data["val"], args))
-        save_checkpoint(out / "aligned-", policy, router, state)
+        save_checkpoint(out / "aligned-", policy, router, state, None, generator)
         moments = {}
     # The KL term's reference is the policy as GRPO finds it; None: the frozen one, as there was no stage 0.
     reference = load_reference(out, policy, router) if args.beta and args.align else None
@@ -313,8 +312,8 @@ def show_gate(policy, experts, data, args, n=64):
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
     if max(gains) < 0.15:
-        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is little to "
-              "attend to")
+        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is little "
+              "to attend to")
 
 def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
@@ -438,7 +437,8 @@ class Keeper:
             save_checkpoint(self.out / prefix, self.policy, self.router, self.state, optimizer,
                             self.generator)
             for old in checkpoints(self.out)[2:] if RANK == 0 else ():
-                old.unlink()
+                if not old.name.startswith("aligned-"):  # the KL term's reference, and eval.py --aligned
+                    old.unlink()
             self.saved = time.monotonic()
         if stop and not last:
             raise Stopped
@@ -483,7 +483,8 @@ def load_checkpoint(path, policy, router, generator=None):
 
 def checkpoints(out):
     """Those of a run, the newest first."""
-    return [path for stage in ("step", "align") for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
+    stages = ("step", "aligned", "align")
+    return [path for stage in stages for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
 
 def load_newest(out, policy, router, generator=None):
     """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is
