@@ -64,8 +64,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
                               "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
                              "frozen, of any architecture (the paper does not name its own)")
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
-    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: the experts' words "
-                              "in the prompt; single: LoRA alone")
+    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
+                              "the prompt; single: LoRA alone")
     control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for the states")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
@@ -312,8 +312,8 @@ def show_gate(policy, experts, data, args, n=64):
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
     if max(gains) < 0.15:
-        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is little "
-              "to attend to")
+        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is "
+              "little to attend to")
 
 def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())

@@ -9,10 +9,10 @@ All is learned from train items of the level "tiny" (rewards.py), seeded, and sa
 A specialist is a language model of "<plain prompt> <answer>" for its own family, so its state at the prompt's
 last token is the one that says the answer: that state is what the router reads.
 
-The policy is a language model of questions, each followed by a random answer of the right kind: it learns the
-form of questions and answers, never a solution. A third of its documents are random tokens in which a line
-comes twice, which teaches it what every larger language model learns from plain text: to go on with a line
-that it has seen (induction). It never sees a prefix, a vector that is no token, or an expert.
+The policy is a language model of two kinds of text. Questions, each followed by a random answer of the right
+kind, teach it the form of answers, never a solution. Lines of random tokens that come twice teach it what a
+large language model learns from any text: to go on with a line as it went on before (induction, 2209.11895).
+It never sees a prefix, a vector that is no token, or an expert.
 """
 import argparse
 import math
@@ -46,7 +46,7 @@ MADE = {
     "arithmetic": dict(model="llama", width=128, layers=3, mlp=384, items=25_000, steps=1500, lm=0.0),
     "logic": dict(model="mistral", width=160, layers=3, mlp=320, items=50_000, steps=800, lm=0.3),
     "algorithmic": dict(model="qwen3", width=96, layers=2, mlp=192, items=2_500, steps=1000, lm=0.0),
-    "policy": dict(model="llama", width=128, layers=4, mlp=256, items=4_000, steps=1500),
+    "policy": dict(model="llama", width=128, layers=4, mlp=256, items=4_000, steps=1200),
 }
 BATCH, LONGEST = 128, 4  # items a step; tokens of the longest answer: "-", "1", "7", end
 
@@ -144,44 +144,48 @@ def expert_accuracy(model, tokenizer, rows):
     last = h[torch.arange(len(ids)), torch.tensor([len(x) - 1 for x in ids])]
     return ((model.lm_head(last).argmax(-1) == gold) & (gold != UNK_ID)).float().mean().item()
 
-def repeated_line(vocabulary):
-    """A document of plain text in which a line comes twice: random tokens, the line, others, the line again.
-    Returns (token ids, from which place on the second line can be foretold)."""
-    draw = lambda n: random.choices(range(len(SPECIAL), vocabulary), k=n)
-    line, between = draw(random.randint(2, 12)), draw(random.randint(0, 24))
-    before = draw(random.randint(0, 4))
-    document = before + line + between + line
-    return document, len(document) - len(line) + 1
+def form_document(questions, answers):
+    """A question and a random answer of its kind: (token ids, weight of each in the loss)."""
+    question, answer = random.choice(questions), random.choice(answers)
+    return question + answer, [0.1] * len(question) + [1.0] * len(answer)
+
+def copy_document(vocabulary):
+    """A line of random tokens, others, and the line again. Only what can be foretold counts in the loss: the
+    second line from its second token on."""
+    draw = lambda least, most: random.choices(range(len(SPECIAL), vocabulary), k=random.randint(least, most))
+    before, line, between = draw(0, 4), draw(2, 12), draw(0, 24)
+    unknown = len(before) + len(line) + len(between) + 1
+    return before + line + between + line, [0.0] * unknown + [1.0] * (len(line) - 1)
+
+def language_model_loss(model, documents):
+    """Weighted mean of the next token's cross-entropy; documents: (token ids, weights) each."""
+    ids = padded([ids for ids, _ in documents])  # (B, T)
+    weights = torch.zeros(ids.shape)
+    for row, (_, weight) in zip(weights, documents):
+        row[:len(weight)] = torch.tensor(weight)
+    h = model.model(input_ids=ids[:, :-1]).last_hidden_state  # (B, T - 1, d)
+    target, weights = ids[:, 1:], weights[:, 1:]
+    counts = weights > 0
+    losses = F.cross_entropy(model.lm_head(h[counts]), target[counts], reduction="none")
+    return (losses * weights[counts]).sum() / weights.sum()
 
 def make_policy(name, made):
-    """A language model of questions, each followed by a random answer of the right kind, and of repeated
-    lines."""
+    """A language model of questions with random answers, and of lines that come twice."""
     rows = {family: items(family, "train", made["items"]) for family in FAMILIES}
     texts = [f"{question} {answer}" for family in FAMILIES for question, answer in rows[family]]
     tokenizer = make_tokenizer(texts + [f"{n} {n}" for n in range(10)], PIECES, keep_spaces=True)
+    encode = lambda lines: tokenizer(lines)["input_ids"]
+    questions = {f: encode([question for question, _ in rows[f]]) for f in FAMILIES}
+    answers = {f: encode([f" {answer}" for _, answer in rows[f]]) for f in FAMILIES}
+    answers = {f: [ids + [EOS_ID] for ids in answers[f]] for f in FAMILIES}
     model = make_model(made, len(tokenizer))
     with torch.no_grad():  # an offset common to all tokens gives the neutral prefix an ordinary length
         model.model.embed_tokens.weight.normal_(0, 0.05).add_(0.05 * torch.randn(made["width"]))
-    encode = lambda lines: tokenizer(lines)["input_ids"]
-    questions = {family: encode([question for question, _ in rows[family]]) for family in FAMILIES}
-    answers = {family: encode([f" {answer}" for _, answer in rows[family]]) for family in FAMILIES}
     optimizer = Optimizer(model, made["steps"])
     for step in range(1, made["steps"] + 1):
-        documents = []  # (token ids, first place that counts in the loss)
-        for i in range(BATCH):
-            if i % 3 == 0:
-                documents.append(repeated_line(len(tokenizer)))
-            else:
-                family = random.choice(FAMILIES)
-                question, answer = random.choice(questions[family]), random.choice(answers[family])
-                documents.append((question + answer + [EOS_ID], 1))
-        ids = padded([document for document, _ in documents])
-        places = torch.arange(1, ids.shape[1])
-        first = torch.tensor([start for _, start in documents])[:, None]
-        last = torch.tensor([len(document) for document, _ in documents])[:, None]
-        counts = (places >= first) & (places < last)  # (B, T - 1)
-        h = model.model(input_ids=ids[:, :-1]).last_hidden_state
-        loss = F.cross_entropy(model.lm_head(h[counts]), ids[:, 1:][counts])
+        documents = [form_document(questions[f], answers[f]) for f in FAMILIES for _ in range(28)]
+        documents += [copy_document(len(tokenizer)) for _ in range(60)]
+        loss = language_model_loss(model, documents)
         optimizer.step(loss)
         if step % 100 == 0:
             print(f"{name:11} step {step:4d}  loss {loss.item():.3f}", flush=True)
