@@ -230,6 +230,8 @@ def build(args):
                       untrained=args.control == "untrained") for source in args.experts]
     for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
         expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
+    if args.align and not any(expert.writes for expert in experts):
+        raise ValueError("stage 0 has nothing to read, as no expert writes: use --align 0, or another expert")
     itself = Expert(args.policy)  # the policy's tokenizer and size, without weights
     if args.form == "auto":
         args.form = "tagged" if itself.template == "chat" else "plain"
