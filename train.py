@@ -122,9 +122,10 @@ PRESETS = {
         max_new=16),
     "tiny": dict(  # made for the demonstration: one expert per family of problems, see tiny/README.md
         task="arithmetic+logic+algorithmic", level="tiny", form="plain", policy=f"{TINY}/policy", write=1,
-        experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=200,
-        align_batch=96, align_lr=3e-3, align_router_lr=3e-4, beta=0.0, lr=1e-3, router_lr=2e-3, batch=36,
-        micro_batch=36, steps=100, max_new=8, router_dim=64, router_heads=4, router_temperature=0.5),
+        experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=30,
+        align_batch=96, align_lr=3e-3, align_router_lr=3e-4, align_words=250, align_words_lr=3e-3, beta=0.0,
+        lr=1e-3, router_lr=2e-3, batch=36, micro_batch=36, steps=80, max_new=8, router_dim=64, router_heads=4,
+        router_temperature=0.5),
 }
 
 def main(args):
