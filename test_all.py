@@ -14,12 +14,12 @@ import json
 import math
 import pickle
 import re
-import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import traceback
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -31,17 +31,21 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import eval as evaluation
 import experts
+import model as model_file
 import rewards
 import rlvr
 import train
 from experts import Expert, read, write
 from model import Policy, TokenLogprob, sample
-from rewards import problems
-from rlvr import Dataset, advantages, evaluate, grpo_loss, kl_estimate
-from router import ROUTERS, LinearRouter, Router
+from rewards import Problem, TooFew, number, problems, prompt, verify
+from rlvr import Dataset, advantages, grpo_loss, kl_estimate
+from router import ROUTERS, Router
 
 torch.set_num_threads(1)  # for models this small two threads only wait for each other
 os.chdir(Path(__file__).parent)
@@ -58,17 +62,203 @@ def edit(folder, name, **changes):
     path = Path(folder) / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-@contextlib.contextmanager
-def files_of_at_most(size):
-    """As near to a full disk as a process without privileges gets: no file grows beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def flip(path, at, bit=1):
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
+
+def full_disk(*args):
+    raise OSError(28, "No space left on device")
 
 # -- rewards.py
+THIN, NARROW, NO_BREAK, MINUS = "\u2009", "\u202f", "\u00a0", "\u2212"
+GOLD18 = Problem("How many?", "18")
+NUMBERS = {  # the number: texts that are it
+    18: ["18", " 18 ", "$18", "18$", "$ 18", "18.", "18.00", "0018", "+18", "**18**", "*18*", "__18__", "18%",
+         "**$18**", "\\boxed{18}", "$\\boxed{18}$", "\\boxed{\\boxed{18}}", "\\(18\\)", "$$18$$", "18\\%",
+         "€18", "18 dollars.", "18 apples per day", "**18.**", f"{NO_BREAK}18{NO_BREAK}", "36/2", "36 / 2"],
+    -18: ["-18", MINUS + "18", "-$18", "$-18", "-36/2"], 1.5: ["15e-1"], 0.5: [".5"], 0: ["-0"],
+    1000: ["1,000", f"1{THIN}000", f"1{THIN}000 dollars", "1e3"], 10**6: [f"1{NARROW}000{NARROW}000"],
+    1234567.5: ["1,234,567.50"], 10**99: ["1e99"], int("9" * 200): ["9" * 200]}
+NO_NUMBER = [
+    "", ".", "-", "$", ",", "/", "e3", "1e", "**", "\\boxed{}", "18 19", "18, 19", "18,19", "9+9", "10-2",
+    "2**3", "1,00", "1000,000", "0,018", f"1,000{THIN}000", "1 000", "1.000,5", "18..", "--18", "- 18", "1/0",
+    "1/2/3", "1.5/2", "36/-2", "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan",
+    "eighteen", "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "about 18", "=18", "18:00",
+    "(18)", "[18]", "18\x00", "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18"]
+
+def test_what_is_one_number_and_what_is_none():
+    """Marks, units, groups of thousands and fractions of integers are read; a list or a sum is not."""
+    for value, texts in NUMBERS.items():
+        assert [number(text) for text in texts] == [value] * len(texts)
+    assert not [text for text in NO_NUMBER if number(text) is not None]
+
+TAGGED = [  # (completion, truncated, reason, lenient)
+    ("<answer>18</answer>", False, "right", True), ("<answer>36/2</answer>", False, "right", True),
+    ("<think><answer>17</answer></think>\n<answer> **18** </answer><|im_end|>", False, "right", True),
+    ("<answer>18</answer>, not 19", False, "right", True),
+    ("<answer>18</answer> and so", True, "right", True), ("<answer>18.1</answer>", False, "wrong", False),
+    ("<answer>17 18</answer>", False, "not_a_number", True), ("18", False, "no_answer", True),
+    ("<answer></answer>", False, "no_answer", False), ("<Answer>18</Answer>", False, "no_answer", True),
+    ("<answer>18</answer></think>", False, "no_answer", True), ("<answer>18", False, "unclosed", True),
+    ("<answer>18", True, "truncated", True), ("</answer>18<answer>", False, "unclosed", True),
+    ("so it is 18", True, "truncated", True),
+    ("<answer>18</answer><answer>18</answer>", False, "several", True),
+    ("<answer><answer>18</answer></answer>", False, "several", True),
+    ("<answer>" + " " * 200 + "18</answer>", False, "too_long", True),
+    ("#### 18\nor is it 3?", False, "no_answer", True), ("#### 3\nno: 18", False, "no_answer", False),
+    ("\\boxed{3} \\boxed{18} 4", False, "no_answer", True), ("\\boxed{18", False, "no_answer", False),
+    ("3 + 15 = 18.\nThat is it.", False, "no_answer", True), ("18" + " " * 2000, False, "no_answer", False)]
+PLAIN = [  # (completion, truncated, reason)
+    ("18", False, "right"), (" 18\n", False, "right"), ("18\nQuestion: 2 + 2 =", True, "right"),
+    ("18</s>", False, "right"), ("$18.", False, "right"), ("18", True, "truncated"), ("", False, "no_answer"),
+    ("\n18", False, "no_answer"), ("18 apples", False, "not_a_number"), ("18 19", False, "not_a_number"),
+    ("<answer>18</answer>", False, "not_a_number"), ("17", False, "wrong"), ("9" * 999, False, "too_long")]
+
+def test_an_answer_stands_between_tags_or_on_the_first_line():
+    """The reason of each verdict; only "right" earns a reward; an unknown form is named."""
+    for text, truncated, reason, lenient in TAGGED:
+        verdict = verify(text, GOLD18, truncated=truncated)
+        assert (verdict.reason, verdict.lenient) == (reason, lenient), text
+        assert verdict.strict == (verdict.reward == 1.0) == (reason == "right")
+    for text, truncated, reason in PLAIN:
+        assert verify(text, GOLD18, "plain", truncated).reason == reason, text
+    with pytest.raises(ValueError, match="tagged or plain"):
+        verify("18", GOLD18, "json")
+
+def test_gold_is_right_and_hostile_answers_are_not(tmp_path):
+    """Of every dataset: nothing is executed, no scorer raises, and a megabyte of anything earns nothing."""
+    slow = {"sokoban", "futoshiki", "zebra_puzzles", "rearc", "arc_agi", "acre", "jugs",
+            "polynomial_equations"}  # to make
+    code = f"__import__('os').system('touch {tmp_path / 'canary'}')"
+    hostile = [code, f"[{code}]", f"open('{tmp_path / 'canary'}','w')", "9**9**9**9", "1e999999999", "-1",
+               "9" * 5000, "9" * 64, "(" * 2000, "[" * 60, '{"a":' * 5000, "nan", "[NaN]", "inf", "\x00",
+               "\ud800", "None", "[]", "{}", "[[1]]", '{"a": 1}', '["fill Z"]', "aa is a aa, " * 9,
+               "A=1, " * 9, "R999999999", "hello world", "a" * 60, "Move disk 99 from Peg 99 to Peg 98",
+               "not " * 2000 + "P", "(P ∨ Q)"]
+    for name in set(rewards.registry()) - set(rewards.REFUSED) - slow:
+        for item in problems(name, "train", 2):
+            for text in (item.answer, f" {item.answer} ", f"\n{item.answer}\n"):
+                assert verify(f"<answer>{text}</answer>", item).strict, name
+            for text in hostile:
+                verdict = verify(f"<answer>{text}</answer>", item)
+                assert verdict.reason in rewards.REASONS and verdict.reason != "scorer_raised", (name, text)
+                assert not verdict.strict or number(text) == number(item.answer) is not None, (name, text)
+    assert not (tmp_path / "canary").exists()
+    for unit in ("9", "<answer>", "</answer>", "(", "\\boxed{", "####", "</think>", "\n", "1,", "0.", " "):
+        text = unit * (10**6 // len(unit))
+        for form, completion in (("plain", text), ("tagged", text), ("tagged", f"<answer>{text}</answer>")):
+            assert not verify(completion, GOLD18, form).strict
+
+ZOEY = "Zoey is a hero, and Al is a knave."
+PAID = [  # (dataset, metadata, gold, another way to write it or another right answer)
+    ("chain_sum", {}, "1156", "+1,156.00"), ("family_relationships", {}, "aunt", "Aunt"),
+    ("number_sorting", {}, "['1', '3.0']", "[1, 3]"),
+    ("complex_arithmetic", {}, "-1.0 + 2.0i", MINUS + "1+2i"),
+    ("n_queens", {"valid_answers": ["Q _", "_ Q"]}, "Q _", "_ Q"), ("gsm_symbolic", {}, "18", "$18"),
+    ("knights_knaves", {}, ZOEY, "Al is a knave and Zoey is a hero"),
+    ("game_of_life", {}, "[[0,1]]", "[[0, 1]]"),
+    ("palindrome_generation", {"letters": list("aabb")}, "abba", "baab"),
+    ("jugs", {"puzzle": {"jug_capacities": [3, 5], "target": 3}}, '["fill A"]', '["fill B", "pour B->A"]')]
+UNPAID = [  # the same, but an answer that the dataset's own scorer would pay for, or run
+    ("time_intervals", {}, "03:22:03", "03:22:00"), ("word_sorting", {}, "a, b", "a, b, c"),
+    ("game_of_life_halting", {}, "True", "False"), ("number_sorting", {}, "[1, 3]", "[2, 2]"),
+    ("gsm_symbolic", {}, "18", "18 19"), ("chain_sum", {}, "156", "1,5,6"),
+    ("complex_arithmetic", {}, "1.0", "nan"), ("fraction_simplification", {}, "1/2", "2/4"),
+    ("emoji_mystery", {}, "a" * 200, "a" * 199 + "b"),
+    ("knights_knaves", {}, ZOEY, "Zoey is a dog, Zoey is a hero, Al is a knave"),
+    ("quantum_lock", {}, "A → B", "A quick cab"), ("base_conversion", {}, "1e3", "1000")]
+
+def test_which_answers_are_paid():
+    """Where several answers are right all are paid, and no more; a scorer that raises pays nothing."""
+    for paid, table in ((True, PAID), (False, UNPAID)):
+        for dataset, metadata, gold, answer in table:
+            entry = {"question": "q", "answer": gold, "metadata": metadata}
+            item = Problem("q", gold, dataset, dataset, entry=entry)
+            assert verify(f"<answer>{answer}</answer>", item).strict == paid, (dataset, answer)
+    item = Problem("q", "A → B", "quantum_lock", "quantum_lock")  # without the record that its scorer needs
+    assert verify("<answer>B → A</answer>", item).reason == "scorer_raised"
+
+@pytest.mark.parametrize("task", ["chain_sum", "gcd", "aiw", "lcm", "arithmetic+algorithmic"])
+def test_splits_share_no_question(task):
+    """Whatever sizes are asked for; and the first 10 of 1,000 are the 10."""
+    held = {split: [item.question for item in problems(task, split, 40)] for split in ("val", "test")}
+    training = [item.question for item in problems(task, "train", 1000)]
+    assert training[:10] == [item.question for item in problems(task, "train", 10)]
+    assert not set(held["val"]) & set(held["test"]) and not set(held["val"] + held["test"]) & set(training)
+    assert all(len(set(questions)) == 40 for questions in held.values())
+    assert all(rewards.split_of(question) == split for split in held for question in held[split])
+
+def test_a_small_space_says_how_many_there_are():
+    level = "min_terms=2,max_terms=2,min_digits=1,max_digits=1,allow_negation=false"
+    with pytest.raises(TooFew, match="ask for at most") as error:
+        problems("chain_sum", "val", 10**6, level=level)
+    available = error.value.available
+    assert len(problems("chain_sum", "val", available, level=level)) == available < 100
+
+def test_a_mix_takes_turns():
+    """One of each task; a held-out question that two of them have comes once."""
+    items = problems("arithmetic+logic+algorithmic", "train", 9, level="tiny")
+    assert [item.task for item in items] == ["arithmetic", "logic", "algorithmic"] * 3
+    assert [item.index for item in items] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert len({item.question for item in problems("chain_sum+arithmetic", "val", 60)}) == 60
+
+def test_items_do_not_depend_on_the_hash_seed():
+    """Another process, another PYTHONHASHSEED, the same questions."""
+    tasks = ("chain_sum", "family_relationships", "group_anagrams")
+    code = f"import rewards; print([p.question for t in {tasks} for p in rewards.problems(t, 'train', 5)])"
+    here = [item.question for task in tasks for item in problems(task, "train", 5)]
+    other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    there = subprocess.run([sys.executable, "-c", code], env=os.environ | dict(PYTHONHASHSEED=other),
+                           stdout=subprocess.PIPE, text=True)
+    assert there.stdout.strip() == str(here)
+
+WRONG_TASKS = [  # (arguments of problems, what the message says)
+    (("gsm8", "train", 1), "gsm8k"), (("", "train", 1), "unknown"), (("arithmetic+nope", "train", 1), "nope"),
+    (("chain_sum", "dev", 1), "train, val, test"), (("chain_sum", "train", 1, None, "seed=3"), "min_terms"),
+    (("chain_sum", "train", 1, None, "impossible"), "easy, default, hard"),
+    (("chain_sum", "train", 1, None, "min_terms=two"), "int"),
+    (("chain_sum", "train", 1, None, "min_terms=9"), "cannot be built"),
+    (("gcd", "train", 1, None, "tiny"), "arithmetic, logic, algorithmic.*--level easy"),
+    *(((name, "val", 1), "refused because") for name in rewards.REFUSED)]
+
+def test_a_task_that_does_not_exist_or_is_refused_says_the_mend():
+    """One line each; what is refused or has a scorer is a dataset."""
+    for arguments, message in WRONG_TASKS:
+        with pytest.raises(ValueError, match=message) as error:
+            problems(*arguments)
+        assert "\n" not in str(error.value) and ":" in str(error.value)
+    assert set(rewards.REFUSED) | set(rewards.SCORERS) < set(rewards.registry())
+
+def test_gsm8k_files(tmp_path):
+    """A folder of two files, or one of them beside its sister; a wrong line is named."""
+    for name, n in (("train", 20), ("test", 6)):
+        lines = [json.dumps(dict(question=f"{name} {i}?", answer=f"so\n#### {i + 1},000")) for i in range(n)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    training = [item.question for item in problems("gsm8k", "train", 40, tmp_path)]
+    test = problems("gsm8k", "test", 6, tmp_path)
+    assert training[:15] == [f"train {i}?" for i in range(15)]
+    assert sorted(training[15:30]) == sorted(training[:15])
+    assert test[2].answer == "3000" and verify("<answer>$3,000.00</answer>", test[2]).strict
+    assert problems("gsm8k", "test", 6, tmp_path / "test.jsonl") == test
+    assert not {item.question for item in problems("gsm8k", "val", 5, tmp_path)} & set(training)
+    good, mine = '{"question": "q", "answer": "#### 1"}', tmp_path / "mine.jsonl"
+    for wrong in ("{", "3", '{"question": "q"}', '{"question": "q", "answer": "18"}', "null", "[]",
+                  '{"question": 3, "answer": "#### 1"}', '{"question": "q", "answer": "#### one"}'):
+        mine.write_text(f"{good}\n\n{wrong}")
+        with pytest.raises(ValueError, match="mine.jsonl, line 3"):
+            problems("gsm8k", "train", 1, mine)
+
+def test_prompts():
+    """plain, chat and auto; experts are not asked for tags."""
+    chat = types.SimpleNamespace(chat_template="yes", apply_chat_template=lambda turns, **rest: "".join(
+        f"<{turn['role']}>{turn['content']}" for turn in turns))
+    assert prompt(Problem("2 + 3 =", "5")) == "2 + 3 =" and prompt(Problem(" Who? ", "I")) == "Who?\nAnswer:"
+    assert prompt(GOLD18, "auto") == prompt(GOLD18) == prompt(GOLD18, "plain", chat)
+    assert prompt(GOLD18, "chat", chat, ask=False) == "<user>How many?"
+    assert "<answer>...</answer>" in prompt(GOLD18, "auto", chat)
+    with pytest.raises(ValueError, match="--template plain"):
+        prompt(GOLD18, "chat")
 
 # -- experts.py
 WORDS = [f"w{i}" for i in range(40)]
@@ -126,7 +316,9 @@ def test_a_state_is_that_of_its_text_to_the_bit(tmp_path, monkeypatch, kind):
         monkeypatch.setenv("N_MUSKETEERS_CACHE", str(tmp_path / name))
         for part in parts:
             read_all(expert, part)
-        found.append(read_all(expert))
+        with monkeypatch.context() as patch:  # what was read once is never read again
+            patch.setattr(Expert, "load", lambda self, kind: pytest.fail("a cached text was read again"))
+            found.append(read_all(expert))
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 def test_layers_and_positions_give_the_entries_they_name(tmp_path, own_cache):
@@ -140,99 +332,71 @@ def test_layers_and_positions_give_the_entries_they_name(tmp_path, own_cache):
     one_word_less = read_all(Expert(folder, layers=(1,)), [text.rsplit(" ", 1)[0] for text in TEXTS])
     torch.testing.assert_close(H[:, 1], one_word_less[:, 0], atol=1e-5, rtol=1e-5)
 
-def test_padding_widths_and_dtype(tmp_path, own_cache, monkeypatch):
-    """A narrower expert is padded with zeros; one dtype for all, the experts' own where theirs agree."""
+def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
     a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))
     H = read([a, b], [TEXTS, TEXTS[::-1]], progress=False)
     assert H.shape == (len(TEXTS), 2, 24) and H.dtype == torch.float32 and not H[:, 0, 16:].any()
     assert torch.equal(H[:, :1, :16], read_all(a)) and torch.equal(H[:, 1:], read_all(b, TEXTS[::-1]))
-    monkeypatch.setattr(experts, "SMALL", 1)
-    assert read_all(Expert(a.source)).dtype == torch.bfloat16
 
-def test_cache_hit_loads_no_model(tmp_path, own_cache, monkeypatch):
-    """What was read once, states or texts, is never read again, in whatever order it is asked for."""
-    expert = Expert(make_expert(tmp_path / "m"))
-    first, wrote = read_all(expert), write([expert], [TEXTS], progress=False)
-    monkeypatch.setattr(Expert, "load", lambda self, kind: pytest.fail("a cached text was read again"))
-    again = Expert(expert.source)
-    assert torch.equal(read_all(again, TEXTS[::-1] * 2), first.flip(0).repeat(2, 1, 1))
-    assert write([again], [TEXTS], progress=False) == wrote
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "bit of a state", "bit of the header", "other name"])
-def test_damaged_shard_is_read_again(tmp_path, own_cache, damage):
-    """It is found by its checksum, said, deleted and made again, with the same states."""
+def test_damaged_shard_is_read_again(tmp_path, own_cache):
+    """It is found by its checksum, told, deleted and made again, with the same states."""
     expert = Expert(make_expert(tmp_path / "m"))
     first = read_all(expert)
-    [shard] = own_cache.glob("states/*/*.safetensors")
-    data = bytearray(shard.read_bytes())
-    if damage.startswith("bit"):
-        data[-3 if "state" in damage else 12] ^= 4
-    shard.write_bytes(dict(cut=data[:len(data) // 2], empty=b"").get(damage, data))
-    if damage == "other name":
-        shard.rename(shard.with_name("0" * 16 + ".safetensors"))
-    with pytest.warns(UserWarning, match="damaged"):
-        assert torch.equal(read_all(expert), first)
+    for at in (-3, 12):  # a bit of a state, and one of the header
+        flip(next(own_cache.glob("states/*/*.safetensors")), at, 4)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert torch.equal(read_all(expert), first)
     assert torch.equal(read_all(expert), first)  # and no warning: pytest would show it
 
 def test_interrupted_read_continues(tmp_path, own_cache, monkeypatch):
     """Ctrl-C in the fourth batch: three are kept and are not read again."""
     expert, compute, seen = Expert(make_expert(tmp_path / "m")), Expert.states_of, []
-    texts = [" ".join(["w1"] * n) for n in (60, 50, 40, 30, 20, 10)]  # four lengths of batches
+    texts = [" ".join(["w1"] * n) for n in (60, 40, 30, 10)]  # four lengths of batches
 
     def stopped(self, model, ids, length):
-        if len(seen) == 3:
-            raise KeyboardInterrupt
         seen.append(length)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
         return compute(self, model, ids, length)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Expert, "states_of", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            read_all(expert, texts)
-        assert seen == [64, 48, 32]
-        seen[:] = []
-        resumed = read_all(expert, texts)
-    assert seen == [16]
+    monkeypatch.setattr(Expert, "states_of", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        read_all(expert, texts)
+    resumed = read_all(expert, texts)
+    assert seen == [64, 48, 32, 16, 16]
     monkeypatch.setenv("N_MUSKETEERS_CACHE", str(tmp_path / "another"))
     assert torch.equal(resumed, read_all(expert, texts))
 
-def test_a_full_disk_costs_the_cache_only(tmp_path, own_cache):
-    """The states are there, a warning says that they could not be kept, and no half file is left."""
-    expert = Expert(make_expert(tmp_path / "m"))
-    with files_of_at_most(300), pytest.warns(UserWarning, match="cannot be kept.*N_MUSKETEERS_CACHE"):
-        H = read_all(expert)
-    assert not [path for path in own_cache.rglob("*") if path.is_file()]
-    assert torch.equal(H, read_all(expert)) and len(list(own_cache.rglob("*.safetensors"))) == 1
-
-def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path, monkeypatch):
-    """Settings, weights, tokenizer, template, dtype: another row has another place in the cache."""
+def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
+    """Settings, weights, tokenizer, template: another row has another place in the cache."""
     folder = make_expert(tmp_path / "m", chat=True)
     kinds = [dict(), dict(read="first"), dict(layers=(1,)), dict(positions=2), dict(cue="w1"),
              dict(template="plain"), dict(untrained=True)]
     prints = [Expert(folder, **kind).fingerprint("states") for kind in kinds]
     assert prints[0] == Expert(folder, layers=(3,), template="chat").fingerprint("states")  # the same
     prints += [Expert(folder).fingerprint("texts"), Expert(folder, tokens=3).fingerprint("texts")]
-    with monkeypatch.context() as patch:
-        patch.setattr(experts, "SMALL", 1)
-        prints.append(Expert(folder).fingerprint("states"))
-    weights = load_file(f"{folder}/model.safetensors")
-    weights["model.norm.weight"][0] += 1
-    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    change_weight(folder, 7.0)
     prints.append(Expert(folder).fingerprint("states"))
     Path(folder, "chat_template.jinja").write_text("another")
     prints.append(Expert(folder).fingerprint("states"))
-    assert len(set(prints)) == len(prints) == 12
+    assert len(set(prints)) == len(prints) == 11
 
-@pytest.mark.parametrize("kind", ["llama", "neox"])
-def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, kind):
-    """Greedy, until a stop token or a line's end, whatever penalties the model's own generation_config
-    has."""
-    folder = make_expert(tmp_path / "m", kind, seed=1)
+def test_a_full_disk_costs_the_cache_only(tmp_path, own_cache, monkeypatch):
+    """The states are there, a warning tells that they could not be kept, and no half file is left."""
+    expert = Expert(make_expert(tmp_path / "m"))
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be kept.*MUSKETEERS_CACHE"):
+        patch.setattr(experts.os, "fsync", full_disk)
+        H = read_all(expert)
+    assert not [path for path in own_cache.rglob("*") if path.is_file()] and torch.equal(H, read_all(expert))
+
+def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, monkeypatch):
+    """Greedy, until a stop token or a line's end, whatever penalties the model's folder asks for."""
+    folder = make_expert(tmp_path / "m", seed=1)
     edit(folder, "generation_config.json", repetition_penalty=5.0)
-    expert = Expert(folder, tokens=12)
+    expert, encoder = Expert(folder, tokens=12), Expert(make_expert(tmp_path / "bert", "bert"))
     line_end = expert.tokenizer.convert_tokens_to_ids("\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    texts = [" ".join([f"w{i} w{i + 1}"] * (1 + i % 3)) for i in range(30)]
+    texts = [" ".join([f"w{i} w{i + 1}"] * (1 + i % 3)) for i in range(0, 30, 2)]
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=[1, line_end])
     expected = []
@@ -241,32 +405,34 @@ def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, k
         row = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
         row = row[:-1] if row[-1] in (1, line_end) else row
         expected.append(" ".join(expert.tokenizer.decode(row, skip_special_tokens=True).split()))
-    [wrote] = write([expert], [texts], progress=False)
+    wrote, nothing = write([expert, encoder], [texts, texts], progress=False)  # an encoder does not write
     assert wrote == expected and len({len(text.split()) for text in wrote}) > 2
-
-def test_encoders_write_nothing(tmp_path, own_cache):
-    """A BERT reads; what it would write is empty, beside one that writes."""
-    pair = [Expert(make_expert(tmp_path / kind, kind), tokens=2) for kind in ("bert", "llama")]
-    empty, wrote = write(pair, [TEXTS, TEXTS], progress=False)
-    assert [expert.writes for expert in pair] == [False, True] and empty == [""] * len(TEXTS) and any(wrote)
+    assert encoder.writes is False and nothing == [""] * len(texts)
+    monkeypatch.setattr(Expert, "load", lambda self, kind: pytest.fail("it was written before"))
+    assert write([expert], [texts[::-1]], progress=False) == [wrote[::-1]]
 
 def drop_layer(folder):
     path = Path(folder, "model.safetensors")
     save_file({key: value for key, value in load_file(path).items() if "layers.1." not in key}, path)
+
+def change_weight(folder, value):
+    path = Path(folder, "model.safetensors")
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = value
+    save_file(weights, path, {"format": "pt"})
 
 DAMAGES = [  # (what is done to an expert's folder, a word of the sentence)
     (lambda f: os.remove(f + "/model.safetensors"), "no safetensors weights"),
     (lambda f: os.truncate(f + "/model.safetensors", 900), "damaged"),
     (lambda f: os.remove(f + "/config.json"), "config.json"),
     (lambda f: os.truncate(f + "/config.json", 9), "damaged"),
-    (lambda f: Path(f, "config.json").write_text("[]"), "width|damaged"),
     (lambda f: os.remove(f + "/tokenizer.json"), "tokenizer"),
     (lambda f: edit(f, "config.json", hidden_size=10**9), "width"),
     (lambda f: edit(f, "config.json", vocab_size=10**12), "cannot be loaded"),
     (lambda f: edit(f, "config.json", model_type="unheard"), "unheard"),
     (lambda f: edit(f, "config.json", is_encoder_decoder=True), "encoder"),
     (lambda f: edit(f, "config.json", model_type="x", auto_map=dict(AutoModel="x.Y")), "loaded"),
-    (drop_layer, "not in its files"),
+    (drop_layer, "not in its files"), (lambda f: change_weight(f, math.nan), "not finite"),
 ]
 
 @pytest.mark.parametrize("damage, message", DAMAGES)
@@ -279,48 +445,35 @@ def test_a_damaged_expert_is_one_sentence(tmp_path, own_cache, damage, message):
     assert "\n" not in str(error.value)
 
 def test_what_an_expert_cannot_do_is_refused(tmp_path, own_cache):
-    """A layer that it has not, a template that it has not, texts that do not fit, states that are not
-    finite."""
+    """No such folder, layer or template; texts that do not fit."""
     folder = make_expert(tmp_path / "m")
-    for wrong, message in ((dict(layers=(4,)), "layers 0 to 3"), (dict(template="chat"), "chat template")):
+    for change, message in ((dict(layers=(4,)), "layers 0 to 3"), (dict(template="chat"), "chat template"),
+                            (dict(source="nowhere"), "is no folder")):
         with pytest.raises(ValueError, match=message):
-            Expert(folder, **wrong)
+            Expert(**dict(source=folder) | change)
     for text, message in (("w1 " * 65, "65 tokens .* 64"), ("", "0 tokens")):
         with pytest.raises(ValueError, match=message):
             read_all(Expert(folder), [text])
     with pytest.raises(ValueError, match="room for 1 to 48"):
         write([Expert(folder)], [["w1 " * 50]], progress=False)
-    weights = load_file(f"{folder}/model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
-    save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="not finite"):
-        read_all(Expert(folder))
-    with pytest.raises(ValueError, match="is no folder"):
-        Expert(str(tmp_path / "nowhere"))
 
 def test_nothing_of_a_models_folder_is_run(tmp_path, own_cache):
     """Neither code that its config names nor a pickle: the canary of each would show it."""
-    canary = tmp_path / "canary"
     make_policy(tmp_path / "policy")
     make_expert(tmp_path / "expert")
-    for name in ("policy", "expert"):
-        (tmp_path / name / "x.py").write_text(f"open({str(canary)!r}, 'w')\nclass Y: pass\n")
+    pickled = f"cbuiltins\nopen\n(V{tmp_path / 'canary'}\nVw\ntR.".encode()  # open(canary, "w")
+    for name, load in (("policy", Policy.from_pretrained), ("expert", lambda f: read_all(Expert(f)))):
+        (tmp_path / name / "x.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Y: pass\n")
         edit(tmp_path / name, "config.json", auto_map=dict.fromkeys(
             ("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "x.Y"))
-    Policy.from_pretrained(tmp_path / "policy")
-    read_all(Expert(str(tmp_path / "expert")))
-    write([Expert(str(tmp_path / "expert"))], [TEXTS], progress=False)
-
-    class Pickled:
-        def __reduce__(self):
-            return open, (str(canary), "w")
-
-    for name, load in (("policy", Policy.from_pretrained), ("expert", Expert)):
+        load(str(tmp_path / name))
         (tmp_path / name / "model.safetensors").unlink()
-        (tmp_path / name / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled()))
+        (tmp_path / name / "pytorch_model.bin").write_bytes(pickled)
         with pytest.raises(ValueError, match="no safetensors"):
             load(str(tmp_path / name))
-    assert not canary.exists()
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(pickled)
+    assert (tmp_path / "canary").exists()  # it does bite
 
 # -- router.py
 WIDTHS = (5, 12, 8)
@@ -353,8 +506,7 @@ def same_gradients(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("widths", [WIDTHS, (8, 8), (130, 500, 257)])
 def test_one_einsum_equals_a_loop_over_experts(widths):
-    """The router written once more with a loop, unpadded states and torch's attention: values and
-    gradients."""
+    """Written once more with a loop, unpadded states and torch's attention: values and gradients."""
     router, H, up = make_router(widths=widths), states(widths=widths), torch.randn(4, 4, 32)
     C, A = router(H)
     (C * up).sum().backward()
@@ -372,18 +524,6 @@ def test_one_einsum_equals_a_loop_over_experts(widths):
     torch.testing.assert_close(C, naive, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(A.sum(-1), torch.ones(4, 2, 4))
     same_gradients(fast, gradients(router))
-
-@pytest.mark.parametrize("kind", ["soft", "hard", "linear"])
-def test_padding_never_matters(kind):
-    """Whatever stands beyond a state's width, the context is the same, and nothing is learned there."""
-    router, H = make_router(kind), states()
-    dirty = H.clone()
-    dirty[:, 0, 5:] = 7.0
-    C = router(dirty)[0]
-    assert torch.equal(C, router(H)[0])
-    C.square().sum().backward()
-    if kind != "linear":
-        assert router.W.grad[0, :5].abs().min() > 0 and not router.W.grad[0, 5:].any()
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "linear"])
 def test_a_masked_expert_has_no_influence_and_no_gradient(kind):
@@ -424,13 +564,6 @@ def test_hard_chooses_one_and_learns_of_all():
     C.square().sum().backward()
     assert router.choice.weight.grad.abs().sum(1).min() > 0
 
-def test_a_constant_prefix_reads_nothing_and_linear_is_linear():
-    """The prefix is the same for all problems; the linear map of a mean is the mean of the maps."""
-    prefix, linear, H = make_router("prefix"), make_router("linear"), states()
-    assert torch.equal(prefix(H)[0], prefix(-H)[0]) and prefix(H)[1] is None and linear(H)[1] is None
-    C = linear(H)[0]
-    torch.testing.assert_close(linear((H[:2] + H[2:]) / 2)[0], (C[:2] + C[2:]) / 2, atol=1e-5, rtol=1e-4)
-
 # -- model.py
 def make_policy(folder, kind="llama", **settings):
     """A random Hugging Face model of the given family, saved to `folder`, and the model itself."""
@@ -463,8 +596,7 @@ def small(tmp_path_factory):
     return policy
 
 def example(prefix=True):
-    """Three prompts of different lengths, padded; two completions each, one of them short; a prefix or
-    None."""
+    """Three prompts of several lengths, padded; two completions each, one of them short; a prefix or None."""
     g = torch.Generator().manual_seed(0)
     tokens, lengths = torch.randint(2, 300, (3, 9), generator=g), torch.tensor([9, 5, 7])
     answer, mask = torch.randint(2, 300, (3, 2, 6), generator=g), torch.ones(3, 2, 6, dtype=torch.bool)
@@ -508,8 +640,7 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
             assert not got[~mask].any()
 
 def test_cached_decoding_equals_the_full_forward(small):
-    """40 greedy tokens from the cache, LoRA merged, behind prompts of several lengths and a prefix: each is
-    what the text as a single prompt gives."""
+    """40 greedy tokens from the cache, LoRA merged, are what the text as a single prompt gives."""
     tokens, lengths, prefix, *_ = example()
     policy = copy.deepcopy(small)
     policy.stop_at([])
@@ -523,8 +654,7 @@ def test_cached_decoding_equals_the_full_forward(small):
             assert policy.logits(last).argmax() == got[b, 0, t]
 
 def test_lora_merged_is_lora_and_disabled_is_the_frozen_model(small, tmp_path):
-    """Merged for sampling: the same states but for rounding. Disabled, or fresh: the frozen model's, to the
-    bit."""
+    """Merged: the same states but for rounding. Disabled, or fresh: the frozen model's, to the bit."""
     tokens, lengths, prefix, *_ = example()
     last = lambda policy: policy.prefill(tokens, lengths, prefix).last.detach()
     make_policy(tmp_path)
@@ -539,8 +669,7 @@ def test_lora_merged_is_lora_and_disabled_is_the_frozen_model(small, tmp_path):
     assert not list(frozen.parameters())
 
 def test_shared_prefill_equals_plain_copies(small):
-    """Log-probabilities and gradients of 3 prompts x 2 are those of 6 rows that each run all of their
-    text."""
+    """Log-probabilities and gradients of 3 prompts x 2 are those of 6 rows that each run all their text."""
     tokens, lengths, prefix, answer, mask = example()
     prefix.requires_grad_()
     weight = torch.randn(3, 2, 1)
@@ -571,9 +700,7 @@ def test_token_logprob_equals_autograd():
     torch.testing.assert_close(got, h.grad, atol=1e-5, rtol=1e-4)
 
 def test_sample_draws_from_the_softmax():
-    """Chi-square of 200,000 draws; never a token of probability 0; temperature 0 is the likeliest; a seed
-    fixes
-    the draws; NaN logits give any token."""
+    """Chi-square of 200,000 draws; temperature 0 is the likeliest; a seed fixes them; NaN gives any token."""
     logits = torch.randn(60, generator=torch.Generator().manual_seed(0))
     logits[::3] = -torch.inf
     draw = lambda seed: sample(logits.expand(200_000, -1), 0.8, torch.Generator().manual_seed(seed))
@@ -602,39 +729,16 @@ def test_a_completion_ends_with_its_stop_token(small):
         ends.append(n)
     assert len(set(ends)) > 4
 
-def test_a_bf16_rollout_is_consistent_with_its_logprobs(tmp_path):
-    """Sampled by one path in bf16 (cache, LoRA merged), scored by another: the same distribution, nearly."""
-    make_policy(tmp_path)
-    policy = Policy.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    wake_lora(policy)
-    policy.stop_at([299])
-    tokens, lengths, prefix, *_ = example()
-    with torch.no_grad():
-        got, mask = policy.generate(policy.prefill(tokens, lengths, prefix), 1, 6, temperature=0)
-        best, _ = policy.logprobs(policy.prefill(tokens, lengths, prefix), got, mask)
-        fine = Policy.from_pretrained(tmp_path)
-        fine.load_state_dict(policy.state_dict())
-        exact, _ = fine.logprobs(fine.prefill(tokens, lengths, prefix), got, mask)
-        for b, t in ((b, t) for b in range(3) for t in range(6)):
-            text = torch.cat((tokens[b, :lengths[b]], got[b, 0, :t]))[None]
-            cache = policy.prefill(text, torch.tensor([text.shape[1]]), prefix[b:b + 1])
-            z = policy.logits(cache.last)[0].float()
-            assert z[got[b, 0, t]] > z.max() - 0.05 * z.std()
-    assert (best - exact).abs().max() < 0.3 and best.abs().max() > 1
-
 ODD = [  # (key of a policy's config.json, value): more than a machine has, senseless, or of another type
     ("model_type", "gpt2"), ("model_type", ["x"]), ("hidden_act", "gelu"), ("hidden_size", 10**9),
     ("hidden_size", 16), ("hidden_size", math.nan), ("num_hidden_layers", 10**6), ("num_hidden_layers", 4),
-    ("num_hidden_layers", -1), ("num_hidden_layers", "3"), ("num_attention_heads", 0),
-    ("num_attention_heads", -4), ("num_key_value_heads", 0), ("num_key_value_heads", 3),
-    ("num_key_value_heads", 10**9), ("intermediate_size", 10**12), ("intermediate_size", "48"),
-    ("vocab_size", 10**12), ("vocab_size", 5), ("head_dim", 10**12), ("head_dim", -2),
-    ("max_position_embeddings", 10**12), ("max_position_embeddings", math.inf), ("rms_norm_eps", math.nan),
-    ("rms_norm_eps", -1.0), ("tie_word_embeddings", "false"), ("eos_token_id", None), ("eos_token_id", 300),
+    ("num_hidden_layers", "3"), ("num_attention_heads", 0), ("num_attention_heads", -4),
+    ("num_key_value_heads", 3), ("intermediate_size", 10**12), ("vocab_size", 10**12), ("vocab_size", 5),
+    ("head_dim", -2), ("max_position_embeddings", math.inf), ("rms_norm_eps", math.nan),
+    ("tie_word_embeddings", "false"), ("eos_token_id", None), ("eos_token_id", 300),
     ("rope_parameters", dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
-    ("rope_parameters", dict(rope_theta="x")), ("rope_parameters", dict(rope_theta=-1e4)),
-    ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0)),
-]
+    ("rope_parameters", dict(rope_theta="x")),
+    ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0))]
 
 @pytest.fixture(scope="module")
 def plain_policy(tmp_path_factory):
@@ -645,49 +749,27 @@ def plain_policy(tmp_path_factory):
 
 @pytest.mark.parametrize("key, value", ODD)
 def test_a_policy_that_cannot_run_is_refused(plain_policy, tmp_path, key, value):
-    """Unknown architectures and rope kinds, absurd numbers: one sentence, before anything of that size is
-    made."""
+    """Unknown kinds, absurd numbers: one sentence, before anything of that size is made."""
     shutil.copytree(plain_policy, tmp_path / "p")
     edit(tmp_path / "p", "config.json", **{key: value})
     with pytest.raises(ValueError) as error:
         Policy.from_pretrained(tmp_path / "p")
     assert "\n" not in str(error.value)
 
-def header_says(**changes):
-    """Rewrite the header of a safetensors file, leaving its bytes as they are."""
-    def damage(folder):
-        path = folder / "model.safetensors"
-        data = path.read_bytes()
-        n = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:8 + n])
-        header["model.norm.weight"] |= changes
-        text = json.dumps(header).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + n:])
-    return damage
-
-def rewrite(change):
-    """Change the tensors of a policy."""
-    def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-    return damage
-
-@pytest.mark.parametrize("damage, message", [
-    (header_says(shape=[10**9, 10**9]), "fetch it again"), (header_says(shape=[-32]), "fetch it again"),
-    (header_says(data_offsets=[0, 10**15]), "fetch it again"), (header_says(shape=[16, 2]), r"is \(16, 2\)"),
-    (header_says(dtype="I32"), "int32"), (rewrite(lambda t: t.pop("model.norm.weight")), "is missing"),
-    (rewrite(lambda t: t.update({"lm_head.weight": torch.ones(3)})), "lm_head.weight is"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "fetch it again"),
-    (lambda f: (f / "generation_config.json").write_text("{"), "damaged")])
-def test_lies_about_a_policys_tensors_are_one_sentence(plain_policy, tmp_path, damage, message):
-    """A tensor that is missing, of another shape or type than config.json implies, or a header that lies."""
-    shutil.copytree(plain_policy, tmp_path / "p")
-    damage(tmp_path / "p")
-    with pytest.raises(ValueError, match=message) as error:
-        Policy.from_pretrained(tmp_path / "p")
-    assert "\n" not in str(error.value)
-
+def test_lies_about_a_policys_tensors_are_one_sentence(plain_policy, tmp_path):
+    """Missing, of another shape or type than config.json implies, or no tensors at all."""
+    norm, path = "model.norm.weight", tmp_path / "p" / "model.safetensors"
+    shutil.copytree(plain_policy, path.parent)
+    tensors = load_file(path)
+    for wrong, message in ((torch.ones(16, 2), r"is \(16, 2\)"), (torch.ones(32).int(), "int32"),
+                           (None, "is missing"), (b"\xff" * 64, "fetch it again")):
+        if isinstance(wrong, bytes):
+            path.write_bytes(wrong)
+        else:
+            save_file({k: v for k, v in (tensors | {norm: wrong}).items() if v is not None}, path)
+        with pytest.raises(ValueError, match=message) as error:
+            Policy.from_pretrained(path.parent)
+        assert "\n" not in str(error.value)
 
 # -- rlvr.py
 def test_advantages_by_hand():
@@ -725,11 +807,11 @@ def test_the_stop_token_is_trained(small):
     grpo_loss(logp, logp.detach(), None, advantage, stop > 0, args).backward()
     assert gradients(small)["0.blocks.0.qkv.A"].abs().max() > 0
 
-def remembered(*arguments):
-    """problems(), made once: thousands of them take seconds."""
-    if arguments not in MADE:
-        MADE[arguments] = problems(*arguments)
-    return list(MADE[arguments])
+def remembered(task, split, n, *rest):
+    """problems(), made once, and 256 at most: thousands of them take seconds."""
+    if (task, split, n, rest) not in MADE:
+        MADE[task, split, n, rest] = problems(task, split, min(n, 256), *rest)
+    return list(MADE[task, split, n, rest])
 
 MADE = {}
 train.problems = remembered
@@ -738,16 +820,14 @@ TINY = {name: f"tiny/{name}" for name in ("policy", "arithmetic", "logic", "algo
 @pytest.fixture(autouse=True)
 def own_signals():
     """train.py takes over Ctrl-C; the next test has it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
-    """Arguments of a small run: the embedded policy, two random experts that write and an encoder, which
-    reads
-    only; six steps of words, of reading aloud and of GRPO."""
+    """A small run: the embedded policy, two random experts that write, and an encoder, which only reads."""
     folder = tmp_path_factory.mktemp("pool")
     pool = (("logic", "Llama", 16), ("algorithmic", "GPTNeoX", 24), ("arithmetic", "Bert", 16))
     for name, kind, width in pool:
@@ -762,10 +842,11 @@ def quick(tmp_path_factory):
         for p in model.parameters():
             nn.init.normal_(p, std=0.3)
         model.save_pretrained(folder / name)
-    return [*"--policy tiny/policy --task logic+algorithmic --level tiny --form plain --neutral mean "
-             "--write 1 --align 6 --align_words 6 --align_batch 8 --align_lr 3e-3 --steps 6 --batch 6 "
-             "--group 4 --warmup 2 --lr 3e-3 --beta 0.04 --micro_batch 4 --max_new 4 --val 8 --test 8 "
-             "--eval_every 3 --save_every 3 --router_dim 16 --router_heads 2".split(),
+    shutil.copytree(TINY["policy"], folder / "policy")
+    return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --align 6 "
+             "--align_words 6 --align_batch 8 --align_lr 3e-3 --steps 6 --batch 6 --group 4 --warmup 2 "
+             "--lr 3e-3 --beta 0.04 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
+             "--save_every 3 --router_dim 16 --router_heads 2 --policy".split(), str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
 
 @pytest.fixture(scope="session")
@@ -830,24 +911,21 @@ def test_the_reference_is_the_policy_as_grpo_finds_it(finished, quick, tmp_path,
     train.run([*quick, "--out", str(tmp_path / "run"), "--align", "0", "--steps", "1"])
     assert rows(tmp_path / "run")[0]["kl"] > 1e-4
     tokens, lengths, _, answer, mask = example()
-    batch = rlvr.Batch([], tokens, lengths, None)
-    before = [p.detach().clone() for p in small.parameters()]
     with small.lora_disabled(), torch.no_grad():
         frozen = small.logprobs(small.prefill(tokens, lengths), answer, mask)[0]
-    assert torch.equal(rlvr.reference_logprobs(small, None, batch, answer, mask, 1.0), frozen)
-    fresh = [torch.zeros_like(p) for p in small.parameters()]
-    other = rlvr.reference_logprobs(small, (fresh, None), batch, answer, mask, 1.0)
-    torch.testing.assert_close(other, frozen)
+    batch, before = rlvr.Batch([], tokens, lengths, None), [p.detach().clone() for p in small.parameters()]
+    for reference in (None, ([torch.zeros_like(p) for p in before], None)):
+        found = rlvr.reference_logprobs(small, reference, batch, answer, mask, 1.0)
+        torch.testing.assert_close(found, frozen)
     assert all(torch.equal(a, b) for a, b in zip(before, small.parameters()))
 
 def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
-    """The policy says what the expert would say to held-out problems, and not so with another problem's
-    states."""
+    """The policy says what the expert would say to held-out problems, but not with another's states."""
     out = tmp_path / "run"
-    train.run([*"--preset tiny --task algorithmic --experts tiny/algorithmic --align_words 100 --align 25 "
-                "--align_batch 32 --steps 1 --val 48 --test 1 --out".split(), str(out)])
+    train.run([*"--preset tiny --task algorithmic --experts tiny/algorithmic --align_words 60 --align 25 "
+                "--align_batch 32 --steps 1 --batch 2 --val 48 --test 1 --out".split(), str(out)])
     [row] = [row for row in rows(out, "align.jsonl") if "read_back" in row]
-    assert row["read_back"] > 0.8 and row["shuffled"] < 0.5 and row["n"] > 40
+    assert row["read_back"] > row["shuffled"] + 0.3 and row["n"] > 40
 
 def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     """With wrong gold answers: the same weights after it, to the bit. GRPO does see them."""
@@ -859,8 +937,7 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
         row["reward"] for row in rows(tmp_path / "run")} == {0}
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
-    """In a step of one problem one expert has a gradient, the others and the encoder none; each has its
-    turn."""
+    """In a step of one problem one expert has a gradient, the others and the encoder none; by turns."""
     seen = []
 
     def noted(parameters):
@@ -875,17 +952,16 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         assert {tuple(row) for row in part} == {(True, False, False), (False, True, False)}
 
 def test_controls_are_what_they_say(quick, tmp_path):
-    """shuffled: each problem has another's states; noise: their mean and std; untrained: strangers, the same
-    ones."""
+    """shuffled: another problem's states; noise: their mean and std; untrained: strangers, the same ones."""
     H = {}
     for control in ("none", "shuffled", "noise", "untrained"):
         args = train.parse_args([*quick, "--out", str(tmp_path), "--control", control, "--align", "0"])
         policy, pool, _ = train.build(args)
-        data = Dataset(train.load_problems(args, "train", 600), policy, pool, args)
+        data = Dataset(train.load_problems(args, "train", 256), policy, pool, args)
         H[control] = data.H
     place = {row.numpy().tobytes(): i for i, row in enumerate(H["none"])}
     order = [place[row.numpy().tobytes()] for row in H["shuffled"]]
-    assert sorted(order) == sorted(place.values()) and len(place) > 590
+    assert sorted(order) == sorted(place.values()) and len(place) > 250
     assert sum(i == j for i, j in enumerate(order)) < 3
     for a, b in zip(torch.std_mean(H["none"], dim=0), torch.std_mean(H["noise"], dim=0)):
         assert (a - b).abs().max() < 0.3 * (1e-3 + H["none"].std(0).max())
@@ -895,72 +971,73 @@ def test_controls_are_what_they_say(quick, tmp_path):
 
 # -- train.py
 def test_a_run_writes_down_what_it_did(finished):
-    """The files, the metric names of every row, shares between 0 and 1, attention that sums to 1."""
+    """The files, the metrics of every row, shares between 0 and 1, attention that sums to 1."""
     assert [row["step"] for row in rows(finished)] == list(range(1, 7))
     names = {"logic", "algorithmic", "arithmetic"}
     for row in rows(finished):
-        assert row.keys() >= {
-            "step", "reward", "accuracy", "length", "truncated", "frac_reward_zero_std", "kl", "entropy",
-            "grad_norm", "rollout_seconds", "train_seconds", "tokens_per_second", "attention",
-            "attention_by_dataset", "attention_entropy", "reasons"}
+        assert row.keys() >= {"length", "kl", "entropy", "grad_norm", "rollout_seconds", "train_seconds",
+                              "tokens_per_second", "attention_entropy"}
         assert all(0 <= row[key] <= 1 for key in ("reward", "accuracy", "truncated", "frac_reward_zero_std"))
         assert set(row["attention"]) == names and sum(row["attention"].values()) == pytest.approx(1, abs=1e-5)
         assert set(row["attention_by_dataset"]) <= {"family_relationships", "count_primes"}
-        assert all(set(shares) == names for shares in row["attention_by_dataset"].values())
         assert sum(row["reasons"].values()) == 24 and ("val" in row) == (row["step"] % 3 == 0)
     assert {row["reason"] for row in rows(finished, "samples.jsonl")} <= set(rewards.REASONS)
     assert [row["expert"] for row in rows(finished, "align.jsonl")[1:]] == ["logic", "algorithmic"]
-    report = json.loads((finished / "eval.json").read_text())
-    assert report.keys() >= {"task", "n", "before", "after", "by_dataset"} and set(report["masked"]) == names
+    assert set(json.loads((finished / "eval.json").read_text())["masked"]) == names
     assert len(list(finished.glob("step-*"))) == 2 and not list(finished.glob("*.part"))
 
 def test_three_and_three_steps_equal_six(finished, quick, tmp_path):
-    """Stopped after 3 and resumed: weights, moments, generator, rows and report are those of the straight
-    run."""
+    """Stopped after 3 and resumed: weights, moments, generator, rows and report of the straight run."""
     train.run([*quick, "--out", str(tmp_path / "run"), "--steps", "3"])
     train.run(["--resume", str(tmp_path / "run"), "--steps", "6"])
     assert same_run(finished, tmp_path / "run")
 
-def killed(argv, where, name, moment, counts=lambda *args: True):
-    """Run train.py in a process of its own, which SIGKILL ends in the `moment`-th call of where.name that
-    counts."""
+def forked(run, log):
+    """Call run() in a fork of this process, which has all imported; what it prints is in `log`. Its id."""
     process = os.fork()
     if process == 0:
-        calls, original = [], getattr(where, name)
+        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                code = run()
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+        os._exit(code or 0)
+    return process
 
-        def deadly(*args):
-            calls.extend([1] * counts(*args))
-            if len(calls) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args)
+def exit_code(process):
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-        setattr(where, name, deadly)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train.run(argv)
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(process, 0)[1]) == signal.SIGKILL
+def killed_in(where, name, moment, counts):
+    """SIGKILL ends this process in the `moment`-th call of where.name that counts."""
+    calls, original = [], getattr(where, name)
 
-KILLS = {  # (object, name of its function, which call of it): SIGKILL comes then
-    "words": (train.Keeper, "after_align_step", 5), "border": (train.Keeper, "after_align_step", 7),
-    "reading": (train.Keeper, "after_align_step", 11), "read back": (train, "read_back", 1),
-    "GRPO": (train, "log", 5), "writing a checkpoint": (
-        experts.os, "replace", 2, lambda aside, path: path.name.startswith("step-"))}
+    def deadly(*args):
+        calls.extend([1] * counts(*args))
+        if len(calls) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
 
-@pytest.mark.parametrize("moment", KILLS)
-def test_kill_9_and_resume_is_the_undisturbed_run(finished, quick, tmp_path, moment):
-    """In stage 0 and in GRPO, between checkpoints and in the middle of one."""
+    setattr(where, name, deadly)
+
+@pytest.mark.parametrize("where, name, moment, counts", [
+    (train.Keeper, "after_align_step", 11, lambda *args: True),  # between two checkpoints of stage 0
+    (experts.os, "replace", 7,  # while GRPO's second is written
+     lambda aside, path: path.suffix == ".safetensors")])
+def test_kill_9_and_resume_is_the_undisturbed_run(finished, quick, tmp_path, where, name, moment, counts):
+    """In stage 0, and in GRPO in the middle of writing a checkpoint."""
     out = tmp_path / "run"
-    killed([*quick, "--out", str(out)], *KILLS[moment])
+    process = forked(lambda: [killed_in(where, name, moment, counts), train.run([*quick, "--out", str(out)])],
+                     tmp_path / "log")
+    assert exit_code(process) == -signal.SIGKILL
     assert (out / "config.json").exists() and not (out / "eval.json").exists()
     train.run(["--resume", str(out)])
     assert same_run(finished, out)
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_finish_the_step_and_save(finished, quick, tmp_path, monkeypatch, capsys, stop):
-    """In stage 0 and in GRPO: exit code 0, and the run goes on where it was."""
-    out = tmp_path / "run"
-    name = "after_align_step" if stop == signal.SIGINT else "after_step"
-    original, calls = getattr(train.Keeper, name), []
+@pytest.mark.parametrize("stop, name", [(signal.SIGINT, "after_align_step"), (signal.SIGTERM, "after_step")])
+def test_ctrl_c_and_sigterm_save(finished, quick, tmp_path, monkeypatch, capsys, stop, name):
+    """In stage 0 and in GRPO: the step is finished, exit code 0, and the run goes on where it was."""
+    out, original, calls = tmp_path / "run", getattr(train.Keeper, name), []
 
     def stopped(self, *args):
         calls.append(1)
@@ -972,8 +1049,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save(finished, quick, tmp_path, 
         patch.setattr(train.Keeper, name, stopped)
         assert command(*quick, "--out", out) == 0
     assert "stopped and saved" in capsys.readouterr().out and len(calls) == 5
-    assert not (out / "eval.json").exists()
-    assert re.search("align-000005|step-000005", str(train.checkpoints(out)[0]))
+    assert not (out / "eval.json").exists() and "-000005-" in str(train.checkpoints(out)[0])
     train.run(["--resume", str(out)])
     assert same_run(finished, out)
 
@@ -983,11 +1059,6 @@ def stopped_at_three(finished, out):
     train.checkpoints(out)[0].unlink()
     (out / "eval.json").unlink()
     return out
-
-def flip(path, at, bit=1):
-    data = bytearray(path.read_bytes())
-    data[at] ^= bit
-    path.write_bytes(data)
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp_path, capsys):
     """Said in a sentence, and the run ends the same. All damaged: refused, nothing is started over."""
@@ -1003,31 +1074,29 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp
     assert len(rows(tmp_path / "run")) == 6
 
 def test_every_bit_of_a_checkpoint_counts(finished, tmp_path):
-    """Header, tensors, name: a flipped bit or a cut is found, and weights stay as they were."""
+    """A flipped bit or a cut is found wherever it is; one of other models leaves the weights as they were."""
     path = train.checkpoints(finished)[0]
     data, copied = path.read_bytes(), tmp_path / path.name
     header = int.from_bytes(data[:8], "little")
-    for at in (0, 7, 9, header // 2, header + 4, header + 8, len(data) // 2, len(data) - 1):
-        copied.write_bytes(data)
-        flip(copied, at)
-        with pytest.raises(ValueError, match="damaged"):
-            experts.read_tensors(copied)
-    for size in (0, 7, 100, header + 8, len(data) - 1):
-        copied.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="damaged"):
-            experts.read_tensors(copied)
+    for at in (0, 9, header // 2, header + 4, header + 8, len(data) // 2, len(data) - 1):
+        flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+        for damaged in (flipped, data[:at]):
+            copied.write_bytes(damaged)
+            with pytest.raises(ValueError, match="damaged"):
+                experts.read_tensors(copied)
     policy, router = Policy.from_pretrained(TINY["policy"]), make_router()
     before = [p.detach().clone() for p in (*policy.parameters(), *router.parameters())]
     with pytest.raises(ValueError, match="other models"):
         train.load_checkpoint(path, policy, router)
     assert all(torch.equal(a, b) for a, b in zip(before, (*policy.parameters(), *router.parameters())))
 
-def test_a_full_disk_loses_only_what_was_not_saved(finished, tmp_path, capsys):
+def test_a_full_disk_loses_only_what_was_not_saved(finished, tmp_path, monkeypatch, capsys):
     """A checkpoint that does not fit: one sentence, no half file; with room again, the undisturbed run."""
-    out = stopped_at_three(finished, tmp_path / "run")
-    with files_of_at_most(10**5):
+    out, log = stopped_at_three(finished, tmp_path / "run"), train.log
+    with monkeypatch.context() as patch:  # full from step 4 on
+        patch.setattr(train, "log", lambda *args: [patch.setattr(experts.os, "fsync", full_disk), log(*args)])
         sentence = refused(capsys, "--resume", out)
-    assert "File too large" in sentence and "--resume" in sentence and not list(out.glob("*.part"))
+    assert "No space" in sentence and "--resume" in sentence and not list(out.glob("*.part"))
     train.run(["--resume", str(out)])
     assert same_run(finished, out)
 
@@ -1055,19 +1124,18 @@ def test_a_step_that_is_not_finite_is_skipped(finished, tmp_path, monkeypatch, c
     train.run(["--resume", str(out), "--steps", "9"])
     assert not torch.equal(newest(out)["optimizer.0.step"], kept["optimizer.0.step"])
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
-    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
-def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, capsys, error):
-    """Same samples, same gradient. A prompt that does not fit alone is a sentence; a mistake of ours is
-    raised."""
+def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, capsys):
+    """Same samples, same gradient. A prompt that does not fit alone is a sentence; a mistake is raised."""
     expected, _ = gradient_of_first_step(monkeypatch, tmp_path / "a", *quick, "--micro_batch", "6")
     original, sizes, room = Policy.logprobs, [], 3
+    errors = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
 
     def logprobs(self, cache, tokens, *rest):
         if torch.is_grad_enabled():
             sizes.append(len(tokens))
             if len(tokens) > room or len(sizes) == 3:  # after a part that left its gradient
-                raise error
+                raise errors[len(sizes) % 3]
         return original(self, cache, tokens, *rest)
 
     monkeypatch.setattr(Policy, "logprobs", logprobs)
@@ -1076,30 +1144,27 @@ def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, caps
     assert sizes == [6, 3, 3, 1, 1, 1, 1, 1, 1]
     room = 0
     assert "out of memory" in refused(capsys, *quick, "--out", tmp_path / "c", "--align", "0")
-    if type(error) is RuntimeError:
-        monkeypatch.setattr(error, "args", ("shapes do not match",))
-        with pytest.raises(RuntimeError, match="shapes"):
-            command(*quick, "--out", tmp_path / "d", "--align", "0")
+    errors[:] = [RuntimeError("shapes do not match")] * 3
+    with pytest.raises(RuntimeError, match="shapes"):
+        command(*quick, "--out", tmp_path / "d", "--align", "0")
 
-def test_a_router_of_ones_own_trains(quick, tmp_path, monkeypatch):
-    """As in router.py's head: one class with ConstantPrefix's signature and one entry in ROUTERS."""
-    class MeanRouter(LinearRouter):
-        def forward(self, H, mask=None, attention=None):
-            C, _ = super().forward(H, mask)
-            return C, torch.full((len(H), 1, self.latents, H.shape[1]), 1 / H.shape[1], device=H.device)
-
-    monkeypatch.setitem(ROUTERS, "soft", MeanRouter)
-    train.run([*quick, "--out", str(tmp_path / "run"), "--steps", "2"])
-    assert rows(tmp_path / "run")[1]["attention"]["logic"] == pytest.approx(1 / 3)
-    assert "router.map.weight" in newest(tmp_path / "run")
+def test_the_readmes_router_trains_as_it_stands(tmp_path, monkeypatch):
+    """The Python block of README.md, with fewer and smaller steps than the preset's."""
+    [block] = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    monkeypatch.setitem(ROUTERS, "mean", None)  # taken out again after the test
+    monkeypatch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | dict(
+        align=1, align_words=1, align_batch=4, batch=4, val=4, test=4))
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    row = rows(tmp_path / "runs" / "mean")[-1]
+    assert list(row["attention"].values()) == pytest.approx([1 / 3] * 3) and row["step"] == 3
 
 MODES = [("hard", "shuffled", "6"), ("soft", "noise", "0"), ("linear", "untrained", "6"),
          ("prefix", "none", "6"), ("single", "none", "6"), ("text", "none", "0")]
 
 @pytest.mark.parametrize("collab, control, align", MODES)
 def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, control, align):
-    """Trained, loaded, measured again with the same result, asked. LoRA and the order of problems are the
-    same."""
+    """Trained, loaded, measured again with the same result, asked."""
     out = tmp_path / "run"
     train.run([*quick, "--out", str(out), "--collab", collab, "--control", control, "--align", align,
                "--steps", "2"])
@@ -1116,66 +1181,60 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     assert command(out, "--ask", "How many primes?", program=evaluation) == 0
     assert ("logic" in capsys.readouterr().out.split("rewarded")[1]) == (collab in ("soft", "hard"))
 
+def as_rank(rank, port, out, argv):
+    """A run as one of two ranks that torchrun started, or alone (rank None), on given samples. The gradient
+    of its first step is written down. Two then go on with the run, and rank 1 is lost in step 3."""
+    if rank is not None:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="0.5")
+        for module in (rlvr, train):
+            module.RANK, module.WORLD = rank, 2
+    rollout, add_gradients, after_step, seen = train.rollout, train.add_gradients, train.Keeper.after_step, {}
 
-RANKS = """
-import os, sys, torch, rlvr, train
-folder, *argv = sys.argv[1:]
-torch.set_num_threads(1)
-problems, rollout = train.problems, train.rollout
-add_gradients, after_step = train.add_gradients, train.Keeper.after_step
-seen = {}
-def few(task, split, n, *rest):
-    return problems(task, split, min(n, 64), *rest)
-def given(policy, router, batch, args, group, *rest):  # no draws: two ranks have the samples of one
-    sampled = rollout(policy, router, batch, args, group, *rest)
-    answers = range(group)
-    lengths = [len(p.question) for p in batch.problems]
-    sampled.tokens = torch.tensor([[[3 + (n + 7 * g + t) % 90 for t in range(4)] for g in answers]
-                                   for n in lengths])
-    sampled.mask = torch.ones(sampled.tokens.shape, dtype=torch.bool)
-    sampled.rewards = torch.tensor([[float((n + g) % 3 == 0) for g in answers] for n in lengths])
-    return sampled
-def noted(parameters):
-    add_gradients(parameters)
-    seen.setdefault("gradients", {str(i): p.grad.clone() for i, p in enumerate(parameters)})
-def lost(self, step, *rest):
-    if self.args.out.endswith("lose") and step == 2 and rlvr.RANK == 1:
-        os._exit(7)
-    return after_step(self, step, *rest)
-train.problems, train.rollout, train.add_gradients, train.Keeper.after_step = few, given, noted, lost
-train.run([*argv, "--out", folder])
-torch.save(seen["gradients"], f"{folder}-{rlvr.RANK}.pt")
-if rlvr.WORLD == 2:
-    sys.exit(train.one_sentence("train.py", lambda: train.run(
-        [*argv, "--align", "0", "--steps", "4", "--out", f"{folder}/lose"])))
-"""
+    def given(*rest):  # no draws: two ranks have the samples of one
+        sampled = rollout(*rest)
+        group, lengths = range(sampled.tokens.shape[1]), [len(p.question) for p in sampled.problems]
+        sampled.tokens = torch.tensor([[[3 + (n + 7 * g + t) % 90 for t in range(4)] for g in group]
+                                       for n in lengths])
+        sampled.mask = torch.ones(sampled.tokens.shape, dtype=torch.bool)
+        sampled.rewards = torch.tensor([[float((n + g) % 3 == 0) for g in group] for n in lengths])
+        return sampled
+
+    def noted(parameters):
+        add_gradients(parameters)
+        seen.setdefault("gradients", {str(i): p.grad.clone() for i, p in enumerate(parameters)})
+
+    def lost(self, step, *rest):
+        return os._exit(7) if (step, rank) == (3, 1) else after_step(self, step, *rest)
+
+    train.rollout, train.add_gradients, train.Keeper.after_step = given, noted, lost
+    train.run([*argv, "--out", str(out)])
+    torch.save(seen["gradients"], f"{out}-{rank}.pt")
+    if rank is not None:
+        return train.one_sentence("train.py", lambda: train.run(["--resume", str(out), "--steps", "4"]))
 
 def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, capsys):
-    """Stage 0 and the gradient of a step on the same samples: on each of two ranks what one has alone. When
-    a rank
-    is gone the other ends with a sentence; and one rank cannot go on with a run of two."""
+    """On each of two ranks what one has alone. When one is gone the other ends with a sentence."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    torchrun = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="0.5")
     argv = [*quick, *"--steps 2 --batch 5 --align_batch 5 --align_words 2 --align 2".split()]
-    processes = [subprocess.Popen([sys.executable, "-c", RANKS, tmp_path / name, *argv], env=os.environ | env,
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for name, env in (("two", torchrun | dict(RANK="0", LOCAL_RANK="0")),
-                                   ("two", torchrun | dict(RANK="1", LOCAL_RANK="1")), ("one", {}))]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [2, 7, 0], outputs
-    assert "held-out problems" in outputs[0] and "n-Musketeers" not in outputs[1]  # rank 0 speaks
-    assert "another rank is gone" in outputs[0] and "Traceback" not in outputs[0]
-    assert "2 ranks" in refused(capsys, "--resume", tmp_path / "two" / "lose")
+    processes = [forked(lambda: as_rank(rank, port, tmp_path / name, argv), tmp_path / f"log-{rank}")
+                 for name, rank in (("two", 0), ("two", 1), ("one", None))]
+    codes = [*map(exit_code, processes)]
+    speaks, quiet = ((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
+    assert codes == [2, 7, 0], speaks
+    assert "held-out problems" in speaks and "n-Musketeers" not in quiet
+    assert "another rank is gone" in speaks and "Traceback" not in speaks
+    assert "2 ranks" in refused(capsys, "--resume", tmp_path / "two")
     a, b = (load_file(next((tmp_path / name).glob("aligned*"))) for name in ("one", "two"))
     for key in (key for key in a if key.startswith(("policy", "router"))):
         torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
-    one, two, other = (torch.load(tmp_path / name) for name in ("one-0.pt", "two-0.pt", "two-1.pt"))
+    one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("one-None", "two-0", "two-1"))
     assert all(torch.equal(two[key], other[key]) for key in two) and any(g.any() for g in one.values())
     same_gradients(two, one, 1e-2)
-    rewards_of = lambda name: [row["reward"] for row in rows(tmp_path / name)]
-    assert rewards_of("one") == rewards_of("two")
+    assert [row["reward"] for row in rows(tmp_path / "one")] == [
+        row["reward"] for row in rows(tmp_path / "two")][:2]
 
 BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentence)
     ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
@@ -1205,16 +1264,8 @@ def test_bad_input_is_one_sentence(quick, tmp_path, capsys, monkeypatch, argumen
         argv = [*quick, "--out", str(tmp_path / "run"), *arguments.split()]
     assert re.search(word, refused(capsys, *argv)) and not list(tmp_path.glob("*/config.json"))
 
-def test_a_task_without_a_preset_names_one(capsys):
-    """`--task gcd` on a machine without a large GPU: the embedded pool was not made for it."""
-    if not torch.cuda.is_available():
-        assert "--preset small or paper" in refused(capsys, "--task", "gcd", "--out", "never")
-    with pytest.raises(SystemExit):
-        train.run(["--unheard"])
-
 def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
-    """Repeated settings are accepted, others named; fewer steps than done are refused, a finished run stays
-    so."""
+    """Settings may be repeated, not changed; fewer steps than done are refused; a finished run stays so."""
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
@@ -1223,10 +1274,8 @@ def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert command("--resume", finished) == 0 and (finished / "metrics.jsonl").read_bytes() == before
 
-DAMAGED_CONFIGS = ["", "[]", "{}", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff", dict(batch=-1),
-                   dict(batch="6"), dict(lr=math.nan), dict(lora_rank=1.5), dict(group=None),
-                   dict(task=None), dict(experts="tiny/logic"), dict(collab="loud"), dict(unheard=1),
-                   dict(layer=["x"]), dict(experts=[3])]
+DAMAGED_CONFIGS = ["", "[]", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff", dict(batch=-1),
+                   dict(task=None), dict(lr=math.nan), dict(collab=1), dict(unheard=1), dict(layer=["x"])]
 
 @pytest.mark.parametrize("damage", DAMAGED_CONFIGS)
 def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, capsys, damage):
@@ -1240,18 +1289,19 @@ def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, capsys, d
     assert "damaged" in refused(capsys, "--resume", tmp_path)
     assert "damaged" in refused(capsys, tmp_path, program=evaluation)
 
-def test_a_data_file_of_five_problems_is_enough_or_says_how_many(quick, tmp_path, capsys):
-    """Held-out splits take what there is; a split without any problem is a sentence."""
+def test_a_data_file_of_five_problems_is_one_sentence_and_of_24_enough(quick, tmp_path, capsys):
+    """A split without any problem is refused, with the mend; a small one gives what it has."""
     questions = [f"How much is {i} + {i + 1}?" for i in range(24)]
-    lines = [json.dumps(dict(question=q, answer="#### 5")) for q in questions]
-    (tmp_path / "many.jsonl").write_text("\n".join(lines))
-    (tmp_path / "one.jsonl").write_text(lines[0])
-    argv = [*quick, "--task", "gsm8k", "--align", "0", "--steps", "1", "--out"]
-    train.run([*argv, str(tmp_path / "run"), "--data", str(tmp_path / "many.jsonl")])
     held_out = sum(rewards.split_of(question) == "test" for question in questions)
+    five = [question for question in questions if rewards.split_of(question) == "train"][:5]
+    for name, texts in (("five", five), ("many", questions)):
+        lines = [json.dumps(dict(question=text, answer="#### 5")) for text in texts]
+        (tmp_path / name).write_text("\n".join(lines))
+    argv = [*quick, *"--task gsm8k --align 0 --steps 1 --out".split(), str(tmp_path / "run"), "--data"]
+    mend = "gsm8k has no val question: pass a larger file as --data"
+    assert mend in refused(capsys, *argv, tmp_path / "five")
+    train.run([*argv, str(tmp_path / "many")])
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["n"] == min(8, held_out)
-    sentence = refused(capsys, *argv, tmp_path / "b", "--data", tmp_path / "one.jsonl")
-    assert "has no" in sentence and "--data" in sentence and "at most 0" not in sentence
 
 # -- eval.py
 def test_wilson_by_hand():
@@ -1267,8 +1317,7 @@ def loaded(out):
     return policy, router, Dataset(train.load_problems(args, "test"), policy, pool, args), args
 
 def test_pass_at_k_and_majority_by_hand(finished, monkeypatch):
-    """Two of four samples right: pass@1 1/2, pass@2 5/6, pass@4 1. Majority: the commonest, the first on a
-    tie."""
+    """Two of four right: pass@1 1/2, pass@2 5/6, pass@4 1. Majority: the commonest, the first on a tie."""
     policy, router, data, args = loaded(finished)
     texts = [" seven", " 5", " 5.0", " eight"]
 
@@ -1282,8 +1331,7 @@ def test_pass_at_k_and_majority_by_hand(finished, monkeypatch):
     assert passed == pytest.approx({1: 1 / 2, 2: 5 / 6, 4: 1}) and majority == {1: 0, 2: 0, 4: 1}
 
 def test_swap_counts_who_follows_the_states(finished, monkeypatch):
-    """A policy that says what the states' expert says follows in all cases; one that goes by the question in
-    none."""
+    """Who says what the states' expert says follows always; who goes by the question never does."""
     policy, router, data, args = loaded(finished)
     place = {row.numpy().tobytes(): i for i, row in enumerate(data.H)}
     data.texts = [[f"{i}" for i in range(len(data))] for _ in data.texts]
@@ -1299,8 +1347,7 @@ def test_swap_counts_who_follows_the_states(finished, monkeypatch):
         assert swap["follows"] == follows and swap["n"] >= len(data) - 1 and swap["strict"] == 0
 
 def test_eval_reports_the_run(finished, capsys):
-    """Before, after, masked, swap, pass@k; intervals hold the shares; the JSON line agrees with training's
-    report."""
+    """Masked, swap, pass@k; intervals hold the shares; the JSON line agrees with training's report."""
     assert command(finished, "--samples", "2", "--json", program=evaluation) == 0
     output = capsys.readouterr().out.splitlines()
     report, kept = json.loads(output[-1]), json.loads((finished / "eval.json").read_text())
@@ -1313,124 +1360,99 @@ def test_eval_reports_the_run(finished, capsys):
     assert any("attention to logic" in line for line in output)
     assert command(finished, "--aligned", "--json", program=evaluation) == 0
     aligned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert command(finished, "--ask", "How many primes are between 1 and 9?", program=evaluation) == 0
+    bars = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in bars] == ["logic", "algorithmic", "arithmetic"]
+    assert sum(float(re.search(r"\d\.\d\d", line).group()) for line in bars) == pytest.approx(1, abs=0.02)
     assert aligned["before"]["strict"] == report["before"]["strict"] and (finished / "aligned.png").exists()
 
-def test_ask_shows_the_answer_and_a_bar_for_each_expert(finished, capsys):
-    """The bars sum to 1; what each expert itself would say stands beside its own."""
-    assert command(finished, "--ask", "How many primes are between 1 and 9?", program=evaluation) == 0
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[0] for line in lines] == ["logic", "algorithmic", "arithmetic"]
-    assert sum(float(re.search(r"\d\.\d\d", line).group()) for line in lines) == pytest.approx(1, abs=0.02)
-    assert all("█" in line for line in lines) and "says" in lines[0] and "says" not in lines[2]
-
-@pytest.mark.parametrize("arguments, word", [
-    ("--ask x --n 5", "--ask"), ("--ask x --json", "--ask"), ("--ask", "question"), ("--n 0", "--n"),
-    ("--n -3", "--n"), ("--samples -1", "--samples"), ("--device cuda:9", "--device")])
-def test_bad_input_of_eval_is_one_sentence(finished, capsys, monkeypatch, arguments, word):
-    """Exit code 2, the mend named, no traceback."""
+def test_bad_input_of_eval_is_one_sentence(finished, tmp_path, capsys, monkeypatch):
+    """Exit code 2, the mend named, no traceback: senseless options, no run, a run without checkpoints."""
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
-    assert word in refused(capsys, finished, *arguments.split(), program=evaluation)
-
-def test_eval_of_what_is_no_run_is_one_sentence(finished, tmp_path, capsys):
-    """No folder, no checkpoint of GRPO, no stage 0, an empty question."""
-    assert "no run" in refused(capsys, tmp_path, program=evaluation)
-    assert "question" in refused(capsys, finished, "--ask", "", program=evaluation)
     shutil.copytree(finished, tmp_path / "run")
-    for path in [*(tmp_path / "run").glob("step-*"), *(tmp_path / "run").glob("aligned*")]:
+    for path in train.checkpoints(tmp_path / "run"):
         path.unlink()
-    for more, word in (((), "no checkpoint"), (("--aligned",), "stage 0")):
-        assert word in refused(capsys, tmp_path / "run", *more, program=evaluation)
-
+    for run, arguments, word in (
+            (finished, "--ask x --n 5", "--ask"), (finished, "--ask x --json", "--ask"),
+            (finished, "--ask", "question"), (finished, "--n 0", "--n"), (finished, "--samples -1", "--n"),
+            (finished, "--device cuda:9", "--device"), (tmp_path, "", "no run"),
+            (tmp_path / "run", "", "no checkpoint"), (tmp_path / "run", "--aligned", "stage 0")):
+        assert word in refused(capsys, run, *arguments.split(), program=evaluation)
 
 # -- another device
-DEVICE = """
-import os, sys, torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-torch.set_num_threads(1)
-_setup_privateuseone_for_python_backend("npu")
-there = torch.device("npu:0")
+def pretend_device():
+    """Changes torch for good: "npu:0" holds its tensors on the CPU and does real arithmetic, but raises where
+    a tensor of the CPU meets one of its own. Returns the mode to run in, and the operations so far."""
+    _setup_privateuseone_for_python_backend("npu")
+    operations, copies = [], ("aten::copy_", "aten::_to_copy", "aten::to")
 
-class There(torch.Tensor):  # claims to be on the device, holds a tensor on the CPU
-    is_cuda = True
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, inner.stride(), inner.storage_offset(),
-                                                   dtype=inner.dtype, device=there)
-    def __init__(self, inner):
-        self.inner = inner
-    def tolist(self):
-        return self.inner.tolist()
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        return run(function, args, kwargs or {})
+    class There(torch.Tensor):  # claims to be on the device
+        is_cuda = True
+        __torch_function__ = torch._C._disabled_torch_function_impl
 
-COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
-counts = dict(operations=0)
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="npu:0")
 
-def run(function, args, kwargs):
-    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    mine = [t for t in tensors if isinstance(t, There)]
-    others = [t for t in tensors if not isinstance(t, There) and t.dim() > 0]
-    target = kwargs.get("device")
-    name = function._schema.name
-    if mine and others and name not in COPIES:
-        raise RuntimeError(f"{name} mixes devices: {[tuple(t.shape) for t in others]} is on the CPU")
-    counts["operations"] += bool(mine)
-    to_there = torch.device(target).type == "npu" if target is not None else bool(mine)
-    if name == "aten::copy_":
-        to_there = isinstance(args[0], There)
-    inner = tree_map(lambda t: t.inner if isinstance(t, There) else t, (args, kwargs))
-    if target is not None:
-        inner[1]["device"] = torch.device("cpu")
-    out = function(*inner[0], **inner[1])
-    if function._schema.name.endswith("_") or "out" in kwargs:  # in place: the very tensor that was given
-        return args[0] if "out" not in kwargs else kwargs["out"]
-    return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and to_there else t, out)
+        def __init__(self, inner):
+            self.inner = inner
 
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return run(function, args, kwargs or {})
+        def tolist(self):
+            return self.inner.tolist()
 
-library = torch.library.Library("aten", "IMPL")  # where torch leaves modes out: table[[1, 2]] = True
-for name in ("empty.memory_format", "empty_strided"):
-    function = getattr(torch.ops.aten, name.split(".")[0])
-    library.impl(name, lambda *args, function=function, device=None, **kwargs: There(
-        function(*args, **kwargs)), "PrivateUse1")
-library.impl("_local_scalar_dense", lambda t: t.inner.item(), "PrivateUse1")
-library.impl("_copy_from", lambda source, target, non_blocking=False: run(
-    torch.ops.aten.copy_.default, (target, source), {}), "PrivateUse1")
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return run(function, args, kwargs or {})
 
-class Generator(torch.Generator):
-    def __new__(cls, device="cpu"):
-        return super().__new__(cls)
-torch.Generator = Generator
-import model, train
-import eval as evaluation
-load = model.load_file  # it makes its tensors in threads of its own, where no mode sees them
-model.load_file = lambda path, device: {name: t.to(device) for name, t in load(path).items()}
-train.pick_device = evaluation.pick_device = lambda name: "npu:0"
-problems = train.problems
-train.problems = lambda task, split, n, *rest: problems(task, split, min(n, 48), *rest)
-folder, *argv = sys.argv[1:]
-with Watch():
-    train.run([*argv, "--out", folder])
-    evaluation.main([folder, "--samples", "2"])
-    train.run(["--resume", folder, "--steps", "2"])
-print(counts["operations"], "operations")
-"""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return run(function, args, kwargs or {})
+
+    def run(function, args, kwargs):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        mine = [t for t in tensors if isinstance(t, There)]
+        others = [tuple(t.shape) for t in tensors if not isinstance(t, There) and t.dim() > 0]
+        target, name = kwargs.get("device"), function._schema.name
+        if mine and others and name not in copies:
+            raise RuntimeError(f"{name} mixes devices: {others} is on the CPU")
+        operations.extend(mine[:1] and [name])
+        to_there = torch.device(target).type == "npu" if target is not None else bool(mine)
+        args_there, kwargs_there = tree_map(lambda t: t.inner if isinstance(t, There) else t, (args, kwargs))
+        if target is not None:
+            kwargs_there["device"] = torch.device("cpu")
+        out = function(*args_there, **kwargs_there)
+        if name.endswith("_") or "out" in kwargs:  # in place: the very tensor that was given
+            return kwargs.get("out", args[0])
+        return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and to_there else t, out)
+
+    library = torch.library.Library("aten", "IMPL")  # where torch leaves modes out: table[[1, 2]] = True
+    for name in ("empty.memory_format", "empty_strided"):
+        function = getattr(torch.ops.aten, name.split(".")[0])
+        library.impl(name, lambda *args, function=function, device=None, **kwargs: There(
+            function(*args, **kwargs)), "PrivateUse1")
+    library.impl("_local_scalar_dense", lambda t: t.inner.item(), "PrivateUse1")
+    library.impl("_copy_from", lambda source, target, non_blocking=False: run(
+        torch.ops.aten.copy_.default, (target, source), {}), "PrivateUse1")
+    load = model_file.load_file  # it makes its tensors in threads of its own, where no mode sees them
+    model_file.load_file = lambda path, device: {name: t.to(device) for name, t in load(path).items()}
+    torch.Generator = type("Generator", (torch.Generator,), dict(
+        __new__=lambda cls, device="cpu": super(torch.Generator, cls).__new__(cls)))
+    train.pick_device = evaluation.pick_device = lambda name: "npu:0"
+    return Watch(), operations, library
 
 def test_a_run_on_a_device_that_is_not_the_cpu(quick, tmp_path, own_cache):
-    """Reading, stage 0, GRPO, validation, checkpoint, resume, eval.py with real arithmetic on a pretended
-    device:
-    where a tensor of the CPU meets one of the device it raises, as CUDA would. (In a process of its own as it
-    changes torch. It sees no hidden waiting of the host, and not cuda:1.)"""
-    argv = [*quick, *"--align 2 --align_words 2 --steps 1 --val 4 --test 4 --epochs 2".split()]
-    process = subprocess.run([sys.executable, "-c", DEVICE, tmp_path / "run", *argv], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.returncode == 0, process.stdout[-3000:]
-    assert int(re.search(r"(\d+) operations", process.stdout).group(1)) > 10_000
+    """Reading, stage 0, GRPO, checkpoint, resume, eval.py. It sees no hidden waiting, and not cuda:1."""
+    def run():
+        watch, operations, library = pretend_device()
+        train.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 24), *rest)
+        with watch:
+            train.run([*quick, *"--align 2 --align_words 2 --steps 1 --val 4 --test 4 --epochs 2".split(),
+                       "--out", str(tmp_path / "run")])
+            evaluation.main([str(tmp_path / "run"), "--samples", "2"])
+            train.run(["--resume", str(tmp_path / "run"), "--steps", "2"])
+        print(len(operations), "operations")
+
+    assert exit_code(forked(run, tmp_path / "log")) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert int(re.search(r"(\d+) operations", (tmp_path / "log").read_text()).group(1)) > 5000
     assert len(rows(tmp_path / "run")) == 2 and (tmp_path / "run" / "eval-run.json").exists()
