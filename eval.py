@@ -1,6 +1,5 @@
 """
-What was learned: accuracy before and after on held-out problems, who is attended to, and whether that
-matters.
+What was learned: accuracy on held-out problems, who is attended to, and whether that matters.
 
 $ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
 $ python eval.py runs/NAME --samples 8                   # and pass@k, majority@k
@@ -8,9 +7,8 @@ $ python eval.py runs/NAME --aligned                     # after stage 0, before
 $ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
 "Before" is the policy alone, LoRA off and prefix off. Attention shows who is attended to; it is no proof that
-it matters. Two tests are: an expert is masked out (attention exactly 0) and the accuracy that this costs is
-measured; and in the swap test every question comes with the states of another one, and the answer follows
-either.
+it matters. So each expert is masked out (attention exactly 0) and the accuracy that this costs is measured;
+and in the swap test every question comes with another one's states: which of the two does the answer follow?
 """
 import os
 

@@ -3,11 +3,9 @@ The policy: a Llama / Qwen2 / Qwen3 decoder in one file, with LoRA, a soft prefi
 
 Three things are here that AutoModelForCausalLM does not give together, and they are why this file exists:
 
-1. A soft prefix. Context tokens C (B, L, d) stand before the prompt in embedding space: the model reads [C ;
-   x].
-2. A shared prompt. GRPO samples G completions of one prompt. Prompt and prefix are run ONCE (`prefill`);
-   their keys and values serve all G while sampling (`generate`) and again, with gradient, while scoring
-   (`logprobs`).
+1. A soft prefix. Context tokens C (B, L, d) stand before the prompt x in embedding space: [C ; x].
+2. A shared prompt. GRPO samples G completions of one prompt. It is run ONCE (`prefill`); its keys and values
+   serve all G in sampling (`generate`) and again, with gradient, in scoring (`logprobs`).
 3. No (B, T, V) tensor. Log-probabilities are taken in chunks, over completion tokens only (`TokenLogprob`).
 
 Shapes: B prompts, G completions of each, P prompt tokens, L prefix vectors, S = L + P, T completion tokens,
@@ -30,12 +28,11 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen
 ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the text
 
 class LoRALinear(nn.Module):
-    """One or several linear layers that read the same input, fused into one product, with LoRA (2106.09685)
-    on each.
+    """Linear layers that read the same input, fused into one product, with LoRA (2106.09685) on each.
 
-    y = x W' + scale (x A') B'. W (out, in) is frozen. Each of the n fused parts has a rank-r pair of its own:
-    the A are stacked, (n r, in), and the B are the diagonal blocks of one matrix, so n adapters cost two
-    products. A starts random and B at zero: at the start y is exactly x W'.
+    y = x W' + scale (x A') B'. W (out, in) is frozen. Each of the n parts has a rank-r pair of its own: the A
+    are stacked, (n r, in), and the B are diagonal blocks of one matrix, so n adapters cost two products.
+    A starts random and B at zero: at the start y is exactly x W'.
     """
 
     def __init__(self, weights, biases, rank, alpha):
@@ -68,8 +65,7 @@ class LoRALinear(nn.Module):
         return y.unflatten(0, x.shape[:-1])
 
 def rotate(x, cos, sin):
-    """Rotary position embedding (2104.09864), half-split as in Hugging Face: x (..., D), cos and sin (..., D
-    / 2)."""
+    """Rotary position embedding (2104.09864), half-split: x (..., D), cos and sin (..., D / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
@@ -129,15 +125,13 @@ class Block(nn.Module):
 
 @dataclass
 class Prefill:
-    """What B prompts leave behind. Per layer keys and values (B, K, S, D); `last` (B, d): the hidden state of
-    the last real token, before the final norm; `lengths` (B,): real positions, prefix included; `padding` (B,
-    1, 1, 1, S): True where a position is padding, or None where all prompts are equally long."""
+    """What B prompts leave behind."""
 
-    keys: list
+    keys: list  # of each layer, (B, K, S, D)
     values: list
-    last: torch.Tensor
-    lengths: torch.Tensor
-    padding: torch.Tensor | None
+    last: torch.Tensor  # (B, d) hidden state of the last real token, before the final norm
+    lengths: torch.Tensor  # (B,) real positions, prefix included
+    padding: torch.Tensor  # (B, 1, 1, 1, S) True where a position is padding
 
 def bucket(n):
     """n rounded up to a power of two, above 16 to a multiple of 16, above 128 to one of 64. Libraries prepare
@@ -148,13 +142,11 @@ def bucket(n):
     return math.ceil(n / step) * step
 
 def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
-    """G completions attend to their shared prompt and each to its own tokens, in one softmax: (B, G, T, H,
-    D).
+    """G completions attend to their shared prompt and each to its own tokens, in one softmax.
 
-    q (B, G, T, H, D); own_k, own_v (B, K, G, t, D); shared_k, shared_v (B, K, S, D). causal_mask (T, t): True
-    where an own token lies ahead of the query; padding: see `Prefill`. Either is None where nothing is
-    masked. All G R T queries of a prompt meet its keys in ONE matrix product: the prompt's keys are not
-    copied G times.
+    q (B, G, T, H, D), own_k and own_v (B, K, G, t, D), shared_k and shared_v (B, K, S, D) -> (B, G, T, H, D).
+    causal_mask (T, t): True where an own token lies ahead of the query; padding: see `Prefill`; or None.
+    All G R T queries of a prompt meet its keys in ONE matrix product: its keys are not copied G times.
     """
     B, G, T, H, D = q.shape
     K, S = shared_k.shape[1:3]
@@ -175,8 +167,7 @@ class TokenLogprob(torch.autograd.Function):
 
     W is frozen, so the only gradient wanted is that of each log-probability with respect to its own h (d,):
     (W[target] - softmax W) / temperature. It is formed while the chunk's logits are at hand; the backward
-    pass is then one multiplication, and no logits are kept or computed again. Also returns the entropy,
-    without gradient.
+    pass is one multiplication, and no logits are kept. Also returns the entropy, without gradient.
     """
 
     @staticmethod
@@ -213,9 +204,8 @@ def sample(logits, temperature, generator=None):
     """One token id for each row of logits (n, V): the most likely one at temperature 0, else a draw from
     softmax(logits / temperature). No top-k or top-p: the loss is about this very distribution.
 
-    The draw is the token at which the summed probability passes a uniform number. That takes one random
-    number a row, where torch.multinomial takes V of them, half of a decode step. u is above 0 and at most 1,
-    so no token of probability 0 is ever drawn.
+    The draw is the token at which the summed probability passes a uniform number u: one random number a row,
+    where torch.multinomial takes V. As 0 < u <= 1, no token of probability 0 is ever drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -228,8 +218,7 @@ def sample(logits, temperature, generator=None):
     return torch.cat(tokens).clamp(max=logits.shape[-1] - 1)  # for NaN logits, whose step is skipped
 
 class Policy(nn.Module):
-    """The decoder. Its only parameters are LoRA's. `Policy.from_pretrained` makes one of a folder or hub
-    name."""
+    """The decoder. Its only parameters are LoRA's. Made by `Policy.from_pretrained`."""
 
     def __init__(self, config, weight, rank=8, alpha=16.0, neutral="zero"):
         """config: see `policy_config`; weight(name, optional=False): a tensor by its Hugging Face name.
@@ -262,19 +251,16 @@ class Policy(nn.Module):
         self.stop_at(config.stop)
 
     def stop_at(self, ids):
-        """A completion ends with the first of these token ids. Kept as a table (V,), as a look-up costs
-        nothing."""
+        """A completion ends with the first of these token ids; a table (V,), as a look-up costs nothing."""
         table = torch.zeros(len(self.embed), dtype=torch.bool, device=self.embed.device)
         table[ids] = True
         self.register_buffer("ends", table, persistent=False)
 
     @classmethod
     def from_pretrained(cls, name, rank=8, alpha=16.0, dtype=torch.float32, device="cpu", neutral="zero"):
-        """The policy in folder or hub repository `name` ("name@revision" allowed).
-
-        Only safetensors are read and no remote code is run. Raises ValueError, in one sentence with the mend,
-        for an unknown architecture, an incomplete model, or a tensor that is not what config.json says.
-        """
+        """The policy in folder or hub repository `name`. Only safetensors are read, no remote code is run.
+        Raises ValueError, in one sentence with the mend, for an unknown architecture, an incomplete model, or a
+        tensor that is not what config.json says."""
         folder, _ = find_model(name)
         config = policy_config(folder)
         with loading("model", name):
@@ -299,8 +285,8 @@ class Policy(nn.Module):
     # -- running
 
     def prefill(self, tokens, lengths, prefix=None):
-        """Run prompts once: tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix (B, L,
-        d), in standard deviations of the embeddings, or None. Returns a `Prefill`."""
+        """Run prompts once: tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix None or
+        (B, L, d) in standard deviations of the embeddings. Returns a `Prefill`."""
         x = F.embedding(tokens, self.embed)  # (B, P, d)
         if prefix is not None:
             x = torch.cat((self.in_embedding_space(prefix).to(x.dtype), x), dim=1)  # (B, S, d)
@@ -331,9 +317,8 @@ class Policy(nn.Module):
         return self.neutral + self.embed_std * prefix
 
     def extend(self, tokens, cache, start, reach, own):
-        """Hidden states (B, G, T, d) of completion tokens (B, G, T) at places start .. start + T - 1 behind
-        the prompt. own(layer, k, v) -> the layer's keys and values of the completion, each (B, K, G, reach,
-        D)."""
+        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. own(layer, k, v) ->
+        the layer's keys and values of the completion so far, each (B, K, G, reach, D)."""
         T = tokens.shape[-1]
         places = torch.arange(reach, device=tokens.device)
         now = places[start:start + T]
@@ -446,9 +431,9 @@ def policy_config(folder):
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings")
-        wrong = {name: getattr(c, name) for name in sizes if not 1 <= getattr(c, name) <= most.get(name, 2**20)}
+        wrong = [name for name in sizes if not 1 <= getattr(c, name) <= most.get(name, 2**20)]
         if wrong or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
-            raise ValueError(f"no model has {wrong or 'these numbers of heads or this rms_norm_eps'}")
+            raise ValueError(f"no model has this {wrong or 'number of heads or rms_norm_eps'}")
         rope = c.rope_parameters
         kind = rope.get("rope_type", "default")
         c.inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, c.head_dim, 2) / c.head_dim)

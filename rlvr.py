@@ -3,7 +3,7 @@ Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) 
 The loop that uses them is in train.py.
 
     Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
-    align_loss    stage 0: the router learns to write, and the policy to read, what an expert would say
+    align         stage 0: the router learns to write, and the policy to read, what an expert would say
     rollout       G completions of each prompt, sampled from the policy that has read the context tokens
     advantages    how much better each completion did than its own group
     grpo_loss     makes what did better likelier, token by token
@@ -13,11 +13,9 @@ What is easy to get wrong:
 - The stop token is part of the completion and is trained on, else the policy never learns to stop.
 - Loss and sampler share one temperature, and there is no top-k or top-p: else the ratio is not the policy's.
 - The router runs again in the training forward (train.py): the context of the rollout has no gradient.
-- The loss is normalised by the tokens of the whole step, known before it is cut: micro-batches change
-  nothing.
+- The loss is normalised by the tokens of the whole step, so that micro-batches change nothing.
 - The reference of the KL term is the policy as GRPO finds it. After stage 0 that is the aligned one: the
-  frozen policy without a prefix would punish reading. Without stage 0 it is the frozen one, LoRA and prefix
-  off (paper).
+  frozen policy without a prefix would punish reading. Without stage 0: LoRA off and prefix off.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
 - Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked

@@ -16,12 +16,10 @@ A is a softmax over the experts: A[b, :, :, n] is how much problem b attends to 
 project decides that: no label says which expert is good at what. So one can watch collaboration emerge in A.
 
 One einsum projects all experts at once: a single batched matrix product, with no loop over experts and no
-custom kernel. Padding is harmless: x is zero there, so W's rows beyond an expert's width have no effect and
-no gradient.
+custom kernel. Padding is harmless: x is zero there, so W's rows beyond a width have no effect, no gradient.
 
-An expert may give several states (more layers, more positions): then N counts states, not experts, and
-nothing here changes. A router of your own: one class with the signature of `ConstantPrefix`, and one entry in
-ROUTERS.
+An expert may give several states (more layers, more positions): then N counts states, and nothing here
+changes. A router of your own is one class with ConstantPrefix's signature, and one entry in ROUTERS.
 """
 import math
 

@@ -53,7 +53,6 @@ atexit.register(shutil.rmtree, os.environ["N_MUSKETEERS_CACHE"], True)
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """An empty cache for one test."""
     monkeypatch.setenv("N_MUSKETEERS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -81,11 +80,11 @@ NUMBERS = {  # the number: texts that are it
     1000: ["1,000", f"1{THIN}000", f"1{THIN}000 dollars", "1e3"], 10**6: [f"1{NARROW}000{NARROW}000"],
     1234567.5: ["1,234,567.50"], 10**99: ["1e99"], int("9" * 200): ["9" * 200]}
 NO_NUMBER = [
-    "", ".", "-", "$", ",", "/", "e3", "1e", "**", "\\boxed{}", "18 19", "18, 19", "18,19", "9+9", "10-2",
-    "2**3", "1,00", "1000,000", "0,018", f"1,000{THIN}000", "1 000", "1.000,5", "18..", "--18", "- 18", "1/0",
-    "1/2/3", "1.5/2", "36/-2", "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan",
-    "eighteen", "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "about 18", "=18", "18:00",
-    "(18)", "[18]", "18\x00", "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18"]
+    "", ".", "-", "$", ",", "/", "e3", "\\boxed{}", "18 19", "18, 19", "18,19", "9+9", "10-2", "2**3", "1,00",
+    "1000,000", "0,018", f"1,000{THIN}000", "1 000", "--18", "- 18", "1/0", "1/2/3", "1.5/2", "36/-2",
+    "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan", "eighteen",
+    "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "about 18", "18:00", "[18]", "18\x00",
+    "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18"]
 
 def test_what_is_one_number_and_what_is_none():
     """Marks, units, groups of thousands and fractions of integers are read; a list or a sum is not."""
@@ -94,21 +93,18 @@ def test_what_is_one_number_and_what_is_none():
     assert not [text for text in NO_NUMBER if number(text) is not None]
 
 TAGGED = [  # (completion, truncated, reason, lenient)
-    ("<answer>18</answer>", False, "right", True), ("<answer>36/2</answer>", False, "right", True),
+    ("<answer>18</answer>", False, "right", True),
     ("<think><answer>17</answer></think>\n<answer> **18** </answer><|im_end|>", False, "right", True),
-    ("<answer>18</answer>, not 19", False, "right", True),
-    ("<answer>18</answer> and so", True, "right", True), ("<answer>18.1</answer>", False, "wrong", False),
+    ("<answer>18</answer>, not 19", False, "right", True), ("<answer>18.1</answer>", False, "wrong", False),
     ("<answer>17 18</answer>", False, "not_a_number", True), ("18", False, "no_answer", True),
     ("<answer></answer>", False, "no_answer", False), ("<Answer>18</Answer>", False, "no_answer", True),
     ("<answer>18</answer></think>", False, "no_answer", True), ("<answer>18", False, "unclosed", True),
     ("<answer>18", True, "truncated", True), ("</answer>18<answer>", False, "unclosed", True),
-    ("so it is 18", True, "truncated", True),
     ("<answer>18</answer><answer>18</answer>", False, "several", True),
     ("<answer><answer>18</answer></answer>", False, "several", True),
     ("<answer>" + " " * 200 + "18</answer>", False, "too_long", True),
-    ("#### 18\nor is it 3?", False, "no_answer", True), ("#### 3\nno: 18", False, "no_answer", False),
     ("\\boxed{3} \\boxed{18} 4", False, "no_answer", True), ("\\boxed{18", False, "no_answer", False),
-    ("3 + 15 = 18.\nThat is it.", False, "no_answer", True), ("18" + " " * 2000, False, "no_answer", False)]
+    ("3 + 15 = 18.\nThat is it.", False, "no_answer", True)]
 PLAIN = [  # (completion, truncated, reason)
     ("18", False, "right"), (" 18\n", False, "right"), ("18\nQuestion: 2 + 2 =", True, "right"),
     ("18</s>", False, "right"), ("$18.", False, "right"), ("18", True, "truncated"), ("", False, "no_answer"),
@@ -144,7 +140,7 @@ def test_gold_is_right_and_hostile_answers_are_not(tmp_path):
                 verdict = verify(f"<answer>{text}</answer>", item)
                 assert verdict.reason in rewards.REASONS and verdict.reason != "scorer_raised", (name, text)
                 assert not verdict.strict or number(text) == number(item.answer) is not None, (name, text)
-    assert not (tmp_path / "canary").exists()
+    assert not (tmp_path / "canary").exists() and set(rewards.SCORERS) < set(rewards.registry())
     for unit in ("9", "<answer>", "</answer>", "(", "\\boxed{", "####", "</think>", "\n", "1,", "0.", " "):
         text = unit * (10**6 // len(unit))
         for form, completion in (("plain", text), ("tagged", text), ("tagged", f"<answer>{text}</answer>")):
@@ -158,16 +154,14 @@ PAID = [  # (dataset, metadata, gold, another way to write it or another right a
     ("n_queens", {"valid_answers": ["Q _", "_ Q"]}, "Q _", "_ Q"), ("gsm_symbolic", {}, "18", "$18"),
     ("knights_knaves", {}, ZOEY, "Al is a knave and Zoey is a hero"),
     ("game_of_life", {}, "[[0,1]]", "[[0, 1]]"),
-    ("palindrome_generation", {"letters": list("aabb")}, "abba", "baab"),
     ("jugs", {"puzzle": {"jug_capacities": [3, 5], "target": 3}}, '["fill A"]', '["fill B", "pour B->A"]')]
 UNPAID = [  # the same, but an answer that the dataset's own scorer would pay for, or run
     ("time_intervals", {}, "03:22:03", "03:22:00"), ("word_sorting", {}, "a, b", "a, b, c"),
     ("game_of_life_halting", {}, "True", "False"), ("number_sorting", {}, "[1, 3]", "[2, 2]"),
     ("gsm_symbolic", {}, "18", "18 19"), ("chain_sum", {}, "156", "1,5,6"),
     ("complex_arithmetic", {}, "1.0", "nan"), ("fraction_simplification", {}, "1/2", "2/4"),
-    ("emoji_mystery", {}, "a" * 200, "a" * 199 + "b"),
     ("knights_knaves", {}, ZOEY, "Zoey is a dog, Zoey is a hero, Al is a knave"),
-    ("quantum_lock", {}, "A → B", "A quick cab"), ("base_conversion", {}, "1e3", "1000")]
+    ("quantum_lock", {}, "A → B", "A quick cab")]
 
 def test_which_answers_are_paid():
     """Where several answers are right all are paid, and no more; a scorer that raises pays nothing."""
@@ -197,14 +191,12 @@ def test_a_small_space_says_how_many_there_are():
     assert len(problems("chain_sum", "val", available, level=level)) == available < 100
 
 def test_a_mix_takes_turns():
-    """One of each task; a held-out question that two of them have comes once."""
     items = problems("arithmetic+logic+algorithmic", "train", 9, level="tiny")
     assert [item.task for item in items] == ["arithmetic", "logic", "algorithmic"] * 3
     assert [item.index for item in items] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert len({item.question for item in problems("chain_sum+arithmetic", "val", 60)}) == 60
 
 def test_items_do_not_depend_on_the_hash_seed():
-    """Another process, another PYTHONHASHSEED, the same questions."""
     tasks = ("chain_sum", "family_relationships", "group_anagrams")
     code = f"import rewards; print([p.question for t in {tasks} for p in rewards.problems(t, 'train', 5)])"
     here = [item.question for task in tasks for item in problems(task, "train", 5)]
@@ -213,25 +205,7 @@ def test_items_do_not_depend_on_the_hash_seed():
                            stdout=subprocess.PIPE, text=True)
     assert there.stdout.strip() == str(here)
 
-WRONG_TASKS = [  # (arguments of problems, what the message says)
-    (("gsm8", "train", 1), "gsm8k"), (("", "train", 1), "unknown"), (("arithmetic+nope", "train", 1), "nope"),
-    (("chain_sum", "dev", 1), "train, val, test"), (("chain_sum", "train", 1, None, "seed=3"), "min_terms"),
-    (("chain_sum", "train", 1, None, "impossible"), "easy, default, hard"),
-    (("chain_sum", "train", 1, None, "min_terms=two"), "int"),
-    (("chain_sum", "train", 1, None, "min_terms=9"), "cannot be built"),
-    (("gcd", "train", 1, None, "tiny"), "arithmetic, logic, algorithmic.*--level easy"),
-    *(((name, "val", 1), "refused because") for name in rewards.REFUSED)]
-
-def test_a_task_that_does_not_exist_or_is_refused_says_the_mend():
-    """One line each; what is refused or has a scorer is a dataset."""
-    for arguments, message in WRONG_TASKS:
-        with pytest.raises(ValueError, match=message) as error:
-            problems(*arguments)
-        assert "\n" not in str(error.value) and ":" in str(error.value)
-    assert set(rewards.REFUSED) | set(rewards.SCORERS) < set(rewards.registry())
-
 def test_gsm8k_files(tmp_path):
-    """A folder of two files, or one of them beside its sister; a wrong line is named."""
     for name, n in (("train", 20), ("test", 6)):
         lines = [json.dumps(dict(question=f"{name} {i}?", answer=f"so\n#### {i + 1},000")) for i in range(n)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -243,14 +217,13 @@ def test_gsm8k_files(tmp_path):
     assert problems("gsm8k", "test", 6, tmp_path / "test.jsonl") == test
     assert not {item.question for item in problems("gsm8k", "val", 5, tmp_path)} & set(training)
     good, mine = '{"question": "q", "answer": "#### 1"}', tmp_path / "mine.jsonl"
-    for wrong in ("{", "3", '{"question": "q"}', '{"question": "q", "answer": "18"}', "null", "[]",
+    for wrong in ("{", "null", '{"question": "q"}', '{"question": "q", "answer": "18"}',
                   '{"question": 3, "answer": "#### 1"}', '{"question": "q", "answer": "#### one"}'):
         mine.write_text(f"{good}\n\n{wrong}")
         with pytest.raises(ValueError, match="mine.jsonl, line 3"):
             problems("gsm8k", "train", 1, mine)
 
 def test_prompts():
-    """plain, chat and auto; experts are not asked for tags."""
     chat = types.SimpleNamespace(chat_template="yes", apply_chat_template=lambda turns, **rest: "".join(
         f"<{turn['role']}>{turn['content']}" for turn in turns))
     assert prompt(Problem("2 + 3 =", "5")) == "2 + 3 =" and prompt(Problem(" Who? ", "I")) == "Who?\nAnswer:"
@@ -335,8 +308,8 @@ def test_layers_and_positions_give_the_entries_they_name(tmp_path, own_cache):
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
     a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))
     H = read([a, b], [TEXTS, TEXTS[::-1]], progress=False)
-    assert H.shape == (len(TEXTS), 2, 24) and H.dtype == torch.float32 and not H[:, 0, 16:].any()
-    assert torch.equal(H[:, :1, :16], read_all(a)) and torch.equal(H[:, 1:], read_all(b, TEXTS[::-1]))
+    assert torch.equal(H[:, :1], F.pad(read_all(a), (0, 8)))
+    assert torch.equal(H[:, 1:], read_all(b, TEXTS[::-1]))
 
 def test_damaged_shard_is_read_again(tmp_path, own_cache):
     """It is found by its checksum, told, deleted and made again, with the same states."""
@@ -381,14 +354,6 @@ def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     prints.append(Expert(folder).fingerprint("states"))
     assert len(set(prints)) == len(prints) == 11
 
-def test_a_full_disk_costs_the_cache_only(tmp_path, own_cache, monkeypatch):
-    """The states are there, a warning tells that they could not be kept, and no half file is left."""
-    expert = Expert(make_expert(tmp_path / "m"))
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be kept.*MUSKETEERS_CACHE"):
-        patch.setattr(experts.os, "fsync", full_disk)
-        H = read_all(expert)
-    assert not [path for path in own_cache.rglob("*") if path.is_file()] and torch.equal(H, read_all(expert))
-
 def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, monkeypatch):
     """Greedy, until a stop token or a line's end, whatever penalties the model's folder asks for."""
     folder = make_expert(tmp_path / "m", seed=1)
@@ -430,14 +395,11 @@ DAMAGES = [  # (what is done to an expert's folder, a word of the sentence)
     (lambda f: edit(f, "config.json", hidden_size=10**9), "width"),
     (lambda f: edit(f, "config.json", vocab_size=10**12), "cannot be loaded"),
     (lambda f: edit(f, "config.json", model_type="unheard"), "unheard"),
-    (lambda f: edit(f, "config.json", is_encoder_decoder=True), "encoder"),
     (lambda f: edit(f, "config.json", model_type="x", auto_map=dict(AutoModel="x.Y")), "loaded"),
-    (drop_layer, "not in its files"), (lambda f: change_weight(f, math.nan), "not finite"),
-]
+    (drop_layer, "not in its files"), (lambda f: change_weight(f, math.nan), "not finite")]
 
 @pytest.mark.parametrize("damage, message", DAMAGES)
 def test_a_damaged_expert_is_one_sentence(tmp_path, own_cache, damage, message):
-    """Whatever is wrong with a model's folder: a ValueError of one line."""
     folder = make_expert(tmp_path / "m")
     damage(folder)
     with pytest.raises(ValueError, match=message) as error:
@@ -445,7 +407,6 @@ def test_a_damaged_expert_is_one_sentence(tmp_path, own_cache, damage, message):
     assert "\n" not in str(error.value)
 
 def test_what_an_expert_cannot_do_is_refused(tmp_path, own_cache):
-    """No such folder, layer or template; texts that do not fit."""
     folder = make_expert(tmp_path / "m")
     for change, message in ((dict(layers=(4,)), "layers 0 to 3"), (dict(template="chat"), "chat template"),
                             (dict(source="nowhere"), "is no folder")):
@@ -492,14 +453,12 @@ def make_router(kind="soft", widths=WIDTHS, **settings):
     return router
 
 def gradients(*modules):
-    """Every gradient, and none is left."""
     found = {f"{i}.{name}": p.grad for i, m in enumerate(modules) if m for name, p in m.named_parameters()}
     for m in filter(None, modules):
         m.zero_grad()
     return found
 
 def same_gradients(a, b, tolerance=1e-5):
-    """Norm of the difference against the norm, parameter by parameter."""
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name] - b[name]).norm() <= tolerance * b[name].norm() + 1e-8, name
@@ -543,16 +502,6 @@ def test_a_masked_expert_has_no_influence_and_no_gradient(kind):
         A = router(H, torch.eye(3, dtype=torch.bool)[[0, 1, 2, 0]])[1]
         assert torch.equal(A.mean((1, 2)), torch.eye(3)[[0, 1, 2, 0]])
 
-def test_standardized_states_have_mean_zero_and_std_one():
-    """Of the prompts they were fitted to; a constant dimension gives no large numbers, padding stays zero."""
-    router, H = make_router(), 50 + 3 * states(200, seed=2)
-    H[:, 0, 5:], H[:, 1, 0] = 0, 7.0
-    router.fit_standardization(H)
-    x = router.standardize(H)
-    torch.testing.assert_close(x[:, 2, :8].mean(0), torch.zeros(8), atol=1e-3, rtol=0)
-    assert 0.9 < x[:, 2, :8].std() < 1.01 and not x[:, 0, 5:].any() and x[:, 1, 0].abs().max() < 1e-3
-    assert router.standardize(H * 1e6).abs().max() == 10
-
 def test_hard_chooses_one_and_learns_of_all():
     """Forward: the context of the chosen state alone. Backward: the choice learns, for every state."""
     router, H = make_router("hard"), states(32)
@@ -580,7 +529,6 @@ def make_policy(folder, kind="llama", **settings):
     return twin
 
 def wake_lora(policy):
-    """B starts at zero; now LoRA does something."""
     torch.manual_seed(1)
     for layer in policy.adapters():
         for b in layer.B:
@@ -686,7 +634,6 @@ def test_shared_prefill_equals_plain_copies(small):
     assert shared["prefix"].abs().max() > 1e-3  # it is learned from, through the cached keys and values
 
 def test_token_logprob_equals_autograd():
-    """Chunked log-probability, its gradient and the entropy against log_softmax over the full vocabulary."""
     h, weight = torch.randn(37, 16, requires_grad=True), torch.randn(70, 16)
     targets, up = torch.randint(0, 70, (37,)), torch.randn(37)
     logp, entropy = TokenLogprob.apply(h, weight, targets, 0.6, 8)
@@ -704,19 +651,16 @@ def test_sample_draws_from_the_softmax():
     logits = torch.randn(60, generator=torch.Generator().manual_seed(0))
     logits[::3] = -torch.inf
     draw = lambda seed: sample(logits.expand(200_000, -1), 0.8, torch.Generator().manual_seed(seed))
-    drawn = draw(0)
-    counts, expected = torch.bincount(drawn, minlength=60), 200_000 * (logits / 0.8).softmax(-1)
-    possible = expected > 0
+    drawn, expected = draw(0), 200_000 * (logits / 0.8).softmax(-1)
+    counts, possible = torch.bincount(drawn, minlength=60), expected > 0
     chi_square = ((counts - expected).square() / expected)[possible].sum()
     assert chi_square < 39 + 4 * (2 * 39) ** 0.5 and not counts[~possible].any()  # 40 tokens: 39 degrees
     assert torch.equal(drawn, draw(0)) and not torch.equal(drawn, draw(1))
     assert sample(logits[None], 0) == logits.argmax()
-    damaged = torch.randn(4, 300)
-    damaged[0, 3], damaged[1], damaged[2, 299] = math.nan, math.nan, math.inf
-    assert all(0 <= token < 300 for token in sample(damaged, 1.0).tolist())
+    damaged = torch.tensor([[0.0, math.nan, 0], [math.nan] * 3, [0, 0, math.inf]])
+    assert all(0 <= token < 3 for token in sample(damaged, 1.0).tolist())
 
 def test_a_completion_ends_with_its_stop_token(small):
-    """The mask covers the first stop token and nothing behind it."""
     tokens, lengths, prefix, *_ = example()
     policy = copy.deepcopy(small)
     policy.stop_at(list(range(0, 300, 4)))  # a quarter of all tokens: completions end early
@@ -732,11 +676,10 @@ def test_a_completion_ends_with_its_stop_token(small):
 ODD = [  # (key of a policy's config.json, value): more than a machine has, senseless, or of another type
     ("model_type", "gpt2"), ("model_type", ["x"]), ("hidden_act", "gelu"), ("hidden_size", 10**9),
     ("hidden_size", 16), ("hidden_size", math.nan), ("num_hidden_layers", 10**6), ("num_hidden_layers", 4),
-    ("num_hidden_layers", "3"), ("num_attention_heads", 0), ("num_attention_heads", -4),
-    ("num_key_value_heads", 3), ("intermediate_size", 10**12), ("vocab_size", 10**12), ("vocab_size", 5),
-    ("head_dim", -2), ("max_position_embeddings", math.inf), ("rms_norm_eps", math.nan),
-    ("tie_word_embeddings", "false"), ("eos_token_id", None), ("eos_token_id", 300),
-    ("rope_parameters", dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+    ("num_hidden_layers", "3"), ("num_attention_heads", 0), ("num_key_value_heads", 3),
+    ("intermediate_size", 10**12), ("vocab_size", 10**12), ("vocab_size", 5), ("head_dim", -2),
+    ("max_position_embeddings", math.inf), ("tie_word_embeddings", "false"), ("eos_token_id", None),
+    ("eos_token_id", 300), ("rope_parameters", dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
     ("rope_parameters", dict(rope_theta="x")),
     ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0))]
 
@@ -756,20 +699,13 @@ def test_a_policy_that_cannot_run_is_refused(plain_policy, tmp_path, key, value)
         Policy.from_pretrained(tmp_path / "p")
     assert "\n" not in str(error.value)
 
-def test_lies_about_a_policys_tensors_are_one_sentence(plain_policy, tmp_path):
-    """Missing, of another shape or type than config.json implies, or no tensors at all."""
-    norm, path = "model.norm.weight", tmp_path / "p" / "model.safetensors"
+def test_a_policys_tensors_have_the_shape_and_type_that_its_config_implies(plain_policy, tmp_path):
+    path = tmp_path / "p" / "model.safetensors"
     shutil.copytree(plain_policy, path.parent)
-    tensors = load_file(path)
-    for wrong, message in ((torch.ones(16, 2), r"is \(16, 2\)"), (torch.ones(32).int(), "int32"),
-                           (None, "is missing"), (b"\xff" * 64, "fetch it again")):
-        if isinstance(wrong, bytes):
-            path.write_bytes(wrong)
-        else:
-            save_file({k: v for k, v in (tensors | {norm: wrong}).items() if v is not None}, path)
-        with pytest.raises(ValueError, match=message) as error:
+    for wrong, message in ((torch.ones(16, 2), r"is \(16, 2\)"), (torch.ones(32).int(), "int32")):
+        save_file(load_file(path) | {"model.norm.weight": wrong}, path)
+        with pytest.raises(ValueError, match=message):
             Policy.from_pretrained(path.parent)
-        assert "\n" not in str(error.value)
 
 # -- rlvr.py
 def test_advantages_by_hand():
@@ -894,30 +830,12 @@ def gradient_of_first_step(monkeypatch, out, *argv):
         train.run([*argv, "--out", str(out), "--steps", "1", "--align", "0"])
     return found[0], rows(out)[0]
 
-def test_micro_batches_change_nothing(quick, tmp_path, monkeypatch):
-    """1, 2, 4 + 2 or all 6 prompts in a backward pass: the same gradient, loss, entropy and KL."""
-    first, row = gradient_of_first_step(monkeypatch, tmp_path / "6", *quick, "--micro_batch", "6")
-    assert any(g.any() for g in first.values()) and row["kl"] > 0
-    for micro_batch in "124":
-        found, other = gradient_of_first_step(monkeypatch, tmp_path / micro_batch, *quick, "--micro_batch",
-                                              micro_batch)
-        same_gradients(found, first, 1e-4)
-        assert (other["kl"], other["entropy"]) == pytest.approx((row["kl"], row["entropy"]), rel=1e-4)
-
-def test_the_reference_is_the_policy_as_grpo_finds_it(finished, quick, tmp_path, small):
+def test_the_reference_is_the_policy_as_grpo_finds_it(finished, quick, tmp_path):
     """After stage 0: KL 0 at the first step, above 0 later. Without: the frozen policy without its prefix."""
     kl = [row["kl"] for row in rows(finished)]
     assert abs(kl[0]) < 1e-6 < 1e-5 < kl[-1]
     train.run([*quick, "--out", str(tmp_path / "run"), "--align", "0", "--steps", "1"])
     assert rows(tmp_path / "run")[0]["kl"] > 1e-4
-    tokens, lengths, _, answer, mask = example()
-    with small.lora_disabled(), torch.no_grad():
-        frozen = small.logprobs(small.prefill(tokens, lengths), answer, mask)[0]
-    batch, before = rlvr.Batch([], tokens, lengths, None), [p.detach().clone() for p in small.parameters()]
-    for reference in (None, ([torch.zeros_like(p) for p in before], None)):
-        found = rlvr.reference_logprobs(small, reference, batch, answer, mask, 1.0)
-        torch.testing.assert_close(found, frozen)
-    assert all(torch.equal(a, b) for a, b in zip(before, small.parameters()))
 
 def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
     """The policy says what the expert would say to held-out problems, but not with another's states."""
@@ -987,7 +905,6 @@ def test_a_run_writes_down_what_it_did(finished):
     assert len(list(finished.glob("step-*"))) == 2 and not list(finished.glob("*.part"))
 
 def test_three_and_three_steps_equal_six(finished, quick, tmp_path):
-    """Stopped after 3 and resumed: weights, moments, generator, rows and report of the straight run."""
     train.run([*quick, "--out", str(tmp_path / "run"), "--steps", "3"])
     train.run(["--resume", str(tmp_path / "run"), "--steps", "6"])
     assert same_run(finished, tmp_path / "run")
@@ -1008,48 +925,30 @@ def forked(run, log):
 def exit_code(process):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
-def killed_in(where, name, moment, counts):
-    """SIGKILL ends this process in the `moment`-th call of where.name that counts."""
+def stop_in(signal_number, where, name, moment, counts=lambda *args: True):
+    """Sends itself a signal in the `moment`-th call of where.name that counts."""
     calls, original = [], getattr(where, name)
 
     def deadly(*args):
         calls.extend([1] * counts(*args))
         if len(calls) == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal_number)
         return original(*args)
 
     setattr(where, name, deadly)
 
-@pytest.mark.parametrize("where, name, moment, counts", [
-    (train.Keeper, "after_align_step", 11, lambda *args: True),  # between two checkpoints of stage 0
-    (experts.os, "replace", 7,  # while GRPO's second is written
-     lambda aside, path: path.suffix == ".safetensors")])
-def test_kill_9_and_resume_is_the_undisturbed_run(finished, quick, tmp_path, where, name, moment, counts):
-    """In stage 0, and in GRPO in the middle of writing a checkpoint."""
-    out = tmp_path / "run"
-    process = forked(lambda: [killed_in(where, name, moment, counts), train.run([*quick, "--out", str(out)])],
-                     tmp_path / "log")
-    assert exit_code(process) == -signal.SIGKILL
+@pytest.mark.parametrize("code, stop", [
+    (0, (signal.SIGINT, train.Keeper, "after_align_step", 5)),  # finish the step and save it
+    (0, (signal.SIGTERM, train.Keeper, "after_step", 5)),
+    (-9, (signal.SIGKILL, train.Keeper, "after_align_step", 11)),  # between two checkpoints
+    (-9, (signal.SIGKILL, experts.os, "replace", 7, lambda _, path: "safetensors" in path.name))])  # in one
+def test_stopped_or_killed_and_resumed_is_the_undisturbed_run(finished, quick, tmp_path, code, stop):
+    """In stage 0 and in GRPO, by Ctrl-C, by SIGTERM and by kill -9."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert exit_code(forked(lambda: stop_in(*stop) or command(*quick, "--out", out), log)) == code
     assert (out / "config.json").exists() and not (out / "eval.json").exists()
-    train.run(["--resume", str(out)])
-    assert same_run(finished, out)
-
-@pytest.mark.parametrize("stop, name", [(signal.SIGINT, "after_align_step"), (signal.SIGTERM, "after_step")])
-def test_ctrl_c_and_sigterm_save(finished, quick, tmp_path, monkeypatch, capsys, stop, name):
-    """In stage 0 and in GRPO: the step is finished, exit code 0, and the run goes on where it was."""
-    out, original, calls = tmp_path / "run", getattr(train.Keeper, name), []
-
-    def stopped(self, *args):
-        calls.append(1)
-        if len(calls) == 5:
-            os.kill(os.getpid(), stop)
-        return original(self, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.Keeper, name, stopped)
-        assert command(*quick, "--out", out) == 0
-    assert "stopped and saved" in capsys.readouterr().out and len(calls) == 5
-    assert not (out / "eval.json").exists() and "-000005-" in str(train.checkpoints(out)[0])
+    if code == 0:
+        assert "stopped and saved" in log.read_text() and "-000005-" in train.checkpoints(out)[0].name
     train.run(["--resume", str(out)])
     assert same_run(finished, out)
 
@@ -1094,14 +993,13 @@ def test_a_full_disk_loses_only_what_was_not_saved(finished, tmp_path, monkeypat
     """A checkpoint that does not fit: one sentence, no half file; with room again, the undisturbed run."""
     out, log = stopped_at_three(finished, tmp_path / "run"), train.log
     with monkeypatch.context() as patch:  # full from step 4 on
-        patch.setattr(train, "log", lambda *args: [patch.setattr(experts.os, "fsync", full_disk), log(*args)])
+        patch.setattr(train, "log", lambda *args: patch.setattr(experts.os, "fsync", full_disk) or log(*args))
         sentence = refused(capsys, "--resume", out)
     assert "No space" in sentence and "--resume" in sentence and not list(out.glob("*.part"))
     train.run(["--resume", str(out)])
     assert same_run(finished, out)
 
 def test_one_process_trains_in_a_folder(finished, quick, tmp_path, capsys):
-    """The second is refused, by --resume and by the first command; a lock left by a kill stops nobody."""
     with train.one_process(finished):
         assert "another process" in refused(capsys, "--resume", finished)
     assert "holds a run" in refused(capsys, *quick, "--out", finished)
@@ -1126,7 +1024,8 @@ def test_a_step_that_is_not_finite_is_skipped(finished, tmp_path, monkeypatch, c
 
 def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, capsys):
     """Same samples, same gradient. A prompt that does not fit alone is a sentence; a mistake is raised."""
-    expected, _ = gradient_of_first_step(monkeypatch, tmp_path / "a", *quick, "--micro_batch", "6")
+    expected, row = gradient_of_first_step(monkeypatch, tmp_path / "a", *quick, "--micro_batch", "6")
+    assert any(g.any() for g in expected.values()) and row["kl"] > 0
     original, sizes, room = Policy.logprobs, [], 3
     errors = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
@@ -1139,8 +1038,9 @@ def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, caps
         return original(self, cache, tokens, *rest)
 
     monkeypatch.setattr(Policy, "logprobs", logprobs)
-    found, _ = gradient_of_first_step(monkeypatch, tmp_path / "b", *quick, "--micro_batch", "6")
+    found, other = gradient_of_first_step(monkeypatch, tmp_path / "b", *quick, "--micro_batch", "6")
     same_gradients(found, expected, 1e-4)
+    assert (other["kl"], other["entropy"]) == pytest.approx((row["kl"], row["entropy"]), rel=1e-4)
     assert sizes == [6, 3, 3, 1, 1, 1, 1, 1, 1]
     room = 0
     assert "out of memory" in refused(capsys, *quick, "--out", tmp_path / "c", "--align", "0")
@@ -1149,7 +1049,6 @@ def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, caps
         command(*quick, "--out", tmp_path / "d", "--align", "0")
 
 def test_the_readmes_router_trains_as_it_stands(tmp_path, monkeypatch):
-    """The Python block of README.md, with fewer and smaller steps than the preset's."""
     [block] = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     monkeypatch.setitem(ROUTERS, "mean", None)  # taken out again after the test
     monkeypatch.setitem(train.PRESETS, "tiny", train.PRESETS["tiny"] | dict(
@@ -1164,7 +1063,6 @@ MODES = [("hard", "shuffled", "6"), ("soft", "noise", "0"), ("linear", "untraine
 
 @pytest.mark.parametrize("collab, control, align", MODES)
 def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, control, align):
-    """Trained, loaded, measured again with the same result, asked."""
     out = tmp_path / "run"
     train.run([*quick, "--out", str(out), "--collab", collab, "--control", control, "--align", align,
                "--steps", "2"])
@@ -1182,32 +1080,28 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     assert ("logic" in capsys.readouterr().out.split("rewarded")[1]) == (collab in ("soft", "hard"))
 
 def as_rank(rank, port, out, argv):
-    """A run as one of two ranks that torchrun started, or alone (rank None), on given samples. The gradient
-    of its first step is written down. Two then go on with the run, and rank 1 is lost in step 3."""
+    """A run alone (rank None) or as one of two, which then go on with it until rank 1 is lost in step 3."""
     if rank is not None:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="0.5")
         for module in (rlvr, train):
             module.RANK, module.WORLD = rank, 2
-    rollout, add_gradients, after_step, seen = train.rollout, train.add_gradients, train.Keeper.after_step, {}
+    rollout, add_gradients, seen = train.rollout, train.add_gradients, {}
 
     def given(*rest):  # no draws: two ranks have the samples of one
         sampled = rollout(*rest)
-        group, lengths = range(sampled.tokens.shape[1]), [len(p.question) for p in sampled.problems]
-        sampled.tokens = torch.tensor([[[3 + (n + 7 * g + t) % 90 for t in range(4)] for g in group]
-                                       for n in lengths])
-        sampled.mask = torch.ones(sampled.tokens.shape, dtype=torch.bool)
-        sampled.rewards = torch.tensor([[float((n + g) % 3 == 0) for g in group] for n in lengths])
+        n, g = torch.tensor([[len(p.question)] for p in sampled.problems]), torch.arange(4)
+        sampled.tokens = 3 + ((n + 7 * g)[..., None] + torch.arange(4)) % 90
+        sampled.mask, sampled.rewards = sampled.tokens > 0, ((n + g) % 3 == 0).float()
         return sampled
 
     def noted(parameters):
         add_gradients(parameters)
         seen.setdefault("gradients", {str(i): p.grad.clone() for i, p in enumerate(parameters)})
 
-    def lost(self, step, *rest):
-        return os._exit(7) if (step, rank) == (3, 1) else after_step(self, step, *rest)
-
-    train.rollout, train.add_gradients, train.Keeper.after_step = given, noted, lost
+    train.rollout, train.add_gradients = given, noted
+    if rank == 1:
+        stop_in(signal.SIGKILL, train.Keeper, "after_step", 3)
     train.run([*argv, "--out", str(out)])
     torch.save(seen["gradients"], f"{out}-{rank}.pt")
     if rank is not None:
@@ -1223,13 +1117,13 @@ def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, ca
                  for name, rank in (("two", 0), ("two", 1), ("one", None))]
     codes = [*map(exit_code, processes)]
     speaks, quiet = ((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
-    assert codes == [2, 7, 0], speaks
+    assert codes == [2, -9, 0], speaks
     assert "held-out problems" in speaks and "n-Musketeers" not in quiet
     assert "another rank is gone" in speaks and "Traceback" not in speaks
     assert "2 ranks" in refused(capsys, "--resume", tmp_path / "two")
     a, b = (load_file(next((tmp_path / name).glob("aligned*"))) for name in ("one", "two"))
-    for key in (key for key in a if key.startswith(("policy", "router"))):
-        torch.testing.assert_close(a[key], b[key], atol=1e-4, rtol=1e-3)
+    trained = [key for key in a if key.startswith(("policy", "router"))]
+    same_gradients({key: a[key] for key in trained}, {key: b[key] for key in trained}, 1e-2)
     one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("one-None", "two-0", "two-1"))
     assert all(torch.equal(two[key], other[key]) for key in two) and any(g.any() for g in one.values())
     same_gradients(two, one, 1e-2)
@@ -1239,33 +1133,32 @@ def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, ca
 BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentence)
     ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
     ("--temperature 0", "--temperature"), ("--steps 0", "--steps"), ("--level terms=3", "level"),
-    ("--level tiny --task gcd", "tiny"), ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"),
-    ("--align 5 --collab text", "align"), ("--collab louder", "louder"), ("--align -1", "--align"),
-    ("--experts nowhere/at/all", "nowhere"), ("--experts tiny", "tiny"), ("--policy nowhere", "nowhere"),
-    ("--layer 9", "layer"), ("--layer -9", "layer"), ("--collab prefix --control noise --align 0", "control"),
+    ("--level tiny --task gcd", "--level easy"), ("--level impossible", "easy, default, hard"),
+    ("--task chain_sum --level min_terms=two", "int"),
+    ("--task chain_sum --level min_terms=9", "cannot be built"), ("--task logic+nope", "nope"),
+    ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"), ("--align 5 --collab text", "align"),
+    ("--collab louder", "louder"), ("--align -1", "--align"), ("--experts nowhere/at/all", "nowhere"),
+    ("--experts tiny", "tiny"), ("--policy nowhere", "nowhere"), ("--layer 9", "layer"),
+    ("--layer -9", "layer"), ("--collab prefix --control noise --align 0", "control"),
     ("--collab single --align 0 --lora_rank 0", "lora_rank"), ("--max_new 600", "window"),
     ("--form tagged", "chat template"), ("--device cuda:7", "--device"), ("--device gpu", "--device"),
     ("--router_heads 3", "router_heads"), ("--write 300", "room"), ("--positions 0", "--positions"),
     ("--task gsm8k --data nowhere", "nowhere"), ("--task gsm8k --data EMPTY", "problem|question"),
-    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE"),
-]
+    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")]
 
 @pytest.mark.parametrize("arguments, word", BAD_INPUT)
 def test_bad_input_is_one_sentence(quick, tmp_path, capsys, monkeypatch, arguments, word):
-    """Exit code 2, the mend named, no traceback, and no run is begun."""
     monkeypatch.setattr(transformers.logging, "get_verbosity", lambda: transformers.logging.ERROR)
     (tmp_path / "FILE").touch()
     (tmp_path / "EMPTY").touch()
     for name, path in dict(FILE=tmp_path / "FILE", EMPTY=tmp_path / "EMPTY", ENCODER=quick[-1]).items():
         arguments = arguments.replace(name, str(path))
-    if arguments.startswith("--resume"):
-        argv = arguments.split()
-    else:
-        argv = [*quick, "--out", str(tmp_path / "run"), *arguments.split()]
+    argv = arguments.split()
+    if argv[0] != "--resume":
+        argv = [*quick, "--out", str(tmp_path / "run"), *argv]
     assert re.search(word, refused(capsys, *argv)) and not list(tmp_path.glob("*/config.json"))
 
 def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
-    """Settings may be repeated, not changed; fewer steps than done are refused; a finished run stays so."""
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
@@ -1279,7 +1172,6 @@ DAMAGED_CONFIGS = ["", "[]", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff
 
 @pytest.mark.parametrize("damage", DAMAGED_CONFIGS)
 def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, capsys, damage):
-    """Cut, no JSON, other types, absurd numbers: train.py --resume and eval.py say so."""
     text = (finished / "config.json").read_text()
     if isinstance(damage, dict):
         config = json.loads(text)
@@ -1305,7 +1197,6 @@ def test_a_data_file_of_five_problems_is_one_sentence_and_of_24_enough(quick, tm
 
 # -- eval.py
 def test_wilson_by_hand():
-    """8 of 10; the ends stay inside 0 and 1."""
     assert evaluation.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-3)
     assert evaluation.wilson(0, 5)[0] == 0 and evaluation.wilson(5, 5)[1] == 1
 
@@ -1358,16 +1249,14 @@ def test_eval_reports_the_run(finished, capsys):
     assert report["pass_at"]["1"] <= report["pass_at"]["2"] and 0 <= report["swap"]["follows"] <= 1
     assert (finished / "run.png").stat().st_size > 10_000
     assert any("attention to logic" in line for line in output)
-    assert command(finished, "--aligned", "--json", program=evaluation) == 0
-    aligned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert command(finished, "--aligned", program=evaluation) == 0
     assert command(finished, "--ask", "How many primes are between 1 and 9?", program=evaluation) == 0
     bars = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in bars] == ["logic", "algorithmic", "arithmetic"]
     assert sum(float(re.search(r"\d\.\d\d", line).group()) for line in bars) == pytest.approx(1, abs=0.02)
-    assert aligned["before"]["strict"] == report["before"]["strict"] and (finished / "aligned.png").exists()
+    assert (finished / "aligned.png").exists()
 
 def test_bad_input_of_eval_is_one_sentence(finished, tmp_path, capsys, monkeypatch):
-    """Exit code 2, the mend named, no traceback: senseless options, no run, a run without checkpoints."""
     monkeypatch.setattr(sys, "stdin", open(os.devnull))
     shutil.copytree(finished, tmp_path / "run")
     for path in train.checkpoints(tmp_path / "run"):
@@ -1441,18 +1330,21 @@ def pretend_device():
     train.pick_device = evaluation.pick_device = lambda name: "npu:0"
     return Watch(), operations, library
 
-def test_a_run_on_a_device_that_is_not_the_cpu(quick, tmp_path, own_cache):
-    """Reading, stage 0, GRPO, checkpoint, resume, eval.py. It sees no hidden waiting, and not cuda:1."""
-    def run():
-        watch, operations, library = pretend_device()
-        train.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 24), *rest)
-        with watch:
-            train.run([*quick, *"--align 2 --align_words 2 --steps 1 --val 4 --test 4 --epochs 2".split(),
-                       "--out", str(tmp_path / "run")])
-            evaluation.main([str(tmp_path / "run"), "--samples", "2"])
-            train.run(["--resume", str(tmp_path / "run"), "--steps", "2"])
-        print(len(operations), "operations")
+def run_on_a_device(out, *quick):
+    watch, operations, library = pretend_device()
+    train.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 16), *rest)
+    with watch:
+        train.run([*quick, *"--align 2 --align_words 2 --steps 1 --epochs 2 --val 4 --test 4".split(),
+                   *"--group 2 --max_new 2 --out".split(), out])
+        evaluation.main([out, "--samples", "2"])
+        train.run(["--resume", out, "--steps", "2"])
+    print(len(operations), "operations")
 
-    assert exit_code(forked(run, tmp_path / "log")) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert int(re.search(r"(\d+) operations", (tmp_path / "log").read_text()).group(1)) > 5000
+def test_a_run_on_a_device_that_is_not_the_cpu(quick, tmp_path):
+    """Reading, stage 0, GRPO, checkpoint, resume, eval.py. It sees no hidden waiting, and not cuda:1."""
+    code = "import sys, test_all; test_all.run_on_a_device(*sys.argv[1:])"  # anew: it changes torch
+    process = subprocess.run([sys.executable, "-c", code, tmp_path / "run", *quick], text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.returncode == 0, process.stdout[-3000:]
+    assert int(re.search(r"(\d+) operations", process.stdout).group(1)) > 5000
     assert len(rows(tmp_path / "run")) == 2 and (tmp_path / "run" / "eval-run.json").exists()

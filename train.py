@@ -1,11 +1,11 @@
 """
 n-Musketeers, end to end: a policy learns by reinforcement to read the hidden states of frozen experts.
 
-$ python train.py                                    # three tiny experts in this repository: minutes on a
-laptop $ python train.py --task gsm8k                       # the paper's setting, on one GPU $ python
-train.py --collab single                    # the same policy without experts: the first control $ python
-train.py --resume runs/NAME --steps 400     # go on with a run $ torchrun --nproc_per_node=8 train.py --task
-gsm8k  # the same on eight GPUs
+$ python train.py                                    # three tiny experts in this repository: no GPU
+$ python train.py --task gsm8k                       # the paper's setting, on one GPU
+$ python train.py --collab single                    # the same policy without experts: the first control
+$ python train.py --resume runs/NAME --steps 400     # go on with a run
+$ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
 Not here: a value network, top-p sampling, a replay buffer, a trainer class.
 """
