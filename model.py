@@ -259,7 +259,7 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, name, rank=8, alpha=16.0, dtype=torch.float32, device="cpu", neutral="zero"):
         """The policy in folder or hub repository `name`. Only safetensors are read, no remote code is run.
-        Raises ValueError, in one sentence with the mend, for an unknown architecture, an incomplete model, or a
+        Raises ValueError, one sentence with the mend, for an unknown architecture, an incomplete model, or a
         tensor that is not what config.json says."""
         folder, _ = find_model(name)
         config = policy_config(folder)
@@ -317,8 +317,8 @@ class Policy(nn.Module):
         return self.neutral + self.embed_std * prefix
 
     def extend(self, tokens, cache, start, reach, own):
-        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. own(layer, k, v) ->
-        the layer's keys and values of the completion so far, each (B, K, G, reach, D)."""
+        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. own(i, k, v) ->
+        layer i's keys and values of the completion so far, each (B, K, G, reach, D)."""
         T = tokens.shape[-1]
         places = torch.arange(reach, device=tokens.device)
         now = places[start:start + T]
