@@ -191,7 +191,7 @@ def align(policy, router, data, args, start, moments, after_step):
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
     A step draws problems and, for each, one expert that writes; the others are masked out. What it draws
-    depends on nothing but seed and step. after_step(steps done, optimizer, loss) is called after each.
+    depends on nothing but seed and step. after_step(part, steps done, optimizer, loss) is called after each.
     """
     words, texts = align_steps(args, data)
     device = policy.embed.device
@@ -225,7 +225,7 @@ def align(policy, router, data, args, start, moments, after_step):
         torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after_step(step + 1, optimizer, total(loss.item())[0])
+        after_step("words" if step < words else "reading", step + 1, optimizer, total(loss.item())[0])
 
 def align_steps(args, data):
     """(steps of words, steps of reading) of stage 0."""

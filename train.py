@@ -46,7 +46,7 @@ from rlvr import (RANK, WORLD, Dataset, accuracy, add_gradients, advantages, ali
                   reference_logprobs, restore, rollout, share, test_report, total)
 from router import ROUTERS, reads_states
 
-with contextlib.suppress(AttributeError):  # glibc only: use freed memory again, fresh pages cost 7% of a step
+with contextlib.suppress(AttributeError):  # glibc only: use freed memory again; saves up to 7% of a step
     ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
     ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
@@ -331,7 +331,7 @@ def show_read_back(out, experts, rows):
         if RANK == 0:
             append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
         tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with "
-                   f"states of other problems {shuffled:.0%}")
+                   f"other problems' states {shuffled:.0%}")
 
 def summarize(sampled, owner, experts, sums):
     """A row of metrics.jsonl, of all ranks: shares are 0 to 1, lengths in tokens, times in seconds."""
@@ -421,11 +421,11 @@ class Keeper:
             raise KeyboardInterrupt
         self.signals.append(number)
 
-    def after_align_step(self, done, optimizer, loss):
+    def after_align_step(self, part, done, optimizer, loss):
         self.state["align"] = done
         if RANK == 0 and done % 25 == 1:
-            append(self.out / "align.jsonl", dict(align=done, loss=loss))
-            tqdm.write(f"stage 0, step {done:4d} | loss {loss:.3f}")
+            append(self.out / "align.jsonl", dict(align=done, part=part, loss=loss))
+            tqdm.write(f"stage 0, step {done:4d}, {part:7} | loss {loss:.3f}")
         self.keep(f"align-{done:06d}-", done, False, optimizer)
 
     def after_step(self, step, finite, optimizer):
