@@ -1083,7 +1083,7 @@ def as_rank(rank, port, out, argv):
     """A run alone (rank None) or as one of two, which then go on with it until rank 1 is lost in step 3."""
     if rank is not None:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="0.5")
+                           MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="3")
         for module in (rlvr, train):
             module.RANK, module.WORLD = rank, 2
     rollout, add_gradients, seen = train.rollout, train.add_gradients, {}
