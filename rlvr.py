@@ -23,6 +23,7 @@ What is easy to get wrong:
 """
 import contextlib
 import importlib
+import math
 import os
 import sys
 import time
@@ -190,12 +191,17 @@ def align(policy, router, data, args, start, moments, after_step):
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    A step draws problems and, for each, one expert that writes; the others are masked out. What it draws
-    depends on nothing but seed and step. after_step(part, steps done, optimizer, loss) is called after each.
+    The words are learned on one half of the problems and reading on the other (with which GRPO begins):
+    states that the router has learned by heart would teach the policy to trust every word. A step draws
+    problems and, for each, one expert that writes. The other writers are masked out; an encoder stays, to be
+    ignored. What it draws depends on nothing but seed and step. after_step(part, steps done, optimizer, loss)
+    is called after each.
     """
     words, texts = align_steps(args, data)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
+    silent = ~torch.isin(data.owner, writers)  # (N,)
+    half = math.ceil(len(data) / 2)
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})
     for step in range(start, words + texts):
@@ -206,10 +212,12 @@ def align(policy, router, data, args, start, moments, after_step):
                 restore(optimizer, moments)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         size = WORDS_BATCH if step < words else args.align_batch
-        rows = share(torch.randint(len(data), (size,), generator=generator).tolist())
+        first, last = (half, len(data)) if step < words else (0, half)
+        rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
-        mask = (data.owner == torch.tensor(chosen)[:, None]).to(device)  # (B, N)
+        mask = (data.owner == torch.tensor(chosen)[:, None]) | silent  # (B, N)
+        mask = mask.to(device)
         if step < words:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
             context, _ = router(data.H[rows].to(device).float(), mask)
@@ -268,7 +276,8 @@ def read_back(policy, router, data, args, n=64):
         rows = [i for i in range(min(n, len(data))) if texts[i]]
         if not rows:
             continue
-        mask = (data.owner == e).to(device)
+        silent = torch.tensor([not any(data.texts[owner]) for owner in data.owner.tolist()])
+        mask = ((data.owner == e) | silent).to(device)
         one = (lambda H: router(H, mask)) if router else None
         shares = []
         for H in (data.H, data.H.roll(1, 0)):
