@@ -191,17 +191,17 @@ def align(policy, router, data, args, start, moments, after_step):
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    The words are learned on one half of the problems and reading on the other (with which GRPO begins):
-    states that the router has learned by heart would teach the policy to trust every word. A step draws
-    problems and, for each, one expert that writes. The other writers are masked out; an encoder stays, to be
-    ignored. What it draws depends on nothing but seed and step. after_step(part, steps done, optimizer, loss)
-    is called after each.
+    The words are learned on the last half of the problems, reading on the quarter before it, and GRPO begins
+    with the first: states that the router knows by heart would teach the policy to trust every word. A step
+    draws problems and, for each, one expert that writes. The other writers are masked out; an encoder stays,
+    to be ignored. What it draws depends on nothing but seed and step. after_step(part, steps done, optimizer,
+    loss) is called after each.
     """
     words, texts = align_steps(args, data)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
     silent = ~torch.isin(data.owner, writers)  # (N,)
-    half = math.ceil(len(data) / 2)
+    half = len(data) // 2
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})
     for step in range(start, words + texts):
@@ -212,7 +212,7 @@ def align(policy, router, data, args, start, moments, after_step):
                 restore(optimizer, moments)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         size = WORDS_BATCH if step < words else args.align_batch
-        first, last = (half, len(data)) if step < words else (0, half)
+        first, last = (half, len(data)) if step < words else (half // 2, half)
         rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
