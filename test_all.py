@@ -780,8 +780,8 @@ def quick(tmp_path_factory):
         model.save_pretrained(folder / name)
     shutil.copytree(TINY["policy"], folder / "policy")
     return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --align 6 "
-             "--align_words 6 --align_batch 8 --align_lr 3e-3 --steps 6 --batch 6 --group 4 --warmup 2 "
-             "--lr 3e-3 --beta 0.04 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
+             "--align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 "
+             "--lr 1e-3 --seed 1 --beta 0.04 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
              "--save_every 3 --router_dim 16 --router_heads 2 --policy".split(), str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
 
@@ -855,7 +855,7 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
         row["reward"] for row in rows(tmp_path / "run")} == {0}
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
-    """In a step of one problem one expert has a gradient, the others and the encoder none; by turns."""
+    """In a step of one problem one expert that writes has a gradient, by turns; the encoder always."""
     seen = []
 
     def noted(parameters):
@@ -867,7 +867,7 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     train.run([*quick, "--out", str(tmp_path / "run"), "--align_batch", "1", "--steps", "1"])
     words, reading = seen[:6], seen[6:12]
     for part in (words, reading):
-        assert {tuple(row) for row in part} == {(True, False, False), (False, True, False)}
+        assert {tuple(row) for row in part} == {(True, False, True), (False, True, True)}
 
 def test_controls_are_what_they_say(quick, tmp_path):
     """shuffled: another problem's states; noise: their mean and std; untrained: strangers, the same ones."""
@@ -1162,7 +1162,7 @@ def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
-    args = train.parse_args(["--resume", str(finished), "--seed", "0", "--batch", "6", "--steps", "9"])
+    args = train.parse_args(["--resume", str(finished), "--seed", "1", "--batch", "6", "--steps", "9"])
     assert (args.steps, args.batch, args.task) == (9, 6, "logic+algorithmic")
     before = (finished / "metrics.jsonl").read_bytes()
     assert command("--resume", finished) == 0 and (finished / "metrics.jsonl").read_bytes() == before
