@@ -346,7 +346,8 @@ SCORERS = {
     "knights_knaves": r"[a-z]+ is an? [a-z]+((, and | and |, ?| )[a-z]+ is an? [a-z]+)*\.?",
     "shortest_path": r"((up|down|left|right) ?)+",
     "tower_of_hanoi": r"(move disk [0-9]{1,2} from peg [0-9]{1,2} to peg [0-9]{1,2} ?)+",
-    "kakurasu": "[01 ]+", "quantum_lock": "[abc→ ]+", "sokoban": "[lrud]+", "palindrome_generation": "[a-z]+",
+    "kakurasu": "[01 ]+", "quantum_lock": "[abc→ ]+", "sokoban": "[lrud]+",
+    "palindrome_generation": "[a-z]+",
     **dict.fromkeys(["group_anagrams", "jugs", "palindrome_partitioning"], r"[][\w\",'> -]+"),
 }
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2: lowest terms may be the task
@@ -402,7 +403,7 @@ NOT_UNITS = frozenset(  # words that would change the number they follow: "18 th
 def number(text, units=True):
     """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.
 
-    Taken off: space, $ € %, bold and italic marks, \\boxed{}, \\( \\), a full stop, up to 3 words if `units`.
+    Taken off: space, $ € %, bold and italic, \\boxed{}, \\( \\), a full stop, up to 3 words if `units`.
     """
     if len(text) > MAX_NUMBER:
         return None

@@ -1,6 +1,5 @@
 """
-Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of the stage before it.
-The loop that uses them is in train.py.
+Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of stage 0, for train.py.
 
     Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
     align         stage 0: the router learns to write, and the policy to read, what an expert would say
@@ -23,7 +22,6 @@ What is easy to get wrong:
 """
 import contextlib
 import importlib
-import math
 import os
 import sys
 import time
@@ -158,6 +156,11 @@ class Dataset:
     def __len__(self):
         return len(self.problems)
 
+    def reading_mask(self, chosen):
+        """(N,), or (B, N) of chosen (B, 1): the states of that expert, and of those without texts."""
+        silent = torch.tensor([not any(self.texts[e]) for e in self.owner.tolist()], dtype=torch.bool)
+        return ((self.owner == chosen) | silent).to(self.policy.embed.device)
+
     def batch(self, rows):
         device = self.policy.embed.device
         ids = [torch.tensor(self.ids[i]) for i in rows]
@@ -185,22 +188,19 @@ def align(policy, router, data, args, start, moments, after_step):
     """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
 
     words    The policy is not run. The context tokens are held to the policy's embeddings of the prompt's
-             last token and an expert's text: the router learns to write in the policy's vocabulary, as if the
-             answer stood there already, behind the token that it will follow again. A language model copies
-             such a text by itself (induction). For a router that reads states.
+             last token and an expert's text, as if the answer stood there already, behind the token that
+             it will follow again: a language model copies such a text. For a router that reads states.
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    The words are learned on the last half of the problems, reading on the quarter before it, and GRPO begins
-    with the first: states that the router knows by heart would teach the policy to trust every word. A step
-    draws problems and, for each, one expert that writes. The other writers are masked out; an encoder stays,
-    to be ignored. What it draws depends on nothing but seed and step. after_step(part, steps done, optimizer,
-    loss) is called after each.
+    Words use the last half of the problems, reading the quarter before it, and GRPO begins with the first:
+    states that the router knows by heart would teach the policy to trust every word. A step draws problems,
+    by seed and step alone, and for each one expert that writes; other writers are masked out, an encoder
+    stays, to be ignored. after_step(part, steps done, optimizer, loss) is called after each.
     """
     words, texts = align_steps(args, data)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
-    silent = ~torch.isin(data.owner, writers)  # (N,)
     half = len(data) // 2
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})
@@ -216,8 +216,7 @@ def align(policy, router, data, args, start, moments, after_step):
         rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
-        mask = (data.owner == torch.tensor(chosen)[:, None]) | silent  # (B, N)
-        mask = mask.to(device)
+        mask = data.reading_mask(torch.tensor(chosen)[:, None])  # (B, N)
         if step < words:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
             context, _ = router(data.H[rows].to(device).float(), mask)
@@ -267,17 +266,14 @@ def reading_loss(policy, batch, context, targets):
 
 @torch.no_grad()
 def read_back(policy, router, data, args, n=64):
-    """What stage 0 is judged by, on problems it has not seen: [(expert's place, share of its texts that the
-    policy reads back, the same with the states of another problem, number of texts)]. Greedy, the others
-    masked out."""
-    device = policy.embed.device
+    """What stage 0 is judged by, on new problems, greedy: [(expert's place, share of its texts that the policy
+    reads back, the same with the states of another problem, number of texts)]."""
     result = []
     for e, texts in enumerate(data.texts):
         rows = [i for i in range(min(n, len(data))) if texts[i]]
         if not rows:
             continue
-        silent = torch.tensor([not any(data.texts[owner]) for owner in data.owner.tolist()])
-        mask = ((data.owner == e) | silent).to(device)
+        mask = data.reading_mask(e)
         one = (lambda H: router(H, mask)) if router else None
         shares = []
         for H in (data.H, data.H.roll(1, 0)):

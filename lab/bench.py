@@ -481,9 +481,9 @@ def report(figures):
     if "growth" in figures:
         rows = []
         for row in figures["growth"]:
-            whole = sum(row[part] for part in PARTS)
-            shares = [f"{row[part] / whole:.0%}" for part in PARTS]
-            rows.append((row["varied"], row["value"], f"{whole:.2f}", f"{row['mb']:,.0f}", *shares))
+            total_seconds = sum(row[part] for part in PARTS)
+            shares = [f"{row[part] / total_seconds:.0%}" for part in PARTS]
+            rows.append((row["varied"], row["value"], f"{total_seconds:.2f}", f"{row['mb']:,.0f}", *shares))
         text += ["## Growth\n",
                  f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
                  f"135M in bf16, tiny in fp32. MB above the libraries, then shares; {made_by['growth']}.\n",
