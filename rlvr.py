@@ -266,8 +266,8 @@ def reading_loss(policy, batch, context, targets):
 
 @torch.no_grad()
 def read_back(policy, router, data, args, n=64):
-    """What stage 0 is judged by, on new problems, greedy: [(expert, share of its texts that are read back, the
-    same with the states of another problem, number of texts)]."""
+    """What stage 0 is judged by, on new problems: [(expert, share of its texts that are read back, the
+    same with the states of another problem, number of texts)]. Greedy."""
     result = []
     for e, texts in enumerate(data.texts):
         rows = [i for i in range(min(n, len(data))) if texts[i]]
