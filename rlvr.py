@@ -1,20 +1,20 @@
 """
 Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of stage 0, for train.py.
 
+    build         policy, experts and router from the settings
     Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
     align         stage 0: the router learns to write, and the policy to read, what an expert would say
     rollout       G completions of each prompt, sampled from the policy that has read the context tokens
     advantages    how much better each completion did than its own group
     grpo_loss     makes what did better likelier, token by token
-    evaluate      greedy accuracy, the same way in training and in eval.py
+    checkpoints   written so that any kill leaves a complete one behind
 
 What is easy to get wrong:
 - The stop token is part of the completion and is trained on, else the policy never learns to stop.
-- Loss and sampler share one temperature, and there is no top-k or top-p: else the ratio is not the policy's.
+- Loss and sampler share one temperature, without top-k or top-p: else the ratio is not the policy's.
 - The router runs again in the training forward (train.py): the context of the rollout has no gradient.
 - The loss is normalised by the tokens of the whole step, so that micro-batches change nothing.
-- The reference of the KL term is the policy as GRPO finds it. After stage 0 that is the aligned one: the
-  frozen policy without a prefix would punish reading. Without stage 0: LoRA off and prefix off.
+- The KL term's reference has LoRA off and prefix off; after stage 0, which it would undo, there is no KL.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
 - Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked
@@ -22,9 +22,13 @@ What is easy to get wrong:
 """
 import contextlib
 import importlib
+import json
+import math
 import os
+import random
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -32,10 +36,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from experts import read, write
-from model import bucket
-from rewards import prompt, verify
-from router import reads_states
+from experts import Expert, line_ends, read, read_tensors, write, write_tensors
+from model import Policy, bucket
+from rewards import TooFew, problems, prompt, verify
+from router import ROUTERS, reads_states
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
 
@@ -85,12 +89,63 @@ def ranks():
         return
     importlib.import_module("torch.distributed.nn")  # imported later, it would keep the group's threads alive
     patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    meet(dist.init_process_group, backend, timeout=patience)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
         yield
     dist.destroy_process_group()
 
-# -- Problems, ready to run
+# -- What a run is made of
+
+def build(args):
+    """Policy, experts and router. Also called by eval.py."""
+    torch.manual_seed(args.seed)
+    experts = [Expert(source, args.read, args.layer, args.positions, args.write, args.cue, device=args.device,
+                      untrained=args.control == "untrained") for source in args.experts]
+    for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
+        expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
+    if args.align and not any(expert.writes for expert in experts):
+        raise ValueError("stage 0 has nothing to read, as no expert writes: use --align 0, or another expert")
+    itself = Expert(args.policy)  # the policy's tokenizer and size, without weights
+    if args.form == "auto":
+        args.form = "tagged" if itself.template == "chat" else "plain"
+    if args.form == "tagged" and itself.template == "plain":
+        raise ValueError(f"{itself.name} has no chat template: use --form plain")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if itself.params >= 50e6 else "float32"
+    policy = Policy.from_pretrained(args.policy, args.lora_rank, args.lora_alpha, getattr(torch, args.dtype),
+                                    args.device, args.neutral)
+    policy.tokenizer = itself.tokenizer
+    if args.form == "plain":  # the answer is the first line
+        policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
+    # a hub model is named with its commit: the run goes on with these weights when the hub has others
+    args.policy = itself.pinned
+    args.experts = [expert.pinned for expert in experts]
+    if args.collab not in ROUTERS:
+        return policy, experts, None
+    # a fresh prefix does no harm: half as large as an embedding, or hardly different from the mean embedding
+    init_scale = 0.02 if args.neutral == "mean" else 0.5
+    router = ROUTERS[args.collab]([expert.width for expert in experts for _ in range(expert.entries)],
+                                  policy.config.hidden_size, args.latents, args.router_heads, args.router_dim,
+                                  args.router_temperature, init_scale)
+    return policy, experts, router.to(args.device)
+
+def load_problems(args, split, n=None):
+    """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a
+    longer run begins alike; a small dataset gives as many held-out ones as it has."""
+    if split != "train":
+        try:
+            return problems(args.task, split, n or getattr(args, split), args.data, args.level)
+        except TooFew as few:
+            return problems(args.task, split, few.available or 1, args.data, args.level)
+    n = n or max(args.steps * args.batch, 2000 if args.align else 32)
+    block = max(256, 8 * args.batch)
+    found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)
+    for start in range(0, len(found), block):
+        part = found[start:start + block]
+        random.Random(f"{args.seed} {start}").shuffle(part)
+        found[start:start + block] = part
+    return found[:n]
 
 @dataclass
 class Batch:
@@ -107,12 +162,11 @@ class Batch:
 class Dataset:
     """Problems and all about them that never changes during training, in lists of one order.
 
-    problems  n of them          prompts  the text that the policy reads     ids  its tokens
-    H         (n, N, D)          what the experts' states are ((n, 0, 0) where none are read)
-    owner     (N,)               whose state each of the N is: an expert may give several
-    texts     [experts][n]       what each expert would say ([] where nobody asks)
-    targets   [experts][n]       the same as tokens of the policy's answer, stop token included; [] for no
-              text
+    problems  n of them       prompts  the text that the policy reads       ids  its tokens
+    H         (n, N, D)       the experts' states ((n, 0, 0) where none are read)
+    owner     (N,)            whose state each of the N is: an expert may give several
+    texts     [experts][n]    what each expert would say ([] where nobody asks)
+    targets   [experts][n]    the same as tokens of an answer, stop token included; [] for no text
     Raises ValueError for a prompt that leaves no room in the policy's window.
     """
 
@@ -184,8 +238,8 @@ def answer_ids(policy, text, form):
 # -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It
 # learns that first, without rewards, from what the experts themselves would say.
 
-def align(policy, router, data, args, start, moments, after_step):
-    """Train router and LoRA on the experts' texts, from step `start`; `moments`: see `restore`. Two parts:
+def align(policy, router, data, args, start, moments):
+    """Train router and LoRA on the experts' texts, from step `start` with `moments` (see `make_optimizer`):
 
     words    The policy is not run. The context tokens are held to the policy's embeddings of the prompt's
              last token and an expert's text, as if the answer stood there already, behind the token that
@@ -196,9 +250,9 @@ def align(policy, router, data, args, start, moments, after_step):
     Words use the last half of the problems, reading the quarter before it, and GRPO begins with the first:
     states that the router knows by heart would teach the policy to trust every word. A step draws problems,
     by seed and step alone, and for each one expert that writes; other writers are masked out, an encoder
-    stays, to be ignored. after_step(part, steps done, optimizer, loss) is called after each.
+    stays, to be ignored. Yields (part, loss per token, optimizer) after each step.
     """
-    words, texts = align_steps(args, data)
+    words, texts = align_steps(args)
     device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
     half = len(data) // 2
@@ -207,9 +261,7 @@ def align(policy, router, data, args, start, moments, after_step):
     for step in range(start, words + texts):
         if step in (start, words):
             rates = (0.0, args.align_words_lr) if step < words else (args.align_lr, args.align_router_lr)
-            optimizer = make_optimizer(policy, router, *rates)
-            if step != words:
-                restore(optimizer, moments)
+            optimizer = make_optimizer(policy, router, *rates, moments if step != words else None)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         size = WORDS_BATCH if step < words else args.align_batch
         first, last = (half, len(data)) if step < words else (half // 2, half)
@@ -232,13 +284,11 @@ def align(policy, router, data, args, start, moments, after_step):
         torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        after_step("words" if step < words else "reading", step + 1, optimizer, total(loss.item())[0])
+        yield "words" if step < words else "reading", total(loss.item())[0], optimizer
 
-def align_steps(args, data):
+def align_steps(args):
     """(steps of words, steps of reading) of stage 0."""
-    if not args.align:
-        return 0, 0
-    return (args.align_words if data.H.numel() else 0), args.align
+    return (args.align_words if args.align and reads_states(args.collab) else 0), args.align
 
 def words_loss(policy, context, targets, used):
     """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
@@ -264,39 +314,18 @@ def reading_loss(policy, batch, context, targets):
     logp, _ = policy.logprobs(cache, tokens, mask)
     return -logp.sum(), int(mask.sum())
 
-@torch.no_grad()
-def read_back(policy, router, data, args, n=64):
-    """What stage 0 is judged by, on new problems: [(expert, share of its texts that are read back, the
-    same with the states of another problem, number of texts)]. Greedy."""
-    result = []
-    for e, texts in enumerate(data.texts):
-        rows = [i for i in range(min(n, len(data))) if texts[i]]
-        if not rows:
-            continue
-        mask = data.reading_mask(e)
-        one = (lambda H: router(H, mask)) if router else None
-        shares = []
-        for H in (data.H, data.H.roll(1, 0)):
-            answers = evaluate(policy, one, data, args, rows, H)[1]
-            expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
-            shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
-        result.append((e, *shares, len(rows)))
-    return result
+# -- GRPO
 
-def make_optimizer(policy, router, lr, router_lr):
+def make_optimizer(policy, router, lr, router_lr, moments=None):
     """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained
-    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps."""
+    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps. moments: to go
+    on with, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
     groups = [dict(params=list(policy.parameters()), lr=lr, base_lr=lr)]
     if router:
         groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-
-def restore(optimizer, moments):
-    """Put AdamW's moments back: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step":
-    ...}}."""
-    optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
-
-# -- GRPO
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer.load_state_dict(dict(state=moments or {}, param_groups=optimizer.state_dict()["param_groups"]))
+    return optimizer
 
 @dataclass
 class Rollout:
@@ -362,89 +391,60 @@ def grpo_loss(logp, old, ref, advantage, mask, args):
         loss = loss + args.beta * kl_estimate(logp, ref)
     return loss.masked_fill(~mask, 0.0).sum()
 
-@torch.no_grad()
-def reference_logprobs(policy, reference, batch, tokens, mask, temperature):
-    """Log-probabilities (B, G, T) under the KL term's reference: (LoRA's tensors, router), or None for the
-    frozen policy, LoRA off and prefix off."""
-    if reference is None:
-        with policy.lora_disabled():
-            return policy.logprobs(policy.prefill(batch.tokens, batch.lengths), tokens, mask, temperature)[0]
-    lora, router = reference
-    now = [p.data for p in policy.parameters()]
-    try:
-        for p, frozen in zip(policy.parameters(), lora):
-            p.data = frozen
-        context = router(batch.H)[0] if router else None
-        cache = policy.prefill(batch.tokens, batch.lengths, context)
-        return policy.logprobs(cache, tokens, mask, temperature)[0]
-    finally:
-        for p, data in zip(policy.parameters(), now):
-            p.data = data
+# -- A checkpoint is one safetensors file, which cannot run code: weights, AdamW's moments, the ranks' random
+# generators, and as JSON text how far the run is.
 
-@torch.no_grad()
-def evaluate(policy, router, data, args, rows=None, H=None, size=None):
-    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
-    N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
-    rows = list(range(len(data))) if rows is None else rows
-    size = size or (256 if policy.embed.is_cuda else 64)
-    mine = share(rows)
-    parts = []
-    for i in range(0, len(mine), size):
-        batch = data.batch(mine[i:i + size])
-        if H is not None:
-            batch.H = H[mine[i:i + size]].to(batch.H)
-        out = rollout(policy, router, batch, args, 1, temperature=0)
-        attention = None if out.attention is None else out.attention.cpu()
-        parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
-    parts = sum(gather(parts), [])
-    verdicts, texts = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
-    attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
-    return verdicts, texts, attention
+def trainable(policy, router):
+    """Name -> tensor of everything that training changes or fixes: LoRA and the router."""
+    named = {f"policy.{name}": p for name, p in policy.named_parameters()}
+    if router:
+        named |= {f"router.{name}": t for name, t in router.state_dict(keep_vars=True).items()}
+    return named
 
-def accuracy(verdicts):
-    return sum(verdict.strict for verdict in verdicts) / len(verdicts)
+def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
+    """All ranks call, rank 0 writes. The checksum is added to the name."""
+    generators = gather(generator.get_state()) if generator else []
+    tensors = trainable(policy, router) | {f"generator.{rank}": t for rank, t in enumerate(generators)}
+    for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
+        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
+    tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    if RANK == 0:
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_tensors(path.parent, tensors, path.name)
+    total(0)  # the ranks meet: the file is there for all
 
-def by_expert(attention, owner):
-    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its
-    states."""
-    shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
-    return shares.index_add(-1, owner.to(attention.device), attention)
+def load_checkpoint(path, policy, router, generator=None):
+    """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing
+    nothing, for a file that is damaged or was made for other models."""
+    tensors, named = read_tensors(path), trainable(policy, router)
+    shapes = {name: t.shape for name, t in tensors.items() if name.startswith(("policy.", "router."))}
+    if shapes != {name: t.shape for name, t in named.items()}:
+        raise ValueError(f"{path} was made for other models: its tensors have other names or shapes")
+    with torch.no_grad():
+        for name, t in named.items():
+            t.copy_(tensors[name])
+    if generator:
+        generator.set_state(tensors[f"generator.{RANK}"])
+    moments = {}
+    for name in tensors:
+        if name.startswith("optimizer."):
+            _, i, moment = name.split(".")
+            moments.setdefault(int(i), {})[moment] = tensors[name]
+    return json.loads(bytes(tensors["state"].tolist())), moments
 
-def by_dataset(datasets, values, names=None):
-    """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
-    means = {}
-    for dataset in sorted(set(datasets)):
-        mean = values[[i for i, other in enumerate(datasets) if other == dataset]].mean(0)
-        means[dataset] = dict(zip(names, mean.tolist())) if names else mean.item()
-    return means
+def checkpoints(out):
+    """Those of a run, the newest first."""
+    stages = ("step", "aligned", "align")
+    return [path for stage in stages for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
 
-def masked_router(router, owner, e):
-    """The router with expert e masked out."""
-    return lambda H: router(H, (owner != e).to(H.device))
-
-def test_report(policy, router, data, args, experts):
-    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
-    masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
-    names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
-    strict = lambda verdicts: torch.tensor([float(verdict.strict) for verdict in verdicts])
-    with policy.lora_disabled():
-        before = evaluate(policy, None, data, args)[0]
-    after, texts, attention = evaluate(policy, router, data, args)
-    rows = {"before": by_dataset(datasets, strict(before)), "after": by_dataset(datasets, strict(after))}
-    rows = {dataset: dict(n=datasets.count(dataset), **{when: means[dataset] for when, means in rows.items()})
-            for dataset in rows["after"]}
-    report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
-                  control=args.control, align=args.align,
-                  before=dict(strict=accuracy(before), lenient=sum(v.lenient for v in before) / len(before)),
-                  after=dict(strict=accuracy(after), lenient=sum(v.lenient for v in after) / len(after)),
-                  by_dataset=rows, right=strict(after).int().tolist(), masked={})
-    first = data.problems[0]
-    report["example"] = dict(question=first.question, answer=first.answer, text=texts[0])
-    if attention is not None:
-        attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
-        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
-        report["example"]["attention"] = attention[0].mean(0).tolist()  # (L, experts)
-        for e, name in enumerate(names if len(names) > 1 else ()):
-            masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
-            report["masked"][name] = by_dataset(datasets, strict(masked))
-    return report
+def load_newest(out, policy, router, generator=None):
+    """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is
+    passed over with a warning. Raises ValueError if none can be loaded."""
+    for path in checkpoints(out):
+        try:
+            return load_checkpoint(path, policy, router, generator)
+        except ValueError as error:
+            warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
+    if checkpoints(out):
+        raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
+    return dict(align=0, step=0), {}

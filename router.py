@@ -175,3 +175,13 @@ ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix":
 def reads_states(collab):
     """Does this way to collaborate read the experts' states?"""
     return collab in ROUTERS and ROUTERS[collab] is not ConstantPrefix
+
+def by_expert(attention, owner):
+    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its
+    states."""
+    shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
+    return shares.index_add(-1, owner.to(attention.device), attention)
+
+def masked_router(router, owner, e):
+    """The router with expert e masked out."""
+    return lambda H: router(H, (owner != e).to(H.device))

@@ -750,7 +750,7 @@ def remembered(task, split, n, *rest):
     return list(MADE[task, split, n, rest])
 
 MADE = {}
-train.problems = remembered
+rlvr.problems = remembered
 TINY = {name: f"tiny/{name}" for name in ("policy", "arithmetic", "logic", "algorithmic")}
 
 @pytest.fixture(autouse=True)
@@ -781,7 +781,7 @@ def quick(tmp_path_factory):
     shutil.copytree(TINY["policy"], folder / "policy")
     return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --align 6 "
              "--align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 "
-             "--lr 1e-3 --seed 1 --beta 0.04 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
+             "--lr 1e-3 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
              "--save_every 3 --router_dim 16 --router_heads 2 --policy".split(), str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
 
@@ -827,15 +827,16 @@ def gradient_of_first_step(monkeypatch, out, *argv):
         found = []
         patch.setattr(train, "add_gradients", lambda parameters: found.append(
             {str(i): p.grad.clone() for i, p in enumerate(parameters)}))
-        train.run([*argv, "--out", str(out), "--steps", "1", "--align", "0"])
+        train.run([*argv, "--out", str(out), *"--steps 1 --align 0 --beta 0.04".split()])
     return found[0], rows(out)[0]
 
-def test_the_reference_is_the_policy_as_grpo_finds_it(finished, quick, tmp_path):
-    """After stage 0: KL 0 at the first step, above 0 later. Without: the frozen policy without its prefix."""
-    kl = [row["kl"] for row in rows(finished)]
-    assert abs(kl[0]) < 1e-6 < 1e-5 < kl[-1]
-    train.run([*quick, "--out", str(tmp_path / "run"), "--align", "0", "--steps", "1"])
-    assert rows(tmp_path / "run")[0]["kl"] > 1e-4
+def test_the_reference_is_the_frozen_policy_without_its_prefix(quick, tmp_path):
+    """LoRA alone begins at KL 0, as its update is zero; a fresh prefix does not."""
+    argv = [*quick, *"--align 0 --beta 0.04 --steps 2 --out".split()]
+    train.run([*argv, str(tmp_path / "single"), "--collab", "single"])
+    train.run([*argv, str(tmp_path / "soft")])
+    first, second = [row["kl"] for row in rows(tmp_path / "single")]
+    assert abs(first) < 1e-6 < 1e-5 < second and rows(tmp_path / "soft")[0]["kl"] > 1e-4
 
 def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
     """The policy says what the expert would say to held-out problems, but not with another's states."""
@@ -847,7 +848,7 @@ def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
 
 def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     """With wrong gold answers: the same weights after it, to the bit. GRPO does see them."""
-    monkeypatch.setattr(train, "problems", lambda *a: [replace(p, answer="7000") for p in remembered(*a)])
+    monkeypatch.setattr(rlvr, "problems", lambda *a: [replace(p, answer="7000") for p in remembered(*a)])
     train.run([*quick, "--out", str(tmp_path / "run")])
     one, two = (load_file(next(out.glob("aligned*"))) for out in (finished, tmp_path / "run"))
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -938,9 +939,9 @@ def stop_in(signal_number, where, name, moment, counts=lambda *args: True):
     setattr(where, name, deadly)
 
 @pytest.mark.parametrize("code, stop", [
-    (0, (signal.SIGINT, train.Keeper, "after_align_step", 5)),  # finish the step and save it
-    (0, (signal.SIGTERM, train.Keeper, "after_step", 5)),
-    (-9, (signal.SIGKILL, train.Keeper, "after_align_step", 11)),  # between two checkpoints
+    (0, (signal.SIGINT, train, "log_alignment", 5)),  # finish the step and save it
+    (0, (signal.SIGTERM, train, "log", 5)),
+    (-9, (signal.SIGKILL, train, "log_alignment", 11)),  # between two checkpoints
     (-9, (signal.SIGKILL, experts.os, "replace", 7, lambda _, path: "safetensors" in path.name))])  # in one
 def test_stopped_or_killed_and_resumed_is_the_undisturbed_run(finished, quick, tmp_path, code, stop):
     """In stage 0 and in GRPO, by Ctrl-C, by SIGTERM and by kill -9."""
@@ -986,7 +987,7 @@ def test_every_bit_of_a_checkpoint_counts(finished, tmp_path):
     policy, router = Policy.from_pretrained(TINY["policy"]), make_router()
     before = [p.detach().clone() for p in (*policy.parameters(), *router.parameters())]
     with pytest.raises(ValueError, match="other models"):
-        train.load_checkpoint(path, policy, router)
+        rlvr.load_checkpoint(path, policy, router)
     assert all(torch.equal(a, b) for a, b in zip(before, (*policy.parameters(), *router.parameters())))
 
 def test_a_full_disk_loses_only_what_was_not_saved(finished, tmp_path, monkeypatch, capsys):
@@ -1084,7 +1085,7 @@ def as_rank(rank, port, out, argv):
     if rank is not None:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                            MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="3")
-        for module in (rlvr, train):
+        for module in (rlvr, train, evaluation):
             module.RANK, module.WORLD = rank, 2
     rollout, add_gradients, seen = train.rollout, train.add_gradients, {}
 
@@ -1101,7 +1102,7 @@ def as_rank(rank, port, out, argv):
 
     train.rollout, train.add_gradients = given, noted
     if rank == 1:
-        stop_in(signal.SIGKILL, train.Keeper, "after_step", 3)
+        stop_in(signal.SIGKILL, train, "log", 3)
     train.run([*argv, "--out", str(out)])
     torch.save(seen["gradients"], f"{out}-{rank}.pt")
     if rank is not None:
@@ -1137,6 +1138,7 @@ BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentenc
     ("--task chain_sum --level min_terms=two", "int"),
     ("--task chain_sum --level min_terms=9", "cannot be built"), ("--task logic+nope", "nope"),
     ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"), ("--align 5 --collab text", "align"),
+    ("--beta 0.04", "--beta 0"),
     ("--collab louder", "louder"), ("--align -1", "--align"), ("--experts nowhere/at/all", "nowhere"),
     ("--experts tiny", "tiny"), ("--policy nowhere", "nowhere"), ("--layer 9", "layer"),
     ("--layer -9", "layer"), ("--collab prefix --control noise --align 0", "control"),
@@ -1162,7 +1164,7 @@ def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
-    args = train.parse_args(["--resume", str(finished), "--seed", "1", "--batch", "6", "--steps", "9"])
+    args = train.parse_args(["--resume", str(finished), "--steps", "9"])
     assert (args.steps, args.batch, args.task) == (9, 6, "logic+algorithmic")
     before = (finished / "metrics.jsonl").read_bytes()
     assert command("--resume", finished) == 0 and (finished / "metrics.jsonl").read_bytes() == before
@@ -1172,14 +1174,18 @@ DAMAGED_CONFIGS = ["", "[]", '{"args": 3}', '{"args": {"task": "gsm8k"', "\udcff
 
 @pytest.mark.parametrize("damage", DAMAGED_CONFIGS)
 def test_a_damaged_config_of_a_run_is_one_sentence(finished, tmp_path, capsys, damage):
+    """eval.py, too, says so where it reads what is damaged."""
     text = (finished / "config.json").read_text()
+    programs = [train, evaluation]
     if isinstance(damage, dict):
+        programs = programs if damage.keys() <= {"layer"} else [train]
         config = json.loads(text)
         config["args"] |= damage
         damage = json.dumps(config)
     (tmp_path / "config.json").write_bytes(damage.encode("utf-8", "surrogateescape"))
-    assert "damaged" in refused(capsys, "--resume", tmp_path)
-    assert "damaged" in refused(capsys, tmp_path, program=evaluation)
+    for program in programs:
+        argv = ["--resume", tmp_path] if program is train else [tmp_path]
+        assert "damaged" in refused(capsys, *argv, program=program)
 
 def test_a_data_file_of_five_problems_is_one_sentence_and_of_24_enough(quick, tmp_path, capsys):
     """A split without any problem is refused, with the mend; a small one gives what it has."""
@@ -1202,9 +1208,9 @@ def test_wilson_by_hand():
 
 def loaded(out):
     """(policy, router, test problems, args) of a run, as eval.py has them."""
-    args = train.saved_args(out)
+    args = train.saved_run(out)
     policy, pool, router = train.build(args)
-    train.load_newest(out, policy, router)
+    rlvr.load_newest(out, policy, router)
     return policy, router, Dataset(train.load_problems(args, "test"), policy, pool, args), args
 
 def test_pass_at_k_and_majority_by_hand(finished, monkeypatch):
@@ -1332,7 +1338,7 @@ def pretend_device():
 
 def run_on_a_device(out, *quick):
     watch, operations, library = pretend_device()
-    train.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 16), *rest)
+    rlvr.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 16), *rest)
     with watch:
         train.run([*quick, *"--align 2 --align_words 2 --steps 1 --epochs 2 --val 4 --test 4".split(),
                    *"--group 2 --max_new 2 --out".split(), out])

@@ -39,8 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from model import Policy, TokenLogprob  # noqa: E402
 from rewards import Problem, cache_dir, verify  # noqa: E402
-from rlvr import Batch, advantages, grpo_loss, make_optimizer  # noqa: E402
-from rlvr import reference_logprobs, rollout  # noqa: E402
+from rlvr import Batch, advantages, grpo_loss, make_optimizer, rollout  # noqa: E402
 from router import Router  # noqa: E402
 from train import Args  # noqa: E402
 
@@ -314,7 +313,8 @@ def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False):
 
     def score_reference():
         nonlocal ref
-        ref = reference_logprobs(policy, None, batch, sampled.tokens, sampled.mask, 1.0)
+        with torch.no_grad(), policy.lora_disabled():
+            ref, _ = policy.logprobs(policy.prefill(tokens, lengths), sampled.tokens, sampled.mask, 1.0)
 
     def learn():
         rewards = torch.randint(0, 2, (prompts, group), generator=generator, device=device).float()

@@ -25,11 +25,9 @@ from safetensors.torch import load, save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import wilson  # noqa: E402
+from eval import one_sentence, open_run, wilson  # noqa: E402
 from experts import find_model, write_whole  # noqa: E402
-from probe import open_run  # noqa: E402
 from router import ROUTERS  # noqa: E402
-from train import one_sentence  # noqa: E402
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import (RESULTS, finished, interval, names_of, runs_by_seed, spearman,  # noqa: E402
                     spearman_without_trend)
-from train import one_sentence  # noqa: E402
+from eval import one_sentence  # noqa: E402
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")

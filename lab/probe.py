@@ -23,22 +23,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
+from eval import evaluate, one_sentence, open_run, read_config  # noqa: E402
 from experts import Expert, read, write_whole  # noqa: E402
 from rewards import number, prompt, verify  # noqa: E402
-from rlvr import Dataset, advantages, by_expert, evaluate, rollout  # noqa: E402
-from train import build, load_newest, load_problems, one_sentence, pick_device, saved_args  # noqa: E402
+from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
+from router import by_expert  # noqa: E402
 
 KINDS = ("static", "uniform", "shuffle", "zero")
-
-def open_run(folder, device="auto"):
-    """(args, policy, experts, router) of a run, with its newest checkpoint."""
-    args = saved_args(folder)
-    args.device = pick_device(device)
-    policy, experts, router = build(args)
-    state, _ = load_newest(Path(folder), policy, router)
-    if not state["step"]:
-        raise ValueError(f"{folder} has no checkpoint of GRPO yet: train on with train.py --resume {folder}")
-    return args, policy, experts, router
 
 def by_dataset(problems):
     """{dataset: places of its problems}, in the order of first appearance."""
@@ -281,7 +272,7 @@ def runs_table(folders):
         if not path.is_file():
             raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
         report = json.loads(path.read_text())
-        way, read_from = report["collab"], saved_args(folder).read
+        way, read_from = report["collab"], read_config(folder)["args"]["read"]
         way += f", {report['control']}" if report["control"] != "none" else ""
         way += f", read {read_from}" if read_from != "last" else ""
         way += f", stage 0: {report['align']}" if report["align"] else ""

@@ -31,8 +31,9 @@ from safetensors import safe_open
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import claims  # noqa: E402
+from eval import one_sentence  # noqa: E402
 from experts import write_whole  # noqa: E402
-from train import PRESETS, one_sentence  # noqa: E402
+from train import PRESETS  # noqa: E402
 
 HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results"
