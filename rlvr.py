@@ -7,7 +7,6 @@ Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) 
     rollout       G completions of each prompt, sampled from the policy that has read the context tokens
     advantages    how much better each completion did than its own group
     grpo_loss     makes what did better likelier, token by token
-    checkpoints   written so that any kill leaves a complete one behind
 
 What is easy to get wrong:
 - The stop token is part of the completion and is trained on, else the policy never learns to stop.
@@ -134,10 +133,12 @@ def load_problems(args, split, n=None):
     """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a
     longer run begins alike; a small dataset gives as many held-out ones as it has."""
     if split != "train":
+        n = n or getattr(args, split)
+        skipped = args.test_skip if split == "test" else 0
         try:
-            return problems(args.task, split, n or getattr(args, split), args.data, args.level)
+            return problems(args.task, split, skipped + n, args.data, args.level)[-n:]
         except TooFew as few:
-            return problems(args.task, split, few.available or 1, args.data, args.level)
+            return problems(args.task, split, few.available or 1, args.data, args.level)[-n:]
     n = n or max(args.steps * args.batch, 2000 if args.align else 32)
     block = max(256, 8 * args.batch)
     found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)
@@ -172,15 +173,16 @@ class Dataset:
 
     def __init__(self, problems, policy, experts, args, progress=True):
         self.problems, self.policy, self.form = problems, policy, args.form
-        expert_prompts = []
+        mine = []
         for expert in experts:
-            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in problems]
-            expert_prompts.append([text + expert.cue for text in asked])
-        mine = [share(prompts) for prompts in expert_prompts]
+            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in share(problems)]
+            if args.control == "wrong" and expert is experts[-1]:  # it reads, and answers, the next problem
+                asked = asked[1:] + asked[:1]
+            mine.append([text + expert.cue for text in asked])
         self.texts = []
         if args.align or args.collab == "text":
             parts = gather(write(experts, mine, progress and RANK == 0))
-            self.texts = [sum((part[e] for part in parts), []) for e in range(len(experts))]
+            self.texts = [sum(column, []) for column in zip(*parts)]
         self.H = torch.zeros(len(problems), 0, 0)
         if reads_states(args.collab):
             self.H = torch.cat(gather(read(experts, mine, progress and RANK == 0)))
@@ -329,18 +331,16 @@ def make_optimizer(policy, router, lr, router_lr, moments=None):
 
 @dataclass
 class Rollout:
-    """G completions of each of B problems: tokens (B, G, T); mask (B, G, T), True up to and including the
-    stop token; texts and verdicts [B][G]; rewards and truncated (B, G); attention (B, heads, L, N) or None;
-    seconds."""
+    """G completions of each of B problems. mask: True up to and including the stop token."""
 
     problems: list
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    texts: list
-    verdicts: list
-    rewards: torch.Tensor
-    truncated: torch.Tensor
-    attention: torch.Tensor | None
+    tokens: torch.Tensor  # (B, G, T)
+    mask: torch.Tensor  # (B, G, T)
+    texts: list  # [B][G]
+    verdicts: list  # [B][G]
+    rewards: torch.Tensor  # (B, G)
+    truncated: torch.Tensor  # (B, G)
+    attention: torch.Tensor | None  # (B, heads, L, N)
     seconds: float
 
 @torch.no_grad()

@@ -871,9 +871,10 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         assert {tuple(row) for row in part} == {(True, False, True), (False, True, True)}
 
 def test_controls_are_what_they_say(quick, tmp_path):
-    """shuffled: another problem's states; noise: their mean and std; untrained: strangers, the same ones."""
+    """shuffled: another problem's states; wrong: the last expert's are those of the next problem; noise: of
+    their mean and std; untrained: of strangers, the same ones."""
     H = {}
-    for control in ("none", "shuffled", "noise", "untrained"):
+    for control in ("none", "shuffled", "wrong", "noise", "untrained"):
         args = train.parse_args([*quick, "--out", str(tmp_path), "--control", control, "--align", "0"])
         policy, pool, _ = train.build(args)
         data = Dataset(train.load_problems(args, "train", 256), policy, pool, args)
@@ -882,6 +883,8 @@ def test_controls_are_what_they_say(quick, tmp_path):
     order = [place[row.numpy().tobytes()] for row in H["shuffled"]]
     assert sorted(order) == sorted(place.values()) and len(place) > 250
     assert sum(i == j for i, j in enumerate(order)) < 3
+    assert torch.equal(H["wrong"][:, :2], H["none"][:, :2])
+    assert torch.equal(H["wrong"][:, 2], H["none"][:, 2].roll(-1, 0))
     for a, b in zip(torch.std_mean(H["none"], dim=0), torch.std_mean(H["noise"], dim=0)):
         assert (a - b).abs().max() < 0.3 * (1e-3 + H["none"].std(0).max())
     assert not torch.isclose(H["none"], H["untrained"]).all(-1).any()

@@ -62,7 +62,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
     collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
                               "the prompt; single: LoRA alone")
-    control: Literal["none", "shuffled", "noise", "untrained"] = arg("none", "what stands in for the states")
+    control: Literal["none", "shuffled", "noise", "untrained", "wrong"] = arg(
+        "none", "what stands in for the states; wrong: the last expert alone reads another problem")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
@@ -103,6 +104,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     save_every: int = arg(10, "steps between checkpoints")
     val: int = arg(120, "validation problems")
     test: int = arg(256, "held-out problems, most likely the paper's number")
+    test_skip: int = arg(0, "held-out problems before these, left out")
     seed: int = arg(0, "of weights, order of problems and sampling")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; bfloat16 from 50 M on")
@@ -402,7 +404,7 @@ def pick_preset(given):
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
     may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
-                   "clip_high", "warmup", "seed")
+                   "clip_high", "warmup", "seed", "test_skip")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))

@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -42,16 +44,18 @@ RUNS = HERE / "runs" / "study"
 # -- The plan
 
 SUMS = "--task chain_sum --level min_terms={},max_terms={},min_digits=1,max_digits={}"
+UNSEEN = "--test 1024 --test_skip 1024"  # problems that nobody looked at while settings were chosen
 TASKS = {
-    "mix": "--preset tiny --task arithmetic+logic+algorithmic --steps 100 --test 1024",
-    "sums": "--preset tiny --task arithmetic --steps 100 --test 1024",
+    "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
+    "sums": f"--preset tiny --task arithmetic {UNSEEN}",
     # 12 problems a step, as of each dataset in the mix
-    "family": "--preset tiny --task logic --steps 100 --test 1024 --batch 12",
-    "primes": "--preset tiny --task algorithmic --steps 100 --test 1024 --batch 12",
+    "family": f"--preset tiny --task logic --batch 12 {UNSEEN}",
+    "primes": f"--preset tiny --task algorithmic --batch 12 {UNSEEN}",
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
-    "sums hard": f"--preset tiny {SUMS.format(4, 6, 1)} --steps 100 --test 1024",
-    "real sums": f"--preset small {SUMS.format(2, 2, 2)} --steps 100 --test 256 --val 64 --max_new 8",
+    "sums hard": f"--preset tiny {SUMS.format(4, 6, 1)} {UNSEEN}",
+    "real sums": f"--preset small {SUMS.format(2, 2, 2)} --test 256 --test_skip 256 --val 128 --max_new 8",
 }
+POOL = "--experts tiny/arithmetic tiny/logic tiny/algorithmic"
 WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft": "--collab soft",
     "soft without stage 0": "--collab soft --align 0",
@@ -59,6 +63,8 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft shuffled": "--collab soft --control shuffled",
     "soft noise": "--collab soft --control noise",
     "soft untrained": "--collab soft --control untrained",
+    "soft wrong": f"--collab soft --control wrong {POOL} tiny/arithmetic",
+    "soft wide": f"--collab soft {POOL} runs/study/wide",  # random weights, see make_wide
     "prefix": "--collab prefix",
     "single": "--collab single --align {align}",
     "single without stage 0": "--collab single --align 0",
@@ -69,14 +75,16 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
 BLOCKS = {  # block: [(tasks, ways, seeds)]
-    "tiny": [(["mix"], list(WAYS), 5), (["sums", "family", "primes"], HEADLINE, 5),
+    "tiny": [(["mix"], [way for way in WAYS if way not in ("soft wrong", "soft wide")], 5),
+             (["sums"], [*HEADLINE, "soft wrong", "soft wide"], 5), (["family", "primes"], HEADLINE, 5),
              (["sums hard"], HEADLINE, 3)],
     "real": [(["real sums"], [*HEADLINE, "stage 0"], 3)],
     "quick": [(["mix"], HEADLINE, 2)],
 }
 # policy, then experts
 REAL_MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"]
-ABLATED = ["soft"]  # ways whose finished runs probe.py asks what replacing attention or states costs
+# ways whose finished runs probe.py asks what replacing attention or states costs
+ABLATED = ["soft", "soft wrong", "soft wide"]
 
 @dataclass(frozen=True)
 class Run:
@@ -140,6 +148,8 @@ class Study:
 
     def carry_out(self):
         RUNS.mkdir(parents=True, exist_ok=True)
+        if any(run.way == "soft wide" for run in self.runs):
+            make_wide(RUNS / "wide")
         with open(RUNS / "lock", "w") as self.lock:
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -204,6 +214,18 @@ class Study:
                    command=shlex.join(command(run)))
         with open(RESULTS / "study.jsonl", "a") as file:
             file.write(json.dumps(row | more) + "\n")
+
+def make_wide(folder):
+    """An expert far larger than the others that knows nothing: random weights, arithmetic's tokenizer."""
+    if (folder / "model.safetensors").exists():
+        return
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny" / "arithmetic")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1024,
+                         num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=256,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 def head():
     """The commit of the code that a run is about to use; None outside a repository."""
