@@ -36,8 +36,7 @@ from router import by_expert, masked_router
 
 def main(argv=None):
     options = parse(argv)
-    run = Path(options.run)
-    args, policy, experts, router = open_run(run, options.device, options.aligned)
+    args, policy, experts, router = open_run(options.run, options.device, options.aligned)
     if options.ask is not None:
         return ask(policy, router, experts, args, options.ask)
     found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
@@ -49,15 +48,14 @@ def main(argv=None):
         report["pass_at"], report["majority_at"] = sample_pass(policy, router, data, args, options.samples)
     show(report)
     name = "aligned" if options.aligned else "run"
-    write_whole(run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
-    print(f"picture: {picture(run, report, run / f'{name}.png')}")
+    write_whole(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+    print(f"picture: {picture(options.run, report, options.run / f'{name}.png')}")
     if options.json:
         print(json.dumps(report))
 
 def parse(argv):
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    parser.add_argument("run", help="folder of a run, as train.py --out wrote it")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a run, as train.py --out wrote it")
     parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
     parser.add_argument("--samples", type=int, default=0, help="completions a problem, for pass@k")
     parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
@@ -202,11 +200,7 @@ def swap_test(policy, router, data, args):
     """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
     share answered as the expert that is attended to most would answer the OTHER question, "n": of those where
     that is another answer than the right one}. A policy that reads follows the states."""
-    partner = list(range(len(data)))
-    for dataset in {problem.dataset for problem in data.problems}:
-        places = [i for i, problem in enumerate(data.problems) if problem.dataset == dataset]
-        for i, j in zip(places, places[1:] + places[:1]):
-            partner[i] = j
+    partner = next_of_dataset(data.problems)
     verdicts, texts, attention = evaluate(policy, router, data, args, H=data.H[partner])
     follows = []
     for i, j in enumerate(partner):
@@ -216,8 +210,16 @@ def swap_test(policy, router, data, args):
         if told and told != data.problems[i].answer:
             answer = extract(texts[i], args.form, False)[0]
             follows.append(answer.strip() == told.strip())
-    strict = sum(verdict.strict for verdict in verdicts) / len(verdicts)
-    return dict(strict=strict, follows=sum(follows) / max(1, len(follows)), n=len(follows))
+    return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
+
+def next_of_dataset(problems):
+    """For each problem the place of the next one of its dataset, the last one's is the first."""
+    partner = [0] * len(problems)
+    for dataset in {problem.dataset for problem in problems}:
+        places = [i for i, problem in enumerate(problems) if problem.dataset == dataset]
+        for here, there in zip(places, places[1:] + places[:1]):
+            partner[here] = there
+    return partner
 
 @torch.no_grad()
 def sample_pass(policy, router, data, args, samples):
@@ -284,11 +286,10 @@ def answer_one(policy, router, experts, args, text):
     print(texts[0].strip() or "(an empty answer)")
     if attention is None:
         return
-    width = max(len(expert.name) for expert in experts)
     shares = by_expert(attention, data.owner).mean((0, 1, 2)).tolist()
     for e, (expert, attended) in enumerate(zip(experts, shares)):
         words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
-        print(f"  {expert.name:{width}} {'█' * round(40 * attended):40} {attended:.2f}{words}")
+        print(f"  {expert.name:28} {'█' * round(40 * attended):40} {attended:.2f}{words}")
 
 def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""

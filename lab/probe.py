@@ -23,7 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
-from eval import evaluate, one_sentence, open_run, read_config  # noqa: E402
+from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
 from experts import Expert, read, write_whole  # noqa: E402
 from rewards import number, prompt, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
@@ -94,14 +94,6 @@ def mean_attention(policy, experts, router, args):
     for H in data.H.split(256):
         total = total + router(H.float().to(policy.embed.device))[1].sum(0)
     return total / len(data)
-
-def next_of_dataset(problems):
-    """For each problem the place of the next one of its dataset, the last one's is the first."""
-    partner = list(range(len(problems)))
-    for places in by_dataset(problems).values():
-        for here, there in zip(places, places[1:] + places[:1]):
-            partner[here] = there
-    return partner
 
 def knows(data):
     """[n][experts]: 1 where an expert's own text is the right answer; [] for a run that asked for no

@@ -23,6 +23,7 @@ import figures  # noqa: E402
 import probe  # noqa: E402
 import study  # noqa: E402
 import train  # noqa: E402
+from eval import next_of_dataset  # noqa: E402
 from rlvr import Dataset  # noqa: E402
 from router import Router  # noqa: E402
 
@@ -264,7 +265,7 @@ def test_ablations_are_what_they_state(soft):
     assert np.shape(result["knows"]) == (24, 3) and result["datasets"] == [p.dataset for p in data.problems]
     specialists = claims.specialist_places(dict(experts=[dict(name=e.name) for e in experts], **result))
     assert np.mean([row[place] for row, place in zip(result["knows"], specialists)]) > 0.9
-    partner = probe.next_of_dataset(data.problems)
+    partner = next_of_dataset(data.problems)
     assert sorted(partner) == list(range(24)) and all(i != j for i, j in enumerate(partner))
     assert all(data.problems[i].dataset == data.problems[j].dataset for i, j in enumerate(partner))
     mean = probe.mean_attention(policy, experts, router, args)
