@@ -56,6 +56,7 @@ class Expert:
     read       the token(s) that make a state: "last" (for a BERT its [SEP]), "first", or the "mean" of all
     layers     which layers are read: 0 is the embedding, k block k, -1 the last one, after the final norm
     positions  with "last": the states of this many last tokens
+    own_text   read what it writes too, behind the prompt: the last states are those while it answered
     tokens     the most tokens that it may write
     cue        text behind every prompt, such as "The answer is "
     template   "chat", "plain", or "auto": chat if the tokenizer has a chat template
@@ -64,8 +65,8 @@ class Expert:
     mend, for a model that is missing, damaged or of a kind that cannot be read.
     """
 
-    def __init__(self, source, read="last", layers=(-1,), positions=1, tokens=16, cue="", template="auto",
-                 device="cpu", untrained=False):
+    def __init__(self, source, read="last", layers=(-1,), positions=1, own_text=False, tokens=16, cue="",
+                 template="auto", device="cpu", untrained=False):
         self.source, self.read, self.positions, self.tokens, self.cue = source, read, positions, tokens, cue
         self.device, self.untrained = torch.device(device), untrained
         self.folder, self.revision = find_model(source)
@@ -92,6 +93,7 @@ class Expert:
         causal = any(head.endswith(("CausalLM", "LMHeadModel")) for head in heads)
         bert = any(word in str(self.config.get("model_type")) for word in ("bert", "mpnet", "electra"))
         self.writes = causal or not bert
+        self.own_text = own_text and self.writes
 
     @property
     def pinned(self):
@@ -124,6 +126,8 @@ class Expert:
     def fingerprint(self, kind):
         """sha256 (hex) over all that decides a row but the text: the name of its folder in the cache."""
         how = (self.read, self.layers, self.positions) if kind == STATES else (self.tokens,)
+        if kind == STATES and self.own_text:
+            how += (self.tokens,)
         parts = [FORMAT, kind, how, self.dtype, self.template, self.cue, self.revision, self.untrained]
         files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
         if self.revision is None:  # a commit names its weights; those of a folder are looked at
@@ -258,8 +262,12 @@ def fill_cache(expert, kind, missing, folder, progress):
     """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and
     at the end, even if that is an interruption. Only in here are the weights in memory."""
     compute = expert.states_of if kind == STATES else expert.texts_of
-    room = expert.tokens if kind == TEXTS else 0
+    room = expert.tokens if kind == TEXTS or expert.own_text else 0
     keys, ids = list(missing), expert.tokenize(missing.values(), room)
+    if kind == STATES and expert.own_text:
+        own = cached_rows(expert, TEXTS, list(missing.values()), progress)
+        ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
+        room = 0
     model, rows, fresh, since = None, {}, {}, time.monotonic()
     verb = "reads" if kind == STATES else "writes"
     quiet = None if progress else True  # None: no bar in a log file either

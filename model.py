@@ -347,7 +347,7 @@ class Policy(nn.Module):
         mask = torch.zeros_like(tokens, dtype=torch.bool)
         alive = torch.ones(B, group, dtype=torch.bool, device=device)
         h = cache.last[:, None].expand(-1, group, -1)
-        check = 8 if self.embed.is_cuda else 1  # to ask a GPU whether all have ended makes the host wait
+        check = 1 if device.type == "cpu" else 8  # to ask a GPU whether all have ended makes the host wait
         with self.lora_merged():
             for t in range(max_new):
                 token = sample(self.logits(h.flatten(0, 1)), temperature, generator).view(B, group)

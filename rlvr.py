@@ -99,8 +99,8 @@ def ranks():
 def build(args):
     """Policy, experts and router. Also called by eval.py."""
     torch.manual_seed(args.seed)
-    experts = [Expert(source, args.read, args.layer, args.positions, args.write, args.cue, device=args.device,
-                      untrained=args.control == "untrained") for source in args.experts]
+    experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, args.write, args.cue,
+                      device=args.device, untrained=args.control == "untrained") for source in args.experts]
     for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
         expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
     if args.align and not any(expert.writes for expert in experts):

@@ -305,6 +305,18 @@ def test_layers_and_positions_give_the_entries_they_name(tmp_path, own_cache):
     one_word_less = read_all(Expert(folder, layers=(1,)), [text.rsplit(" ", 1)[0] for text in TEXTS])
     torch.testing.assert_close(H[:, 1], one_word_less[:, 0], atol=1e-5, rtol=1e-5)
 
+def test_own_text_is_read_behind_the_prompt(tmp_path, own_cache):
+    """The last states are those of the tokens that the expert itself wrote; of nothing written, the prompt's."""
+    folder = make_expert(tmp_path / "m")
+    expert = Expert(folder, layers=(1, -1), positions=2, own_text=True, tokens=3)
+    written = experts.cached_rows(expert, "texts", TEXTS, progress=False)  # (n, 3), -1 behind the end
+    assert len({int((row >= 0).sum()) for row in written}) > 1
+    H = read_all(expert)
+    for i, (ids, row) in enumerate(zip(expert.tokenize(TEXTS), written)):
+        ids = ids + row[row >= 0].tolist()
+        alone = expert.states_of(expert.load("states"), [ids], len(ids))
+        torch.testing.assert_close(H[i], alone[0], atol=1e-5, rtol=1e-5)
+
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
     a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))
     H = read([a, b], [TEXTS, TEXTS[::-1]], progress=False)

@@ -67,6 +67,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
+    own_text: bool = arg(False, "an expert reads its own text behind the prompt: states while it answers")
     cue: str = arg("", "text behind the experts' prompts, such as 'The answer is ' (none: paper)")
     write: int = arg(16, "tokens an expert may write, for stage 0 and --collab text")
     # router and LoRA
@@ -404,7 +405,7 @@ def pick_preset(given):
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
     may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
-                   "clip_high", "warmup", "seed", "test_skip")
+                   "clip_high", "warmup", "seed", "test_skip", "own_text")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))

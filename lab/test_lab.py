@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from playwright.sync_api import sync_playwright
 from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE / "lab")]
 import claims  # noqa: E402
 import export  # noqa: E402
 import figures  # noqa: E402
+import page as page_file  # noqa: E402
 import probe  # noqa: E402
 import study  # noqa: E402
 import train  # noqa: E402
@@ -378,3 +380,72 @@ def test_an_export_takes_no_other_folder_and_leaves_no_rest(runs, exported, tmp_
     shutil.copytree(exported, folder)
     export.write_export(runs["single"], folder)
     assert not list(folder.glob("router*")) and "no router" in export.check_export(folder)
+
+# -- page.py
+
+HOSTILE = """</script><script>document.title = 'taken'</script><img src=x onerror="document.title = 'taken'">"""
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, Debian's."""
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+def test_the_page_in_a_browser(runs, browser, tmp_path):
+    """No error, the slider moves the map, a problem can be chosen, and a hostile completion stays text."""
+    shutil.copytree(runs["soft"], tmp_path / "soft")
+    samples = tmp_path / "soft" / "samples.jsonl"
+    lines = [json.loads(line) | dict(completion=HOSTILE) for line in samples.read_text().splitlines()]
+    samples.write_text("\n".join(map(json.dumps, lines)))
+    page_file.main([str(tmp_path / "soft"), str(runs["single"]), "--n", "9"])
+    path = tmp_path / "soft" / "run.html"
+    assert path.stat().st_size < 2e6
+    for width, scheme in ((360, "dark"), (1600, "light")):
+        page, errors = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: errors.append(request.url) if request.url != path.as_uri() else None)
+        page.goto(path.as_uri())
+        page.wait_for_selector("#curve-chart svg")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        shares = page.inner_text("#by-dataset")
+        page.focus("#step")
+        page.keyboard.press("Home")
+        assert page.inner_text("#step-shown") == "1" and page.inner_text("#by-dataset") != shares
+        button = page.locator("#list button").nth(3)
+        button.focus()
+        page.keyboard.press("Enter")
+        assert button.get_attribute("aria-pressed") == "true"
+        assert button.inner_text()[2:12] in page.inner_text("#one")
+        page.fill("#search", "no problem has these words")
+        assert page.inner_text("#found") == "0 of 9"
+        assert HOSTILE in page.inner_text("#samples") and "taken" not in page.title()
+        page.select_option("#which", "single")
+        assert "single" in page.inner_text("#subtitle") and page.locator("#attention").is_hidden()
+        assert not errors
+        page.close()
+
+def test_the_page_of_a_run_that_has_just_begun(runs, tmp_path):
+    """Before the first checkpoint there are curves, but no answers; torn rows are left out."""
+    shutil.copytree(runs["soft"], tmp_path / "run")
+    for path in [*(tmp_path / "run").glob("*.safetensors"), tmp_path / "run" / "eval.json"]:
+        path.unlink()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')
+    data = page_file.of_files(tmp_path / "run") | dict(problems=page_file.of_models(tmp_path / "run", 3, "cpu"))
+    assert data["done"] == 3 and data["final"] is None and data["problems"]["rows"] == []
+    assert "no checkpoint" in data["problems"]["note"]
+
+def test_seeds_of_one_kind_are_a_band(runs):
+    one = page_file.of_files(runs["soft"])
+    better = [None if point["val"] is None else point["val"] + 0.5 for point in one["curve"]]
+    other = one | dict(curve=[point | dict(val=val) for point, val in zip(one["curve"], better)])
+    bands, kinds = page_file.side_by_side([one, other])
+    val = one["curve"][-1]["val"]
+    assert (bands[-1]["mean"], bands[-1]["high"]) == pytest.approx((val + 0.25, min(1.0, val + 0.5)))
+    assert kinds[0]["runs"] == 2 and kinds[0]["std"] == 0
