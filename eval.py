@@ -6,9 +6,8 @@ $ python eval.py runs/NAME --samples 8                   # and pass@k, majority@
 $ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
 $ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
-"Before" is the policy alone, LoRA off and prefix off. Attention shows who is attended to; it is no proof that
-it matters. So each expert is masked out (attention exactly 0) and the accuracy that this costs is measured;
-and in the swap test every question comes with another one's states: which of the two does the answer follow?
+"Before" is the policy alone, LoRA off and prefix off. Attention is no proof that an expert matters: so each
+is masked out (attention exactly 0), and in the swap test every question has the states of another.
 """
 import os
 
@@ -23,6 +22,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -173,16 +173,16 @@ def percents(shares):
 
 def show_report(args, report):
     """Before and after on held-out problems, what masking each expert costs, and what to try next."""
-    if RANK:
-        return
-    write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
+    if RANK == 0:
+        write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
     before, after = report["before"]["strict"], report["after"]["strict"]
     print(f"\n{report['n']} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
     for dataset, rows in report["by_dataset"].items():
         line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%}"
-        for name, masked in report["masked"].items():
-            line += f" | without {name[:12]} {100 * (masked[dataset] - rows['after']):+.0f}"
-        print(line)
+        costs = [f"{name} {100 * (masked[dataset] - rows['after']):+.0f}"
+                 for name, masked in report["masked"].items()]
+        line += f"; masked out: {', '.join(costs)}" if costs else ""
+        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
     out, question = shlex.quote(args.out), shlex.quote(report["example"]["question"])
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask {question}\n"
           f"  python train.py --resume {out} --steps {2 * args.steps}")
@@ -198,8 +198,8 @@ def wilson(right, n, z=1.96):
 
 def swap_test(policy, router, data, args):
     """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
-    share answered as the expert that is attended to most would answer the OTHER question, "n": of those where
-    that is another answer than the right one}. A policy that reads follows the states."""
+    share answered as the expert attended to most would answer the OTHER question, "n": where that is wrong}.
+    A policy that reads follows the states."""
     partner = next_of_dataset(data.problems)
     verdicts, texts, attention = evaluate(policy, router, data, args, H=data.H[partner])
     follows = []

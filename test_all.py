@@ -306,7 +306,7 @@ def test_layers_and_positions_give_the_entries_they_name(tmp_path, own_cache):
     torch.testing.assert_close(H[:, 1], one_word_less[:, 0], atol=1e-5, rtol=1e-5)
 
 def test_own_text_is_read_behind_the_prompt(tmp_path, own_cache):
-    """The last states are those of the tokens that the expert itself wrote; of nothing written, the prompt's."""
+    """The last states are those of the tokens that the expert itself wrote."""
     folder = make_expert(tmp_path / "m")
     expert = Expert(folder, layers=(1, -1), positions=2, own_text=True, tokens=3)
     written = experts.cached_rows(expert, "texts", TEXTS, progress=False)  # (n, 3), -1 behind the end
@@ -1290,6 +1290,8 @@ def test_bad_input_of_eval_is_one_sentence(finished, tmp_path, capsys, monkeypat
         assert word in refused(capsys, run, *arguments.split(), program=evaluation)
 
 # -- another device
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero")  # the host waits for a number, or for a size
+
 def pretend_device():
     """Changes torch for good: "npu:0" holds its tensors on the CPU and does real arithmetic, but raises where
     a tensor of the CPU meets one of its own. Returns the mode to run in, and the operations so far."""
@@ -1359,13 +1361,22 @@ def run_on_a_device(out, *quick):
                    *"--group 2 --max_new 2 --out".split(), out])
         evaluation.main([out, "--samples", "2"])
         train.run(["--resume", out, "--steps", "2"])
-    print(len(operations), "operations")
+        policy = Policy.from_pretrained(TINY["policy"], device="npu:0")
+        prompts = torch.ones(2, 4, dtype=torch.long, device="npu:0")
+        cache = policy.prefill(prompts, torch.full((2,), 4, device="npu:0"))
+        policy.stop_at([1])  # of which it gives none here
+        before = len(operations)
+        policy.generate(cache, 2, 32, 0.0)
+    waits = [name for name in operations[before:] if name in WAITS]
+    print(before, "operations,", len(waits), "waits in 32 tokens")
 
 def test_a_run_on_a_device_that_is_not_the_cpu(quick, tmp_path):
-    """Reading, stage 0, GRPO, checkpoint, resume, eval.py. It sees no hidden waiting, and not cuda:1."""
+    """Reading, stage 0, GRPO, checkpoint, resume, eval.py. While 32 tokens are sampled the host waits once
+    every 8, at the start and at the end. It does not see cuda:1."""
     code = "import sys, test_all; test_all.run_on_a_device(*sys.argv[1:])"  # anew: it changes torch
     process = subprocess.run([sys.executable, "-c", code, tmp_path / "run", *quick], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.returncode == 0, process.stdout[-3000:]
-    assert int(re.search(r"(\d+) operations", process.stdout).group(1)) > 5000
+    operations, waits = map(int, re.search(r"(\d+) operations, (\d+) waits", process.stdout).groups())
+    assert operations > 5000 and 4 <= waits <= 6
     assert len(rows(tmp_path / "run")) == 2 and (tmp_path / "run" / "eval-run.json").exists()

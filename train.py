@@ -24,6 +24,7 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -290,12 +291,12 @@ def log(out, row, sampled, skipped):
                          "a lower --lr, --router_lr or --grad_clip")
 
 def log_samples(out, row, sampled):
-    line = f"step {row['step']:4d} | reward {row['reward']:.3f}"
-    line += f" | val {row['val']:.1%}" if "val" in row else ""
+    parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
+    parts += [f"val {row['val']:.1%}"] * ("val" in row)
     for dataset, shares in row.get("attention_by_dataset", {}).items():
         most = max(shares, key=shares.get)
-        line += f" | {dataset[:12]}: {most[:12]} {shares[most]:.2f}"
-    tqdm.write(line)
+        parts.append(f"{dataset}: {most} {shares[most]:.2f}")
+    tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
     for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
         for text, verdict in zip(texts, verdicts):
             append(out / "samples.jsonl", dict(
