@@ -292,7 +292,8 @@ def log(out, row, sampled, skipped):
 
 def log_samples(out, row, sampled):
     parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
-    parts += [f"val {row['val']:.1%}"] * ("val" in row)
+    if "val" in row:
+        parts.append(f"val {row['val']:.1%}")
     for dataset, shares in row.get("attention_by_dataset", {}).items():
         most = max(shares, key=shares.get)
         parts.append(f"{dataset}: {most} {shares[most]:.2f}")
