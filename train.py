@@ -339,8 +339,8 @@ PRESETS = {
     "small": dict(  # one consumer GPU, or a patient CPU: a policy of 135 million parameters
         task="chain_sum", level="easy", form="plain", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
-        cue="The answer is ", write=6, align=60, align_words=200, beta=0.0, lr=4e-4, router_lr=4e-5, batch=8,
-        micro_batch=8, steps=60, max_new=16),
+        cue="The answer is:", own_text=True, positions=4, write=6, align=60, align_words=200, beta=0.0,
+        lr=4e-4, router_lr=4e-5, batch=8, micro_batch=8, steps=40, max_new=16),
     "tiny": dict(  # made for the demonstration: one expert per family of problems, see tiny/README.md
         task="arithmetic+logic+algorithmic", level="tiny", form="plain", policy=f"{TINY}/policy", write=1,
         experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=30,

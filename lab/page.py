@@ -5,9 +5,10 @@ A page to look into runs: what was learned, who is attended to, problem by probl
     python lab/page.py runs/NAME --watch    made again at each validation, until the run ends
     python lab/page.py runs/A runs/B        and side by side: runs/A/run.html
 
-Curves, attention and samples are read from the run's files. What is shown of single problems is answered by the
-newest checkpoint, now: the policy alone, as trained, with each expert masked out, and with the states of another
-problem. The page is page.html with its data as JSON; charts are Vega-Lite's (vl-convert brings its JavaScript).
+Curves, attention and samples are read from the run's files. What is shown of single problems is answered by
+the newest checkpoint, now: the policy alone, as trained, with each expert masked out, and with the states of
+another problem. The page is page.html with its data as JSON; charts are Vega-Lite's (vl-convert brings its
+JavaScript).
 """
 import argparse
 import json
@@ -95,8 +96,8 @@ def groups(rows, steps=12):
         rewards = np.array([row["reward"] for row in answers])
         advantage = (rewards - rewards.mean()) / max(rewards.std(), 1e-6)
         result.append(dict(step=step, question=question, answer=answer, answers=[
-            dict(text=row["completion"], reason=row["reason"], reward=row["reward"], advantage=round(float(a), 2))
-            for row, a in zip(answers, advantage)]))
+            dict(text=row["completion"], reason=row["reason"], reward=row["reward"],
+                 advantage=round(float(a), 2)) for row, a in zip(answers, advantage)]))
     return result
 
 def of_models(folder, n, device):
@@ -126,10 +127,9 @@ def of_models(folder, n, device):
         if after[2] is not None:
             row["attention"] = np.round(after[2][i].mean(0).numpy(), 3).tolist()  # (L, N)
         rows.append(row)
-    right = sum(row["right"] for row in rows)
-    return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems, of "
-                                f"which {right} are right now and {sum(row['right_before'] for row in rows)} were by "
-                                "the policy alone.")
+    right, alone = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
+    return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems: "
+                                f"{right} are right, of the policy alone {alone}.")
 
 def side_by_side(runs):
     """Runs of one kind put together: (rows of the curve with its band, rows of the table)."""
@@ -143,7 +143,8 @@ def side_by_side(runs):
                     points.setdefault(point["step"], []).append(point["val"])
         for step, values in sorted(points.items()):
             mean, std = float(np.mean(values)), float(np.std(values))
-            bands.append(dict(kind=kind, step=step, mean=mean, low=max(0.0, mean - std), high=min(1.0, mean + std)))
+            bands.append(dict(kind=kind, step=step, mean=mean, low=max(0.0, mean - std),
+                              high=min(1.0, mean + std)))
         final = [run["final"] for run in group if run["final"]]
         after = [report["after"] for report in final]
         kinds.append(dict(kind=kind, runs=len(group), n=final[0]["n"] if final else None,

@@ -53,9 +53,9 @@ TASKS = {
     "primes": f"--preset tiny --task algorithmic --batch 12 {UNSEEN}",
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
     "sums hard": f"--preset tiny {SUMS.format(4, 6, 1)} {UNSEEN}",
-    "real sums": f"--preset small {SUMS.format(2, 2, 2)} --test 256 --test_skip 256 --val 128 --max_new 8",
+    "real sums": f"--preset small {SUMS.format(2, 2, 2)} --test 256 --test_skip 256 --val 64 --max_new 8",
 }
-POOL = "--experts tiny/arithmetic tiny/logic tiny/algorithmic"
+TINY_MODELS = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
 WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft": "--collab soft",
     "soft without stage 0": "--collab soft --align 0",
@@ -63,8 +63,9 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft shuffled": "--collab soft --control shuffled",
     "soft noise": "--collab soft --control noise",
     "soft untrained": "--collab soft --control untrained",
-    "soft wrong": f"--collab soft --control wrong {POOL} tiny/arithmetic",
-    "soft wide": f"--collab soft {POOL} runs/study/wide",  # random weights, see make_wide
+    "soft wrong": "--collab soft --control wrong",  # the first expert once more, which reads another problem
+    "soft wide": "--collab soft",  # one more expert: large, of random weights, see make_wide
+    "soft prompt": "--collab soft --own_text False --positions 1",  # the paper's one state, without the text
     "prefix": "--collab prefix",
     "single": "--collab single --align {align}",
     "single without stage 0": "--collab single --align 0",
@@ -75,10 +76,12 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
 BLOCKS = {  # block: [(tasks, ways, seeds)]
-    "tiny": [(["mix"], [way for way in WAYS if way not in ("soft wrong", "soft wide")], 5),
+    "tiny": [(["mix"], [way for way in WAYS if way not in ("soft wrong", "soft wide", "soft prompt")], 5),
              (["sums"], [*HEADLINE, "soft wrong", "soft wide"], 5), (["family", "primes"], HEADLINE, 5),
              (["sums hard"], HEADLINE, 3)],
-    "real": [(["real sums"], [*HEADLINE, "stage 0"], 3)],
+    "real": [(["real sums"], ["soft", "single", "single without stage 0"], 5),
+             (["real sums"], ["prefix", "soft shuffled", "soft wrong", "soft prompt", "stage 0"], 3),
+             (["real sums"], ["soft noise", "soft untrained"], 1)],
     "quick": [(["mix"], HEADLINE, 2)],
 }
 # policy, then experts
@@ -117,9 +120,13 @@ def command(run, models="models"):
         return shlex.split(f"python eval.py {folder} --aligned --json")
     preset = PRESETS["small" if run.task == "real sums" else "tiny"]
     words = shlex.split(f"python train.py {TASKS[run.task]} {WAYS[run.way].format(align=preset['align'])}")
+    experts = TINY_MODELS
     if run.task == "real sums":
         policy, *experts = [str(Path(models) / name) for name in REAL_MODELS]
-        words += ["--policy", policy, "--experts", *experts]
+        words += ["--policy", policy]
+    more = {"soft wrong": experts[:1], "soft wide": ["runs/study/wide"]}.get(run.way, [])
+    if more or run.task == "real sums":
+        words += ["--experts", *experts, *more]
     return [*words, "--seed", str(run.seed), "--out", folder]
 
 # -- Doing it

@@ -383,7 +383,7 @@ def test_an_export_takes_no_other_folder_and_leaves_no_rest(runs, exported, tmp_
 
 # -- page.py
 
-HOSTILE = """</script><script>document.title = 'taken'</script><img src=x onerror="document.title = 'taken'">"""
+HOSTILE = """</script><script>document.title = 'taken'</script><img src=x onerror="document.title = 'x'">"""
 
 @pytest.fixture(scope="module")
 def browser():
@@ -409,7 +409,7 @@ def test_the_page_in_a_browser(runs, browser, tmp_path):
         page, errors = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: errors.append(request.url) if request.url != path.as_uri() else None)
+        page.on("request", lambda request: None if request.url == path.as_uri() else errors.append(request.url))
         page.goto(path.as_uri())
         page.wait_for_selector("#curve-chart svg")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -424,7 +424,7 @@ def test_the_page_in_a_browser(runs, browser, tmp_path):
         assert button.inner_text()[2:12] in page.inner_text("#one")
         page.fill("#search", "no problem has these words")
         assert page.inner_text("#found") == "0 of 9"
-        assert HOSTILE in page.inner_text("#samples") and "taken" not in page.title()
+        assert HOSTILE in page.inner_text("#samples") and page.title() == "n-Musketeers: soft"
         page.select_option("#which", "single")
         assert "single" in page.inner_text("#subtitle") and page.locator("#attention").is_hidden()
         assert not errors
@@ -437,9 +437,9 @@ def test_the_page_of_a_run_that_has_just_begun(runs, tmp_path):
         path.unlink()
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "rew')
-    data = page_file.of_files(tmp_path / "run") | dict(problems=page_file.of_models(tmp_path / "run", 3, "cpu"))
-    assert data["done"] == 3 and data["final"] is None and data["problems"]["rows"] == []
-    assert "no checkpoint" in data["problems"]["note"]
+    data, answers = page_file.of_files(tmp_path / "run"), page_file.of_models(tmp_path / "run", 3, "cpu")
+    assert data["done"] == 3 and data["final"] is None and answers["rows"] == []
+    assert "no checkpoint" in answers["note"]
 
 def test_seeds_of_one_kind_are_a_band(runs):
     one = page_file.of_files(runs["soft"])
