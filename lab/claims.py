@@ -206,11 +206,13 @@ def wide_attended(rows):
     return [above_even("its share", shares, 4)]
 
 def believed(rows):
-    """The attention share, on sums, of the expert that knows them against a copy that answers another
-    problem."""
-    shares = [100 * np.array(row["attended"]) for row in runs_by_seed(rows, "sums", "soft wrong").values()]
-    right, wrong = np.array([a[:, 0] for a in shares]), np.array([a[:, 3] for a in shares])
-    return [compare("share of the right one - of the wrong one", right, wrong)]
+    """The attention share of the first expert against that of its copy, which answers another problem."""
+    parts = []
+    for task in ("sums", "real sums"):  # the wrong one is the last
+        shares = [100 * np.array(row["attended"]) for row in runs_by_seed(rows, task, "soft wrong").values()]
+        right, wrong = np.array([a[:, 0] for a in shares]), np.array([a[:, -1] for a in shares])
+        parts.append(compare(f"{task}, share of the right one - of the wrong one", right, wrong))
+    return parts
 
 def most_attended(row):
     """(n,): the place of the expert attended to most for each item."""
@@ -299,9 +301,9 @@ CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Stage 0 alone does not tell whom to attend to, GRPO does", stage_0_alone),
     ("Real models read: soft beats single, prefix and shuffled; shuffling states at test removes the gain",
      real_models_read),
-    ("Of two experts, of which one answers another problem, the right one is attended to more", believed),
     ("Attention agrees with who knows", lambda rows: (
         knowing_attended(rows, "mix") + knowing_attended(rows, "real sums"))),
+    ("Of two experts, of which one answers another problem, the right one is attended to more", believed),
 )
 
 def verdict(parts):
