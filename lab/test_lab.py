@@ -22,6 +22,7 @@ import claims  # noqa: E402
 import export  # noqa: E402
 import figures  # noqa: E402
 import page as page_file  # noqa: E402
+import plan  # noqa: E402
 import probe  # noqa: E402
 import study  # noqa: E402
 import train  # noqa: E402
@@ -409,7 +410,7 @@ def test_the_page_in_a_browser(runs, browser, tmp_path):
         page, errors = browser.new_page(viewport=dict(width=width, height=900), color_scheme=scheme), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("request", lambda request: None if request.url == path.as_uri() else errors.append(request.url))
+        page.on("request", lambda request: request.url == path.as_uri() or errors.append(request.url))
         page.goto(path.as_uri())
         page.wait_for_selector("#curve-chart svg")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -449,3 +450,22 @@ def test_seeds_of_one_kind_are_a_band(runs):
     val = one["curve"][-1]["val"]
     assert (bands[-1]["mean"], bands[-1]["high"]) == pytest.approx((val + 0.25, min(1.0, val + 0.5)))
     assert kinds[0]["runs"] == 2 and kinds[0]["std"] == 0
+
+# -- plan.py
+
+def test_a_plan_counts_what_is_there(soft, capsys):
+    """Parameters as loaded, memory that grows with the micro-batch, a GPU ten times as fast in a tenth."""
+    args, policy, experts, router = soft
+    sizes, pool = plan.Sizes(args.policy), [plan.Sizes(source) for source in args.experts]
+    stored = [sum(t.numel() for t in load_file(Path(name) / "model.safetensors").values())
+              for name in (args.policy, *args.experts)]
+    assert [model.params for model in (sizes, *pool)] == stored
+    table = plan.memory(args, sizes, pool, 56)
+    trained = 16 * sum(p.numel() for module in (policy, router) for p in module.parameters())
+    assert table["LoRA and router, their gradients and AdamW's moments"] == pytest.approx(trained, rel=0.05)
+    args.micro_batch = 6
+    assert plan.peak(plan.memory(args, sizes, pool, 56)) < plan.peak(table)
+    slow, fast = (plan.step_seconds(args, sizes, 56, 8, gpu) for gpu in ((1, 10), (10, 100)))
+    assert [a / b for a, b in zip(slow, fast)] == pytest.approx([10, 10])
+    plan.main("--preset tiny --length 3 --device cpu".split())
+    assert "a step of GRPO" in capsys.readouterr().out
