@@ -357,8 +357,7 @@ def read_config(folder):
         raise damaged(folder, error) from error
 
 def damaged(folder, error):
-    return ValueError(f"{folder}/config.json is damaged or of another version ({error}): start anew with "
-                      "another --out")
+    return ValueError(f"{folder}/config.json is damaged, or of another version, start anew ({error})")
 
 def open_run(folder, device="auto", aligned=False):
     """(args, policy, experts, router) of a run as GRPO or, `aligned`, stage 0 left it."""

@@ -230,12 +230,10 @@ def introduce(args, policy, router, experts, data, state):
         print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
               f"{expert.params / 1e6:.2f} M, {expert.template}{'' if expert.writes else ', reads only'}")
     print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
-    print(f"  stage 0    {words} steps of words (the router alone), {texts} of reading aloud; no reward")
+    print(f"  stage 0    {words} steps of words (router alone), {texts} of reading; {state['align']} are done")
     print(f"  GRPO       {args.steps} steps of {args.batch} prompts x {args.group} answers of at most "
-          f"{args.max_new} tokens; KL weight {args.beta:g}")
+          f"{args.max_new} tokens; {state['step']} are done")
     print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
-    if args.resume:
-        print(f"  resumed    after {state['align']} steps of stage 0 and {state['step']} of GRPO")
 
 def summarize(sampled, owner, experts, sums):
     """A row of metrics.jsonl, of all ranks: shares are 0 to 1, lengths in tokens, times in seconds."""
@@ -293,7 +291,8 @@ def log(out, row, sampled, skipped):
 def log_samples(out, row, sampled):
     parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
     if "val" in row:
-        parts.append(f"val {row['val']:.1%}")
+        parts += [f"val {row['val']:.1%}", f"says {sampled.texts[0][0].strip()[:30]!r}, right is "
+                  f"{sampled.problems[0].answer!r}"]
     for dataset, shares in row.get("attention_by_dataset", {}).items():
         most = max(shares, key=shares.get)
         parts.append(f"{dataset}: {most} {shares[most]:.2f}")

@@ -6,8 +6,8 @@ What a run would need, before it is started: memory by part, prompts to read, se
     python lab/plan.py --preset paper --gpu 400 3000           a GPU that is not here: TFLOP/s in use, GB/s
 
 No weights are loaded or fetched: sizes come from each model's config.json, prompts from the task itself.
-Bytes and operations are counted from the settings; how many operations a second this machine does is measured,
-in a few seconds, with products of the policy's own shapes; what part of a pass they are is from
+Bytes and operations are counted from the settings; how many operations a second this machine does is
+measured, in a few seconds, with products of the policy's own shapes; what part of a pass they are is from
 results/SPEED.md.
 """
 import argparse

@@ -436,10 +436,13 @@ def test_the_page_of_a_run_that_has_just_begun(runs, tmp_path):
     shutil.copytree(runs["soft"], tmp_path / "run")
     for path in [*(tmp_path / "run").glob("*.safetensors"), tmp_path / "run" / "eval.json"]:
         path.unlink()
+    seen = page_file.validations([tmp_path / "run"])
+    last = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]  # it holds a validation
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "rew')
+        file.write(json.dumps(json.loads(last) | dict(step=4)) + '\n{"step": 5, "rew')
+    assert page_file.validations([tmp_path / "run"]) != seen  # --watch makes the page anew
     data, answers = page_file.of_files(tmp_path / "run"), page_file.of_models(tmp_path / "run", 3, "cpu")
-    assert data["done"] == 3 and data["final"] is None and answers["rows"] == []
+    assert data["done"] == 4 and data["final"] is None and answers["rows"] == []
     assert "no checkpoint" in answers["note"]
 
 def test_seeds_of_one_kind_are_a_band(runs):
