@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import shlex
 import sys
 import textwrap
@@ -235,7 +234,8 @@ def sample_pass(policy, router, data, args, samples):
         for texts, verdicts in zip(out.texts, out.verdicts):
             right = [verdict.strict for verdict in verdicts]
             answers = [extract(text, args.form, False)[0].strip() for text in texts]
-            answers = [number(answer) or answer.casefold() for answer in answers]  # 18 and $18.00 are one
+            values = [number(answer) for answer in answers]  # 18 and $18.00 are one answer
+            answers = [a.casefold() if value is None else value for a, value in zip(answers, values)]
             for k in ks:
                 passed[k] += 1 - math.comb(samples - sum(right), k) / math.comb(samples, k)
                 counts = Counter(answer for answer in answers[:k] if answer != "")
@@ -296,21 +296,19 @@ def picture(run, report, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
+    rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be torn
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
     steps = [row["step"] for row in rows]
     smooth = [sum(r["reward"] for r in rows[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(rows))]
     axes[0, 0].plot(steps, smooth, label="reward in training, mean of 10 steps", color="0.6")
-    val = [(row["step"], row["val"]) for row in rows if "val" in row]
-    axes[0, 0].plot(*zip(*val), "o-", label="validation, greedy", color="#0072B2")
+    val = {row["step"]: row["val"] for row in rows if "val" in row}
+    axes[0, 0].plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
     axes[0, 0].axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
     axes[0, 0].set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
     axes[0, 0].legend(fontsize=8)
     shares = report.get("attention_by_dataset")
-    if not shares:
-        for axis in axes.flat[1:]:
-            axis.axis("off")
-    else:
+    if shares:
         names = list(next(iter(shares.values())))
         for dataset in shares:
             most = max(names, key=shares[dataset].get)
@@ -322,12 +320,12 @@ def picture(run, report, path):
         axes[0, 1].legend(fontsize=8)
         attention = [[shares[dataset][name] for name in names] for dataset in shares]
         heat(axes[1, 0], list(shares), names, attention, 1, "{:.2f}", "Attention on test problems")
-        if report["masked"]:
-            lost = [[100 * (report["by_dataset"][dataset]["after"] - report["masked"][name][dataset])
-                     for name in names] for dataset in shares]
-            heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when it is masked out")
-        else:
-            axes[1, 1].axis("off")
+    if report["masked"]:
+        lost = [[100 * (report["by_dataset"][dataset]["after"] - report["masked"][name][dataset])
+                 for name in names] for dataset in shares]
+        heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when it is masked out")
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -386,7 +384,8 @@ def drop_rows(path, state):
     for line in path.read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # the last line may be torn
             row = json.loads(line)
-            if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]:
+            newer = row.get("step", 0) > state["step"] or row.get("align", 0) > state["align"]
+            if not newer and (state["aligned"] or "read_back" not in row):
                 kept.append(f"{line}\n")
     write_whole(path, "".join(kept).encode())
 
@@ -399,13 +398,15 @@ def one_process(out):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"another process trains in {out}: wait, or choose another --out") from None
+        for torn in out.glob("*.part"):  # a file that was being written when a process was killed
+            torn.unlink()
         yield
 
 def pick_device(name):
     there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
                               ("cpu", True)) if yes]
     kind, _, index = (there[0] if name == "auto" else name).partition(":")
-    index = index or (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "")  # a GPU for each rank
+    index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
     if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
         raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
                          "ranks than GPUs")
@@ -441,8 +442,7 @@ def half_of(micro_batch, error):
     if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
         raise error
     if micro_batch == 1:
-        raise ValueError("out of memory: start anew with a lower --group, --batch or --max_new, or smaller "
-                         "models")
+        raise ValueError("out of memory: take smaller models, or a lower --batch, --group or --max_new")
     tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
     return micro_batch // 2
 

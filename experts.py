@@ -85,7 +85,7 @@ class Expert:
             kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
             self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
         if template == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(f"{self.name} has no chat template: use --template plain or auto")
+            raise ValueError(f"{self.name} has no chat template: use the template plain or auto")
         has_chat = template == "chat" or (template == "auto" and bool(self.tokenizer.chat_template))
         self.template = "chat" if has_chat else "plain"
         # an encoder, of BERT's kin, reads but does not write
@@ -103,7 +103,7 @@ class Expert:
     @property
     def entries(self):
         """K: states that one text gives."""
-        return len(self.layers) * self.positions
+        return len(self.layers) * (self.positions if self.read == "last" else 1)
 
     def sizes(self):
         """(width, layers, window in tokens) from config.json, without importing a model class."""
@@ -128,6 +128,8 @@ class Expert:
         how = (self.read, self.layers, self.positions) if kind == STATES else (self.tokens,)
         if kind == STATES and self.own_text:
             how += (self.tokens,)
+        if self.device.type != "cpu":  # another processor rounds in other ways
+            how += (self.device.type,)
         parts = [FORMAT, kind, how, self.dtype, self.template, self.cue, self.revision, self.untrained]
         files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
         if self.revision is None:  # a commit names its weights; those of a folder are looked at
@@ -160,8 +162,7 @@ class Expert:
             else:
                 model, report = auto.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
                                                      trust_remote_code=False, output_loading_info=True)
-                # what is missing was filled with random numbers; only BERT's pooler, which is not read, may
-                # be
+                # what is missing was filled with random numbers: only BERT's pooler may be, it is not read
                 missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
                 if missing:
                     raise ValueError(f"{len(missing)} tensors are not in its files, among them {missing[0]}")

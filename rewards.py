@@ -8,7 +8,6 @@ Where problems come from, and how an answer is verified without running anything
   a question decides its split, so that no question is in two splits, whatever sizes are asked for.
 - A truncated "1" may be the head of "12", and a list of several numbers is no answer.
 """
-import collections
 import contextlib
 import dataclasses
 import difflib
@@ -212,12 +211,6 @@ def problems(task, split, n, data=None, level=None):
         raise error
     return found
 
-def guessing_floor(items):
-    """(share, answer): what the commonest gold answer alone would earn; (0.0, "") if there are no items."""
-    counts = collections.Counter(item.answer.strip() for item in items)
-    answer, count = counts.most_common(1)[0] if counts else ("", 0)
-    return count / max(1, len(items)), answer
-
 # GSM8K
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -297,7 +290,7 @@ def prompt(problem, template="plain", tokenizer=None, ask=True):
     question = problem.question.strip()
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if template == "chat" and not has_template:
-        raise ValueError("this tokenizer has no chat template: choose --template plain")
+        raise ValueError("this tokenizer has no chat template: choose the template plain")
     if template == "plain" or not has_template:
         return question if question.endswith("=") else question + "\nAnswer:"
     turns = [{"role": "user", "content": question + INSTRUCTION if ask else question}]

@@ -55,8 +55,8 @@ def meet(collective, *args, **options):
         if WORLD > 1:
             collective(*args, **options)
     except RuntimeError as error:  # gloo and nccl have no kind of their own for this
-        message = str(error).splitlines()[0]
-        raise ConnectionError(f"another rank is gone, see what it printed ({message})") from error
+        first = str(error).splitlines()[0]
+        raise ConnectionError(f"another rank is gone, see what it printed ({first})") from error
 
 def gather(value):
     """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
@@ -99,8 +99,9 @@ def ranks():
 def build(args):
     """Policy, experts and router. Also called by eval.py."""
     torch.manual_seed(args.seed)
-    experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, args.write, args.cue,
-                      device=args.device, untrained=args.control == "untrained") for source in args.experts]
+    experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, tokens=args.write,
+                      cue=args.cue, device=args.device, untrained=args.control == "untrained")
+               for source in args.experts]
     for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
         expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
     if args.align and not any(expert.writes for expert in experts):
@@ -130,15 +131,16 @@ def build(args):
     return policy, experts, router.to(args.device)
 
 def load_problems(args, split, n=None):
-    """The problems of a split. Training problems come in the seed's order, shuffled in blocks, so that a
-    longer run begins alike; a small dataset gives as many held-out ones as it has."""
+    """The problems of a split. For training in the seed's order, shuffled in blocks, so that GRPO of a longer
+    run begins alike; a small dataset gives as many held-out ones as it has."""
     if split != "train":
-        n = n or getattr(args, split)
         skipped = args.test_skip if split == "test" else 0
+        n = skipped + (n or getattr(args, split))
         try:
-            return problems(args.task, split, skipped + n, args.data, args.level)[-n:]
+            return problems(args.task, split, n, args.data, args.level)[skipped:]
         except TooFew as few:
-            return problems(args.task, split, few.available or 1, args.data, args.level)[-n:]
+            n = max(few.available, skipped + 1)
+            return problems(args.task, split, n, args.data, args.level)[skipped:]
     n = n or max(args.steps * args.batch, 2000 if args.align else 32)
     block = max(256, 8 * args.batch)
     found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)
@@ -151,7 +153,6 @@ def load_problems(args, split, n=None):
 @dataclass
 class Batch:
     """B problems: prompt tokens (B, P) padded on the right, lengths (B,), expert states H (B, N, D)."""
-
     problems: list
     tokens: torch.Tensor
     lengths: torch.Tensor
@@ -175,10 +176,10 @@ class Dataset:
         self.problems, self.policy, self.form = problems, policy, args.form
         mine = []
         for expert in experts:
-            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in share(problems)]
+            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in problems]
             if args.control == "wrong" and expert is experts[-1]:  # it reads, and answers, the next problem
                 asked = asked[1:] + asked[:1]
-            mine.append([text + expert.cue for text in asked])
+            mine.append([text + expert.cue for text in share(asked)])
         self.texts = []
         if args.align or args.collab == "text":
             parts = gather(write(experts, mine, progress and RANK == 0))
@@ -279,7 +280,7 @@ def align(policy, router, data, args, start, moments):
             batch = data.batch(rows)
             context = router(batch.H, mask)[0] if router else None
             loss, count = reading_loss(policy, batch, context, targets)
-        loss = loss / total(count)[0]
+        loss = loss / max(1.0, total(count)[0])  # all texts of a batch may be empty
         loss.backward()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         add_gradients(parameters)
@@ -320,8 +321,8 @@ def reading_loss(policy, batch, context, targets):
 
 def make_optimizer(policy, router, lr, router_lr, moments=None):
     """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained
-    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of a few hundred steps. moments: to go
-    on with, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
+    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of few hundred steps. To go on, moments:
+    {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
     groups = [dict(params=list(policy.parameters()), lr=lr, base_lr=lr)]
     if router:
         groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
@@ -332,7 +333,6 @@ def make_optimizer(policy, router, lr, router_lr, moments=None):
 @dataclass
 class Rollout:
     """G completions of each of B problems. mask: True up to and including the stop token."""
-
     problems: list
     tokens: torch.Tensor  # (B, G, T)
     mask: torch.Tensor  # (B, G, T)
@@ -447,4 +447,4 @@ def load_newest(out, policy, router, generator=None):
             warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
     if checkpoints(out):
         raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
-    return dict(align=0, step=0), {}
+    return dict(align=0, aligned=False, step=0), {}

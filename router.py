@@ -101,9 +101,10 @@ class Router(nn.Module):
         return self.out(self.norm_out(z)), A
 
     def standardize(self, H, mask=None):
+        x = ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)  # (B, N, D)
         if mask is not None:  # a state that is masked out may hold anything, NaN too
-            H = H.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
-        return ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)  # (B, N, D)
+            x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
+        return x
 
     def project(self, x):
         return self.norm_experts(torch.einsum("bnd,ndk->bnk", x, self.W) + self.expert_embed)
@@ -150,8 +151,6 @@ class LinearRouter(nn.Module):
     def forward(self, H, mask=None, attention=None):
         """H (B, N, D) -> C (B, L, d), and no attention."""
         x = self.standardize(H, mask)
-        if mask is not None:
-            x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
         return self.map(x.flatten(1)).unflatten(-1, (self.latents, -1)), None
 
 class ConstantPrefix(nn.Module):

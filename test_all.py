@@ -230,7 +230,7 @@ def test_prompts():
     assert prompt(GOLD18, "auto") == prompt(GOLD18) == prompt(GOLD18, "plain", chat)
     assert prompt(GOLD18, "chat", chat, ask=False) == "<user>How many?"
     assert "<answer>...</answer>" in prompt(GOLD18, "auto", chat)
-    with pytest.raises(ValueError, match="--template plain"):
+    with pytest.raises(ValueError, match="template plain"):
         prompt(GOLD18, "chat")
 
 # -- experts.py
@@ -792,7 +792,7 @@ def quick(tmp_path_factory):
         model.save_pretrained(folder / name)
     shutil.copytree(TINY["policy"], folder / "policy")
     return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --align 6 "
-             "--align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 "
+             "--positions 1 --own_text False --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 "
              "--lr 1e-3 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
              "--save_every 3 --router_dim 16 --router_heads 2 --policy".split(), str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]

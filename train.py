@@ -111,7 +111,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; bfloat16 from 50 M on")
     out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
-    resume: str = arg("", "folder of a run to go on with; only --steps may be given beside it")
+    resume: str = arg("", "folder of a run to go on with; beside it: --steps, --micro_batch, --device")
 
 def main(args):
     """One run, from models to test."""
@@ -128,14 +128,15 @@ def main(args):
         signal.signal(number, ask_to_stop)
 
     # Stage 0, before any reward: the router learns to write, the policy to read, what the experts would say.
-    if args.align and not list(out.glob("aligned-*")):
+    if args.align and not state["aligned"]:
         show_gate(policy, experts, data["val"], args)
         stage = align(policy, router, data["train"], args, state["align"], moments)
         for part, loss, optimizer in bar(stage, "stage 0", state["align"], sum(align_steps(args))):
             state["align"] += 1
             log_alignment(out, state["align"], part, loss)
-            keep(out, "align", state["align"], False, args, policy, router, state, optimizer, generator)
+            keep(out, "align", state["align"], args, policy, router, state, optimizer, generator)
         log_read_back(out, experts, read_back(policy, router, data["val"], args))
+        state["aligned"] = True
         save_checkpoint(out / "aligned-", policy, router, state, None, generator)
         moments = {}
 
@@ -154,8 +155,7 @@ def main(args):
         # 2. How much better was each answer than the others of its group?
         advantage = advantages(sampled.rewards)  # (B, G)
 
-        # 3. Score the same tokens again, now with gradient: it reaches LoRA and, through the context, the
-        # router.
+        # 3. Score the same tokens again, with gradient: to LoRA and, through the context, to the router.
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
         old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # under the policy that sampled
@@ -179,13 +179,13 @@ def main(args):
                     loss.backward()
                 except (RuntimeError, MemoryError) as error:  # out of memory: again, fewer prompts at a time
                     args.micro_batch = half_of(args.micro_batch, error)
+                    context = cache = logp = entropy = ref = loss = None  # what is left of it makes room
                     optimizer.zero_grad(set_to_none=True)
                     i, sums = 0, Counter()
                     continue
                 sums["loss"] += loss.item()
                 sums["entropy"] += entropy.sum().item() / n_tokens
-                if ref is not None:
-                    sums["kl"] += kl_estimate(logp.detach(), ref)[mask].sum().item() / n_tokens
+                sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item() / n_tokens
                 i += args.micro_batch
 
             # 4. Step.
@@ -203,8 +203,8 @@ def main(args):
         row |= summarize(sampled, data["train"].owner, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
             row["val"] = accuracy(evaluate(policy, router, data["val"], args)[0])
-        log(out, row, sampled, skipped)
-        keep(out, "step", step, step == args.steps, args, policy, router, state, optimizer, generator)
+        log(args, row, sampled, skipped)
+        keep(out, "step", step, args, policy, router, state, optimizer, generator)
 
     report = test_report(policy, router, data["test"], args, experts)
     show_report(args, report)
@@ -212,17 +212,16 @@ def main(args):
 # -- What is said and written down
 
 def introduce(args, policy, router, experts, data, state):
-    """What the run is about to do; config.json is written now, and rows of the .jsonl files that are newer
-    than the checkpoint are dropped, as they are made again."""
+    """What the run is about to do. config.json is written; rows newer than the checkpoint are dropped."""
     if state["step"] > args.steps:
         raise ValueError(f"--steps {args.steps} is below the {state['step']} that are done: give more")
     if RANK == 0:
         for path in Path(args.out).glob("*.jsonl"):
             drop_rows(path, state)
+        (Path(args.out) / "eval.json").unlink(missing_ok=True)  # of fewer steps
         config = dict(args=asdict(args), ranks=WORLD, torch=torch.__version__)
         write_whole(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
-    words, texts = align_steps(args)
     print(f"n-Musketeers: {args.collab}, control {args.control}, task {args.task}, seed {args.seed}")
     print(f"  problems   {len(data['train']):,} train, {len(data['val'])} val, {len(data['test'])} test")
     print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers {args.form}")
@@ -230,7 +229,8 @@ def introduce(args, policy, router, experts, data, state):
         print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
               f"{expert.params / 1e6:.2f} M, {expert.template}{'' if expert.writes else ', reads only'}")
     print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
-    print(f"  stage 0    {words} steps of words (router alone), {texts} of reading; {state['align']} are done")
+    print("  stage 0    {} steps of words (router alone), {} of reading; {} are done".format(
+        *align_steps(args), state["align"]))
     print(f"  GRPO       {args.steps} steps of {args.batch} prompts x {args.group} answers of at most "
           f"{args.max_new} tokens; {state['step']} are done")
     print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
@@ -272,23 +272,22 @@ def log_read_back(out, experts, rows):
         tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with "
                    f"other problems' states {shuffled:.0%}")
 
-def log(out, row, sampled, skipped):
+def log(args, row, sampled, skipped):
     """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl. `skipped`:
     steps in a row whose gradient was not finite. Raises ValueError at the fifth."""
     if RANK == 0:
-        append(out / "metrics.jsonl", row)
+        append(Path(args.out) / "metrics.jsonl", row)
         if row["step"] % 10 == 1 or "val" in row:
-            log_samples(out, row, sampled)
+            log_samples(args, row, sampled)
         if row["step"] == 3 and row["reward"] == 0:
             tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on, "
                        "nothing is learned: try an easier --level, --form plain or another --policy")
         if skipped:
             tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
-    if skipped == 5:
-        raise ValueError("5 steps in a row were skipped, as loss or gradient is not finite: start anew with "
-                         "a lower --lr, --router_lr or --grad_clip")
+    if skipped >= 5:
+        raise ValueError("5 steps in a row were skipped: start anew with a lower --lr and --router_lr")
 
-def log_samples(out, row, sampled):
+def log_samples(args, row, sampled):
     parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
     if "val" in row:
         parts += [f"val {row['val']:.1%}", f"says {sampled.texts[0][0].strip()[:30]!r}, right is "
@@ -296,15 +295,17 @@ def log_samples(out, row, sampled):
     for dataset, shares in row.get("attention_by_dataset", {}).items():
         most = max(shares, key=shares.get)
         parts.append(f"{dataset}: {most} {shares[most]:.2f}")
+    if row["step"] == 1:
+        minutes = args.steps * (row["rollout_seconds"] + row["train_seconds"]) / 60
+        parts.append(f"{args.steps} such steps take {minutes:.1f} minutes")
     tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
     for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
         for text, verdict in zip(texts, verdicts):
-            append(out / "samples.jsonl", dict(
+            append(Path(args.out) / "samples.jsonl", dict(
                 step=row["step"], question=problem.question, answer=problem.answer, completion=text,
                 reason=verdict.reason, reward=verdict.reward))
 
 def bar(items, name, done, steps):
-    """A progress bar on a terminal; nothing in a log file, and nothing of other ranks."""
     return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
 
 # -- Stopping and going on
@@ -316,16 +317,16 @@ def ask_to_stop(number, frame):
         raise KeyboardInterrupt
     stop_signals.append(number)
 
-def keep(out, name, done, last, args, *state):
+def keep(out, name, done, args, *saved):
     """Write a checkpoint every --save_every steps, after the last one and when asked to stop; the newest two
-    stay. In the last case the program ends. state: see `save_checkpoint`."""
+    stay. In the last case the program ends. saved: see `save_checkpoint`."""
     stop = total(len(stop_signals))[0] > 0  # what one rank was asked, all do
-    if last or stop or done % args.save_every == 0:
-        save_checkpoint(out / f"{name}-{done:06d}-", *state)
+    if stop or done % args.save_every == 0 or (name, done) == ("step", args.steps):
+        save_checkpoint(out / f"{name}-{done:06d}-", *saved)
         for old in checkpoints(out)[2:] if RANK == 0 else ():
             if not old.name.startswith("aligned-"):  # of use to eval.py --aligned
                 old.unlink()
-    if stop and not last:
+    if stop:
         tqdm.write(f"stopped and saved; go on with --resume {out}")
         raise SystemExit(0)
 
@@ -349,8 +350,7 @@ PRESETS = {
 }
 
 def parse_args(argv):
-    """The settings of a run: what is given, else the preset's. Raises ValueError, one sentence with the
-    mend."""
+    """The settings of a run: what is given, else the preset's. Raises ValueError with the mend."""
     parser = HfArgumentParser(Args, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for action in parser._actions:
         action.default = argparse.SUPPRESS  # only what is given is in the namespace
@@ -406,13 +406,13 @@ def pick_preset(given):
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
     may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
-                   "clip_high", "warmup", "seed", "test_skip", "own_text")
+                   "clip_high", "warmup", "seed", "test_skip")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
         if fine and isinstance(value, list):
             fine = all(isinstance(item, type(default[0])) for item in value)
-        if fine and isinstance(value, (int, float)):
+        if fine and not isinstance(value, (bool, list, str)):
             fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
         if not fine:
             raise ValueError(f"--{name} is {value!r}: see train.py --help for what it may be")
@@ -421,7 +421,8 @@ def check(args):
             (args.collab not in (*ROUTERS, "text", "single"),
              f"--collab {args.collab} is unknown: choose {', '.join(ROUTERS)}, text or single"),
             (args.group < 2, "--group 1 has nothing to compare an answer with: give it at least 2"),
-            (args.batch < WORLD, f"--batch {args.batch} gives {WORLD} ranks not a prompt each: raise it"),
+            (min(args.batch, args.align_batch, args.val, args.test) < WORLD,
+             f"{WORLD} ranks need a problem each: raise --batch, --align_batch, --val or --test"),
             (args.align and args.beta,
              "after stage 0 the KL to the frozen policy would punish reading: use --beta 0, or --align 0"),
             (args.align and args.collab == "text",

@@ -82,7 +82,7 @@ def write_export(run, folder):
                 d_policy=policy.config.hidden_size, latents=args.latents, heads=args.router_heads,
                 dim=args.router_dim, temperature=args.router_temperature),
             experts=[portable(source) for source in args.experts], read=args.read, layer=args.layer,
-            positions=args.positions, cue=args.cue))
+            positions=args.positions, own_text=args.own_text, write=args.write, cue=args.cue))
     settings = vars(args) | dict(policy=portable(args.policy), data="", out="", resume="",
                                  experts=[portable(source) for source in args.experts])
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
 from experts import write_whole  # noqa: E402
 from rlvr import Dataset, load_problems  # noqa: E402
-from router import masked_router  # noqa: E402
+from router import by_expert, masked_router  # noqa: E402
 from train import PRESETS, Args  # noqa: E402
 
 SNAPSHOTS = 100  # moments of training that the slider has, at most
@@ -56,7 +56,8 @@ def of_files(folder):
     report = json.loads((folder / "eval.json").read_text()) if (folder / "eval.json").exists() else None
     final = report and dict(n=report["n"], before=report["before"]["strict"], after=report["after"]["strict"],
                             by_dataset=report["by_dataset"])
-    experts = list(attended[0]["attention"]) if attended else []
+    experts = list(attended[0]["attention"]) if attended else [
+        Path(name.partition("@")[0]).name for name in args["experts"]]
     return dict(name=folder.name, kind=kind_of(args), command=command_of(args),
                 policy=Path(args["policy"].partition("@")[0]).name, experts=experts, n_val=args["val"],
                 settings={name: value for name, value in args.items() if name not in NOT_SHOWN},
@@ -72,7 +73,7 @@ def command_of(args):
     usual = asdict(Args(**PRESETS[args["preset"]]))
     words = ["python", "train.py", "--preset", args["preset"]]
     for name, value in args.items():
-        if value != usual.get(name) and name not in ("preset", "device", "resume", "out"):
+        if value not in (usual.get(name), []) and name not in ("preset", "device", "resume", "out"):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
 
@@ -125,17 +126,22 @@ def of_models(folder, n, device):
                    masked={name: texts[i].strip() for name, texts in masked.items()},
                    swapped=swapped and swapped[i].strip(), attention=None)
         if after[2] is not None:
-            row["attention"] = np.round(after[2][i].mean(0).numpy(), 3).tolist()  # (L, N)
+            row["attention"] = np.round(by_expert(after[2][i], data.owner).mean(0).numpy(), 3).tolist()
         rows.append(row)
     right, alone = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
     return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems: "
                                 f"{right} are right, of the policy alone {alone}.")
 
 def side_by_side(runs):
-    """Runs of one kind put together: (rows of the curve with its band, rows of the table)."""
+    """Runs that differ in their seed alone are put together: (rows of the curve with its band, rows of the
+    table)."""
+    same = [json.dumps(run["settings"] | dict(seed=0, micro_batch=0), sort_keys=True) for run in runs]
     bands, kinds = [], []
-    for kind in dict.fromkeys(run["kind"] for run in runs):
-        group = [run for run in runs if run["kind"] == kind]
+    for settings in dict.fromkeys(same):
+        group = [run for run, other in zip(runs, same) if other == settings]
+        kind = group[0]["kind"]
+        if any(row["kind"] == kind for row in kinds):  # other settings under the same words
+            kind += f", as {group[0]['name']}"
         points = {}
         for run in group:
             for point in run["curve"]:

@@ -44,7 +44,7 @@ class Sizes:
         self.d, self.heads = config.hidden_size, config.num_attention_heads
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
         self.head_dim = getattr(config, "head_dim", None) or self.d // self.heads
-        self.ff = config.intermediate_size
+        self.ff = getattr(config, "intermediate_size", 4 * self.d)
         self.blocks = self.layers * (2 * self.d * (self.heads + self.kv_heads) * self.head_dim
                                      + 3 * self.d * self.ff)  # weights that every token meets
         tied = getattr(config, "tie_word_embeddings", True)
@@ -67,8 +67,11 @@ def memory(args, policy, experts, S):
     lora = args.lora_rank * policy.layers * (7 * policy.d + inner + 3 * policy.ff)
     dim, router = args.router_dim, 0
     if reads_states(args.collab):
-        entries = len(experts) * len(args.layer) * args.positions
-        router = entries * max(e.d for e in experts) * dim + 11 * dim * dim + dim * policy.d
+        entries = len(experts) * len(args.layer) * (args.positions if args.read == "last" else 1)
+        width = max(e.d for e in experts)
+        router = entries * width * dim + 12 * dim * dim + dim * policy.d
+        if args.collab == "linear":
+            router = entries * width * args.latents * policy.d
     kept = 10 * policy.d + 2 * qkv + 5 * policy.ff  # numbers that autograd keeps of a token in a block
     scores = 2 * G * policy.heads * T * (S + T)
     cache = 2 * policy.layers * policy.kv_heads * policy.head_dim * B * (S + G * T)
@@ -123,13 +126,16 @@ def step_seconds(args, policy, S, T, gpu=None):
 def plan(args, length=None, gpu=None):
     """Print it; returns (memory, (rollout, gradient))."""
     policy, experts = Sizes(args.policy), [Sizes(name) for name in args.experts]
+    if args.dtype != "auto":
+        policy.dtype = getattr(torch, args.dtype)
     tokens, T = prompt_tokens(args, policy), length or args.max_new
     S = tokens + args.latents * (args.collab in ROUTERS)
     table = memory(args, policy, experts, S)
     for what, size in [*table.items(), ("at the peak, as not all is there at once", peak(table))]:
         print(f"  {what:54} {size / 1e9:7.2f} GB")
     train = max(args.steps * args.batch, 2000 if args.align else 32)
-    print(f"  each expert reads {train:,} + {args.val} + {args.test:,} prompts, once for all runs")
+    writes = f", and writes {args.write} tokens to each" if args.align or args.own_text else ""
+    print(f"  each expert reads {train:,} + {args.val} + {args.test:,} prompts{writes}, once for all runs")
     rollout, gradient = step_seconds(args, policy, S, T, gpu)
     print(f"  a step of GRPO, prompts of {tokens} tokens and completions of {T}: {rollout + gradient:.2g} s "
           f"(rollout {rollout:.2g}, gradient pass {gradient:.2g}); {args.steps} steps: "
