@@ -333,6 +333,14 @@ def test_damaged_shard_is_read_again(tmp_path, own_cache):
             assert torch.equal(read_all(expert), first)
     assert torch.equal(read_all(expert), first)  # and no warning: pytest would show it
 
+def test_a_full_disk_costs_the_cache_and_not_the_states(tmp_path, own_cache, monkeypatch):
+    expert = Expert(make_expert(tmp_path / "m"))
+    with monkeypatch.context() as patch:
+        patch.setattr(experts.os, "fsync", full_disk)
+        with pytest.warns(UserWarning, match="cannot be kept.*N_MUSKETEERS_CACHE"):
+            H = read_all(expert)
+    assert not [*own_cache.rglob("*.safetensors")] and torch.equal(read_all(expert), H)
+
 def test_interrupted_read_continues(tmp_path, own_cache, monkeypatch):
     """Ctrl-C in the fourth batch: three are kept and are not read again."""
     expert, compute, seen = Expert(make_expert(tmp_path / "m")), Expert.states_of, []

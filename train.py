@@ -421,7 +421,7 @@ def check(args):
             (args.collab not in (*ROUTERS, "text", "single"),
              f"--collab {args.collab} is unknown: choose {', '.join(ROUTERS)}, text or single"),
             (args.group < 2, "--group 1 has nothing to compare an answer with: give it at least 2"),
-            (min(args.batch, args.align_batch, args.val, args.test) < WORLD,
+            (min(args.batch, args.align_batch if args.align else WORLD, args.val, args.test) < WORLD,
              f"{WORLD} ranks need a problem each: raise --batch, --align_batch, --val or --test"),
             (args.align and args.beta,
              "after stage 0 the KL to the frozen policy would punish reading: use --beta 0, or --align 0"),
