@@ -164,8 +164,8 @@ def show_gate(policy, experts, data, args, n=64):
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
     if max(gains) < 0.15:
-        print("  warning    no expert's own words beat the policy by 15 points on any dataset: there is "
-              "little to attend to")
+        print("  warning    no expert's words beat the policy by 15 points anywhere: there is little to "
+              "attend to")
 
 def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())

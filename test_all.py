@@ -799,10 +799,11 @@ def quick(tmp_path_factory):
             nn.init.normal_(p, std=0.3)
         model.save_pretrained(folder / name)
     shutil.copytree(TINY["policy"], folder / "policy")
-    return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --align 6 "
-             "--positions 1 --own_text False --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 "
-             "--lr 1e-3 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 --eval_every 3 "
-             "--save_every 3 --router_dim 16 --router_heads 2 --policy".split(), str(folder / "policy"),
+    return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --positions 1 "
+             "--own_text False --align 6 --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 "
+             "--group 4 --warmup 2 --lr 1e-3 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 "
+             "--eval_every 3 --save_every 3 --router_dim 16 --router_heads 2 --policy".split(),
+            str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
 
 @pytest.fixture(scope="session")

@@ -269,8 +269,8 @@ def log_alignment(out, step, part, loss):
 def log_read_back(out, experts, rows):
     for e, read, shuffled, n in rows if RANK == 0 else ():
         append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: of {n} new texts of {experts[e].name} the policy reads {read:.0%} back, with "
-                   f"other problems' states {shuffled:.0%}")
+        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
+                   "other problems' states")
 
 def log(args, row, sampled, skipped):
     """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl. `skipped`:
@@ -280,8 +280,8 @@ def log(args, row, sampled, skipped):
         if row["step"] % 10 == 1 or "val" in row:
             log_samples(args, row, sampled)
         if row["step"] == 3 and row["reward"] == 0:
-            tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}); if that goes on, "
-                       "nothing is learned: try an easier --level, --form plain or another --policy")
+            tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}): try an easier --level, "
+                       "--form plain or another --policy")
         if skipped:
             tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
     if skipped >= 5:
