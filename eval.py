@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experts import write_whole
+from experts import write_atomic
 from rewards import Problem, extract, number, verify
 from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
 from router import by_expert, masked_router
@@ -47,7 +47,7 @@ def main(argv=None):
         report["pass_at"], report["majority_at"] = sample_pass(policy, router, data, args, options.samples)
     show(report)
     name = "aligned" if options.aligned else "run"
-    write_whole(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_atomic(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
     print(f"picture: {picture(options.run, report, options.run / f'{name}.png')}")
     if options.json:
         print(json.dumps(report))
@@ -173,7 +173,7 @@ def percents(shares):
 def show_report(args, report):
     """Before and after on held-out problems, what masking each expert costs, and what to try next."""
     if RANK == 0:
-        write_whole(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
+        write_atomic(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
     before, after = report["before"]["strict"], report["after"]["strict"]
     print(f"\n{report['n']} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
     for dataset, rows in report["by_dataset"].items():
@@ -387,7 +387,7 @@ def drop_rows(path, state):
             newer = row.get("step", 0) > state["step"] or row.get("align", 0) > state["align"]
             if not newer and (state["aligned"] or "read_back" not in row):
                 kept.append(f"{line}\n")
-    write_whole(path, "".join(kept).encode())
+    write_atomic(path, "".join(kept).encode())
 
 @contextlib.contextmanager
 def one_process(out):
@@ -425,7 +425,7 @@ def one_sentence(program, run):
     except SystemExit as error:  # argparse has said what is wrong
         return error.code
     except OSError as error:  # a full disk, a folder that may not be written, another rank that is gone
-        message = f"{error}: mend that and start again (train.py: with --resume); what was saved is whole"
+        message = f"{error}: mend that and start again (train.py: with --resume); what was saved is complete"
     except ValueError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:

@@ -320,7 +320,7 @@ def write_tensors(folder, tensors, prefix=""):
     """Write {name: tensor} as <prefix><checksum>.safetensors; returns the path. Raises OSError."""
     data = save(tensors)
     path = folder / f"{prefix}{checksum(data)}.safetensors"
-    write_whole(path, data)
+    write_atomic(path, data)
     return path
 
 def read_tensors(path):
@@ -333,7 +333,7 @@ def read_tensors(path):
 def checksum(data):
     return hashlib.sha256(data).hexdigest()[:16]
 
-def write_whole(path, data):
+def write_atomic(path, data):
     """Write bytes so that the file is complete or not there, whatever happens meanwhile. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{uuid.uuid4().hex}.part")

@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 
 from eval import (accuracy, append, by_dataset, damaged, drop_rows, evaluate, half_of, one_process,
                   one_sentence, pick_device, read_back, read_config, show_gate, show_report, test_report)
-from experts import write_whole
+from experts import write_atomic
 from rewards import SPLITS, known
 from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
                   gather, grpo_loss, kl_estimate, load_newest, load_problems, make_optimizer, ranks, rollout,
@@ -220,7 +220,7 @@ def introduce(args, policy, router, experts, data, state):
             drop_rows(path, state)
         (Path(args.out) / "eval.json").unlink(missing_ok=True)  # of fewer steps
         config = dict(args=asdict(args), ranks=WORLD, torch=torch.__version__)
-        write_whole(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        write_atomic(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
     count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
     print(f"n-Musketeers: {args.collab}, control {args.control}, task {args.task}, seed {args.seed}")
     print(f"  problems   {len(data['train']):,} train, {len(data['val'])} val, {len(data['test'])} test")

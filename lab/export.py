@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval import one_sentence, open_run, wilson  # noqa: E402
-from experts import find_model, write_whole  # noqa: E402
+from experts import find_model, write_atomic  # noqa: E402
 from router import ROUTERS  # noqa: E402
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,7 +92,7 @@ def write_export(run, folder):
         if name not in files:
             (folder / name).unlink(missing_ok=True)
     for name, data in files.items():  # export.json last: half an export is not taken for one
-        write_whole(folder / name, data)
+        write_atomic(folder / name, data)
 
 def is_export(folder):
     marker = folder / "export.json"

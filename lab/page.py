@@ -24,7 +24,7 @@ import vl_convert
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
-from experts import write_whole  # noqa: E402
+from experts import write_atomic  # noqa: E402
 from rlvr import Dataset, load_problems  # noqa: E402
 from router import by_expert, masked_router  # noqa: E402
 from train import PRESETS, Args  # noqa: E402
@@ -170,7 +170,7 @@ def make(folders, n, device, watch):
     page = (Path(__file__).parent / "page.html").read_text()
     page = page.replace("/*BUNDLE*/", vl_convert.javascript_bundle()).replace("/*DATA*/", text)
     path = folders[0] / "run.html"
-    write_whole(path, page.encode("utf-8", "replace"))
+    write_atomic(path, page.encode("utf-8", "replace"))
     return path
 
 def validations(folders):

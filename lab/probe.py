@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
-from experts import Expert, read, write_whole  # noqa: E402
+from experts import Expert, read, write_atomic  # noqa: E402
 from rewards import number, prompt, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
 from router import by_expert  # noqa: E402
@@ -330,7 +330,7 @@ def main(argv=None):
     else:
         name, result = "ablate", ablate(policy, experts, router, args, options.ablate, options.n)
         print(ablation_table(result))
-    write_whole(folder / f"{name}.json", (json.dumps(result) + "\n").encode())
+    write_atomic(folder / f"{name}.json", (json.dumps(result) + "\n").encode())
     return None
 
 if __name__ == "__main__":

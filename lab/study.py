@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import claims  # noqa: E402
 from eval import one_sentence  # noqa: E402
-from experts import write_whole  # noqa: E402
+from experts import write_atomic  # noqa: E402
 from train import PRESETS  # noqa: E402
 
 HERE = Path(__file__).resolve().parents[1]
@@ -192,7 +192,7 @@ class Study:
                 return
         row, curve = collect(run)
         text = json.dumps(curve, separators=(",", ":")) + "\n"
-        write_whole(RESULTS / "curves" / f"{run.id}.json", text.encode())
+        write_atomic(RESULTS / "curves" / f"{run.id}.json", text.encode())
         self.record(run, commit, row)
         seconds = time.monotonic() - start
         print(f"{run.id}: {row['before']:.1%} -> {row['after']:.1%}, {seconds:.0f} s", flush=True)
@@ -341,7 +341,7 @@ def write_report():
     path = RESULTS / "STUDY.md"
     if not path.exists():
         raise ValueError(f"{path} is not there: fetch it from the repository, its tables are made in place")
-    write_whole(path, with_parts(path.read_text(), report_parts()).encode())
+    write_atomic(path, with_parts(path.read_text(), report_parts()).encode())
     print(f"{path} and {RESULTS / 'figures'} are made anew")
 
 def main(argv=None):
