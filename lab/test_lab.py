@@ -232,6 +232,13 @@ def test_rows_curves_study_and_readme_agree():
     assert all(row["commit"] and row["command"] for row in rows)
     text = (claims.RESULTS / "STUDY.md").read_text()
     assert study.with_parts(text, study.report_parts()) == text, "run python lab/study.py --report"
+    readme = (HERE / "README.md").read_text()
+    ways = ["soft", "stage 0", "soft without stage 0", "soft shuffled", "prefix", "single", "linear"]
+    cells = [("mix", way) for way in ways]
+    cells += [("real sums", way) for way in ("soft", "stage 0", "single without stage 0")]
+    for task, way in cells:
+        after = [row["after"] for row in claims.runs_by_seed(claims.finished(), task, way).values()]
+        assert f"{claims.mean_and_std(np.array(after))} ({len(after)})" in readme, (task, way)
     with pytest.raises(ValueError, match="study:end"):
         study.with_parts(text.replace("<!-- study:end -->", ""), {"study": ""})
     for page in (HERE / "README.md", claims.RESULTS / "STUDY.md", claims.RESULTS / "SCALE.md"):
