@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval import one_sentence  # noqa: E402
+from experts import loading  # noqa: E402
 from model import bucket  # noqa: E402
 from rewards import problems, prompt  # noqa: E402
 from rlvr import align_steps  # noqa: E402
@@ -36,8 +37,8 @@ class Sizes:
 
     def __init__(self, name):
         source, _, revision = name.partition("@")
-        config = AutoConfig.from_pretrained(source, revision=revision or None)
-        with torch.device("meta"):  # no memory
+        with loading("config", name), torch.device("meta"):  # no memory
+            config = AutoConfig.from_pretrained(source, revision=revision or None)
             backbone = AutoModel.from_config(config)
         config = getattr(config, "text_config", config)
         self.source, self.vocab, self.layers = source, config.vocab_size, config.num_hidden_layers
@@ -53,7 +54,8 @@ class Sizes:
 
 def prompt_tokens(args, policy):
     """Of the longest among 64 training problems, as a batch pads it."""
-    tokenizer = AutoTokenizer.from_pretrained(policy.source)
+    with loading("tokenizer", policy.source):
+        tokenizer = AutoTokenizer.from_pretrained(policy.source)
     template = "plain" if args.form == "plain" or not tokenizer.chat_template else "chat"
     texts = [prompt(p, template, tokenizer) for p in problems(args.task, "train", 64, args.data, args.level)]
     return bucket(max(map(len, tokenizer(texts)["input_ids"])))
