@@ -263,12 +263,11 @@ def fill_cache(expert, kind, missing, folder, progress):
     """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and
     at the end, even if that is an interruption. Only in here are the weights in memory."""
     compute = expert.states_of if kind == STATES else expert.texts_of
-    room = expert.tokens if kind == TEXTS or expert.own_text else 0
+    room = expert.tokens if kind == TEXTS else 0
     keys, ids = list(missing), expert.tokenize(missing.values(), room)
-    if kind == STATES and expert.own_text:
+    if kind == STATES and expert.own_text:  # what is too long for its texts is refused there
         own = cached_rows(expert, TEXTS, list(missing.values()), progress)
         ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
-        room = 0
     model, rows, fresh, since = None, {}, {}, time.monotonic()
     verb = "reads" if kind == STATES else "writes"
     quiet = None if progress else True  # None: no bar in a log file either

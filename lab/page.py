@@ -19,13 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
 from experts import write_atomic  # noqa: E402
-from rlvr import Dataset, load_problems  # noqa: E402
+from rlvr import Dataset, advantages, load_problems  # noqa: E402
 from router import by_expert, masked_router  # noqa: E402
 from train import PRESETS, Args  # noqa: E402
 
@@ -94,11 +95,10 @@ def groups(rows, steps=12):
     for (step, question, answer), answers in found.items():
         if step not in shown:
             continue
-        rewards = np.array([row["reward"] for row in answers])
-        advantage = (rewards - rewards.mean()) / max(rewards.std(), 1e-6)
+        advantage = advantages(torch.tensor([[row["reward"] for row in answers]]))[0].tolist()
         result.append(dict(step=step, question=question, answer=answer, answers=[
             dict(text=row["completion"], reason=row["reason"], reward=row["reward"],
-                 advantage=round(float(a), 2)) for row, a in zip(answers, advantage)]))
+                 advantage=round(a, 2)) for row, a in zip(answers, advantage)]))
     return result
 
 def of_models(folder, n, device):
