@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from experts import find_model, loading, read_json, stop_tokens, weight_files
 
@@ -40,9 +40,8 @@ class LoRALinear(nn.Module):
         self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
         bias = None if biases[0] is None else torch.cat(biases)
         self.register_buffer("bias", bias, persistent=False)
-        self.scale = alpha / max(rank, 1)
-        self.lora = rank > 0  # False: LoRA is switched off
-        self.merged = None  # weight + scale B A, while sampling
+        self.rank, self.scale = rank, alpha / max(rank, 1)
+        self.instead = None  # of weight and LoRA, see Policy.lora_merged and lora_disabled
         if rank:
             # fp32 master weights: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
             width, device = self.weight.shape[1], self.weight.device
@@ -56,10 +55,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (n, in)
-        if self.merged is not None:
-            return F.linear(rows, self.merged, self.bias).unflatten(0, x.shape[:-1])
+        if self.instead is not None:
+            return F.linear(rows, self.instead, self.bias).unflatten(0, x.shape[:-1])
         y = F.linear(rows, self.weight, self.bias)  # (n, out)
-        if self.lora:
+        if self.rank:
             A, B = self.pair()
             y.addmm_(rows @ A.T, B.T)
         return y.unflatten(0, x.shape[:-1])
@@ -89,15 +88,15 @@ class Block(nn.Module):
     """Pre-norm attention and SwiGLU. `attend` decides which token sees which: it is the one thing that
     differs between reading a prompt and continuing it."""
 
-    def __init__(self, config, weight, rank, alpha):
-        """weight(name, optional=False): the tensor of this layer by its Hugging Face name."""
+    def __init__(self, config, weight, layer, rank, alpha):
+        """weight(name, optional=False): a tensor by its Hugging Face name; layer: how this layer's begin."""
         super().__init__()
         self.eps = config.rms_norm_eps
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
         def linear(*names):
-            biases = [weight(f"{name}.bias", optional=True) for name in names]
-            return LoRALinear([weight(f"{name}.weight") for name in names], biases, rank, alpha)
+            biases = [weight(f"{layer}.{name}.bias", optional=True) for name in names]
+            return LoRALinear([weight(f"{layer}.{name}.weight") for name in names], biases, rank, alpha)
 
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.o = linear("self_attn.o_proj")
@@ -106,7 +105,7 @@ class Block(nn.Module):
         norms = dict(norm1="input_layernorm", norm2="post_attention_layernorm",
                      q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")  # the last two: Qwen3
         for ours, theirs in norms.items():
-            value = weight(f"{theirs}.weight", optional=theirs.startswith("self_attn"))
+            value = weight(f"{layer}.{theirs}.weight", optional=theirs.startswith("self_attn"))
             self.register_buffer(ours, value, persistent=False)
 
     def norm(self, x, weight):
@@ -200,22 +199,29 @@ class TokenLogprob(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         return (d_logp[:, None] * grad).to(grad.dtype), None, None, None, None
 
-def sample(logits, temperature, generator=None):
+def sample(logits, temperature, u):
     """One token id for each row of logits (n, V): the most likely one at temperature 0, else a draw from
     softmax(logits / temperature). No top-k or top-p: the loss is about this very distribution.
 
-    The draw is the token at which the summed probability passes a uniform number u: one random number a row,
-    where torch.multinomial takes V. As 0 < u <= 1, no token of probability 0 is ever drawn.
+    The draw is the token at which the summed probability passes 1 - u, u (n, 1) uniform: one random number a
+    row, where torch.multinomial takes V. As 0 < 1 - u <= 1, no token of probability 0 is ever drawn.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    u = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
     rows = len(logits) if logits.is_cuda else 16  # on a CPU a few rows at a time stay in its cache
     tokens = []
-    for few, share in zip(logits.split(rows), u.split(rows)):
+    for few, share in zip(logits.split(rows), (1 - u).split(rows)):
         edges = torch.softmax(few.float() / temperature, dim=-1).cumsum(-1)  # (rows, V)
         tokens.append(torch.searchsorted(edges, share * edges[:, -1:])[:, 0])
     return torch.cat(tokens).clamp(max=logits.shape[-1] - 1)  # for NaN logits, whose step is skipped
+
+def capture(step):
+    """`step` as one CUDA graph: a thousand kernels by one launch. It reads and writes the same tensors each
+    time, and nothing in it may ask the host."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # nccl has a thread of its own
+        step()
+    return graph.replay
 
 class Policy(nn.Module):
     """The decoder. Its only parameters are LoRA's. Made by `Policy.from_pretrained`."""
@@ -235,15 +241,12 @@ class Policy(nn.Module):
         self.register_buffer("head", head, persistent=False)
         self.register_buffer("norm", weight("model.norm.weight"), persistent=False)
 
-        def of_layer(i):
-            return lambda name, optional=False: weight(f"model.layers.{i}.{name}", optional)
-
-        layers = range(config.num_hidden_layers)
-        self.blocks = nn.ModuleList(Block(config, of_layer(i), rank, alpha) for i in layers)
-        positions = torch.arange(self.window + 64, device=embed.device)  # padding may lie beyond the window
-        angles = torch.outer(positions.float(), config.inv_freq.to(embed.device))  # (positions, D / 2)
-        self.register_buffer("cos", (angles.cos() * config.rope_scale).to(embed.dtype), persistent=False)
-        self.register_buffer("sin", (angles.sin() * config.rope_scale).to(embed.dtype), persistent=False)
+        self.blocks = nn.ModuleList(Block(config, weight, f"model.layers.{i}", rank, alpha)
+                                    for i in range(config.num_hidden_layers))
+        positions = torch.arange(self.window + 64)[None]  # padding may lie beyond the window
+        cos, sin = config.rotary(embed.cpu(), positions)  # (1, positions, D), both halves alike
+        self.register_buffer("cos", cos[0, :, :config.head_dim // 2], persistent=False)
+        self.register_buffer("sin", sin[0, :, :config.head_dim // 2], persistent=False)
         # A prefix is measured from a neutral vector, in standard deviations of the embeddings.
         rows = embed[:: max(1, len(embed) // 4096)].float()
         self.register_buffer("neutral", rows.mean(0) * (neutral == "mean"), persistent=False)
@@ -258,9 +261,8 @@ class Policy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, rank=8, alpha=16.0, dtype=torch.float32, device="cpu", neutral="zero"):
-        """The policy in folder or hub repository `name`. Only safetensors are read, no remote code is run.
-        Raises ValueError, one sentence with the mend, for an unknown architecture, an incomplete model, or a
-        tensor that is not what config.json says."""
+        """The policy in folder or hub repository `name`, from safetensors and without remote code. Raises
+        ValueError, one sentence with the mend, for an unknown architecture or a missing or wrong tensor."""
         folder, _ = find_model(name)
         config = policy_config(folder)
         with loading("model", name):
@@ -275,21 +277,18 @@ class Policy(nn.Module):
                 return None
             shape = tuple(expected[key].shape)
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                found = "missing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-                raise ValueError(f"{name}: tensor {key} is {found}, its config.json says {shape}: fetch the "
-                                 "model again, not quantised")
+                raise ValueError(f"{name}: tensor {key} is not the {shape} floating-point numbers that its "
+                                 "config.json says: fetch the model again, not quantised")
             return tensor.to(dtype)
 
         return cls(config, weight, rank, alpha, neutral).to(device)
-
-    # -- running
 
     def prefill(self, tokens, lengths, prefix=None):
         """Run prompts once: tokens (B, P) padded on the right, lengths (B,) of the real ones, prefix None or
         (B, L, d) in standard deviations of the embeddings. Returns a `Prefill`."""
         x = F.embedding(tokens, self.embed)  # (B, P, d)
         if prefix is not None:
-            x = torch.cat((self.in_embedding_space(prefix).to(x.dtype), x), dim=1)  # (B, S, d)
+            x = torch.cat(((self.neutral + self.embed_std * prefix).to(x.dtype), x), dim=1)  # (B, S, d)
             lengths = lengths + prefix.shape[1]
         S = x.shape[1]
         padding = torch.arange(S, device=x.device) >= lengths[:, None]  # (B, S)
@@ -298,31 +297,26 @@ class Policy(nn.Module):
         cache = Prefill([], [], None, lengths, padding[:, None, None, None])
 
         def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
-            group_q = q[:, None]
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+            k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
             cache.keys.append(k)  # (B, K, S, D)
             cache.values.append(v)
             if slow:
                 own, shared = (k[:, :, None], v[:, :, None]), (k[:, :, :0], v[:, :, :0])
-                return group_attention(group_q, *own, causal_mask, *shared, None)[:, 0]
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+                return group_attention(q[:, None], *own, causal_mask, *shared, None)[:, 0]
+            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
+            return y.transpose(1, 2)
 
         for block in self.blocks:
             x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
         cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return cache
 
-    def in_embedding_space(self, prefix):
-        """Context tokens in standard deviations of the embeddings -> vectors beside the embeddings."""
-        return self.neutral + self.embed_std * prefix
-
     def extend(self, tokens, cache, start, reach, own):
         """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. own(i, k, v) ->
         layer i's keys and values of the completion so far, each (B, K, G, reach, D)."""
-        T = tokens.shape[-1]
         places = torch.arange(reach, device=tokens.device)
-        now = places[start:start + T]
-        causal_mask = None if reach == start + 1 else places > now[:, None]  # (T, reach)
+        now = start + places[:tokens.shape[-1]]
+        causal_mask = places > now[:, None]  # (T, reach)
         positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
@@ -338,35 +332,51 @@ class Policy(nn.Module):
     @torch.no_grad()
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
         """Sample `group` completions of each prompt in `cache`. Returns tokens and mask (B, G, T), mask True
-        up to and including the first stop token; T <= max_new is where the longest one ends, in buckets."""
-        B, K, _, D = cache.keys[0].shape
-        device = self.embed.device
-        empty = torch.empty(2, B, K, group, 0, D, dtype=self.embed.dtype, device=device)
-        memory = [empty] * len(self.blocks)  # own keys and values, written in place
-        tokens = torch.full((B, group, max_new), int(self.ends.nonzero()[0]), device=device)
-        mask = torch.zeros_like(tokens, dtype=torch.bool)
-        alive = torch.ones(B, group, dtype=torch.bool, device=device)
-        h = cache.last[:, None].expand(-1, group, -1)
-        check = 1 if device.type == "cpu" else 8  # to ask a GPU whether all have ended makes the host wait
+        up to and including the first stop token; T <= max_new is where the longest one ends, in buckets.
+
+        A step works in place on tensors that stay where they are, so that a GPU repeats it as one graph."""
+        (B, K, _, D), device = cache.keys[0].shape, self.embed.device
+        on_cpu = device.type == "cpu"
+        reach = 16 if on_cpu else max_new  # places for own keys and values; a CPU grows them, to read less
+        memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, reach, D)
+        stop, goes_on = int(self.ends.nonzero()[0]), ~self.ends
+        tokens = torch.full((B, group, max_new), stop, device=device)
+        alive = torch.ones(B, group, 1, dtype=torch.bool, device=device)
+        place = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
+        u = torch.zeros(B * group, 1, device=device)
+
+        def own(i, k, v):
+            return memory[i].index_copy_(4, place, torch.stack((k, v)))
+
+        def draw(h):  # (B, G, d)
+            token = sample(self.logits(h.flatten(0, 1)), temperature, u).view(B, group, 1)
+            tokens.index_copy_(2, place, token)
+            alive.logical_and_(goes_on[token])
+
+        def step():
+            h = self.extend(tokens.index_select(2, place), cache, place, reach, own)[:, :, 0]
+            place.add_(1)
+            draw(h)
+
         with self.lora_merged():
             for t in range(max_new):
-                token = sample(self.logits(h.flatten(0, 1)), temperature, generator).view(B, group)
-                mask[..., t] = alive
-                tokens[..., t] = torch.where(alive, token, tokens[..., t])
-                alive = alive & ~self.ends[token]
-                if t + 1 == max_new or (t % check == check - 1 and not alive.any()):
+                if (on_cpu or t % 8 == 0) and not alive.any():  # to ask a GPU makes the host wait
                     break
-                reach = bucket(max(16, t + 1))  # a little more than is written: few shapes
-
-                def own(i, k, v, t=t, reach=reach):
-                    if memory[i].shape[4] < reach:
-                        memory[i] = F.pad(memory[i], (0, 0, 0, reach - memory[i].shape[4]))
-                    memory[i][0, ..., t:t + 1, :], memory[i][1, ..., t:t + 1, :] = k, v
-                    return memory[i]
-
-                h = self.extend(tokens[..., t:t + 1], cache, t, reach, own)[:, :, 0]
+                if temperature:
+                    u.uniform_(generator=generator)
+                if t == 0:
+                    draw(cache.last[:, None].expand(-1, group, -1))
+                    continue
+                if t > reach:
+                    reach = bucket(t)
+                    memory = F.pad(memory, (0, 0, 0, reach - memory.shape[5]))
+                if t == 2 and self.embed.is_cuda:  # the first step has made what a capture may not make
+                    step = capture(step)
+                step()
+        ended = self.ends[tokens].long()
+        mask = ended.cumsum(-1) == ended
         longest = min(max_new, bucket(int(mask.sum(-1).max())))
-        return tokens[..., :longest], mask[..., :longest]
+        return tokens.masked_fill(~mask, stop)[..., :longest], mask[..., :longest]
 
     def logits(self, h):
         """Logits (n, V) of hidden states (n, d)."""
@@ -391,36 +401,30 @@ class Policy(nn.Module):
     def adapters(self):
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
-    @contextlib.contextmanager
     def lora_disabled(self):
         """The frozen policy, as it was loaded."""
-        layers = [layer for layer in self.adapters() if layer.lora]
-        try:
-            for layer in layers:
-                layer.lora = False
-            yield
-        finally:
-            for layer in layers:
-                layer.lora = True
+        return self.replaced(lambda layer: layer.weight)
 
-    @contextlib.contextmanager
     def lora_merged(self):
         """While sampling LoRA does not change: W + scale B A once, in a copy, not two thin products at each
         token and layer (a sixth of a decode step). The copy is rounded like W itself."""
-        layers = [layer for layer in self.adapters() if layer.lora]
+        return self.replaced(lambda layer: torch.addmm(layer.weight, *reversed(layer.pair())))
+
+    @contextlib.contextmanager
+    def replaced(self, weight_of):
+        layers = [layer for layer in self.adapters() if layer.rank and layer.instead is None]
         try:
             for layer in layers:
-                A, B = layer.pair()
-                layer.merged = torch.addmm(layer.weight, B, A)
+                layer.instead = weight_of(layer)
             yield
         finally:
             for layer in layers:
-                layer.merged = None
+                layer.instead = None
 
 # -- reading a model's folder
 
 def policy_config(folder):
-    """The config.json of a policy, with `head_dim`, `inv_freq` (D / 2,), `rope_scale` and `stop` filled in.
+    """The config.json of a policy, with `head_dim`, `rotary` (its angles' module) and `stop` filled in.
     Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
     raw, most = read_json(folder / "config.json"), {"num_hidden_layers": 1000}  # 2**20 of all else
     if raw.get("model_type") not in ARCHITECTURES:
@@ -434,17 +438,13 @@ def policy_config(folder):
         wrong = [name for name in sizes if not 1 <= getattr(c, name) <= most.get(name, 2**20)]
         if wrong or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
             raise ValueError(f"no model has this {wrong or 'number of heads or rms_norm_eps'}")
-        rope = c.rope_parameters
-        kind = rope.get("rope_type", "default")
-        c.inv_freq = 1.0 / rope["rope_theta"] ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
-        c.rope_scale = 1.0
-        if kind in ROPES[1:]:
-            c.inv_freq, c.rope_scale = ROPE_INIT_FUNCTIONS[kind](c, torch.device("cpu"))
-        if not (c.inv_freq.isfinite().all() and math.isfinite(c.rope_scale)):
-            raise ValueError(f"{rope} gives angles that are not finite")
-    if c.hidden_act != "silu" or "sliding_attention" in (getattr(c, "layer_types", None) or ()):
-        raise ValueError(f"{folder} uses {c.hidden_act} or a sliding window: name another --policy")
-    if kind not in ROPES:
-        raise ValueError(f"{folder} has rope scaling {kind!r}, not {', '.join(ROPES)}: name another --policy")
+        kind = c.rope_parameters.get("rope_type", "default")
+        c.rotary = LlamaRotaryEmbedding(c)
+        if not (c.rotary.inv_freq.isfinite().all() and math.isfinite(c.rotary.attention_scaling)):
+            raise ValueError(f"{c.rope_parameters} gives angles that are not finite")
+    sliding = "sliding_attention" in (getattr(c, "layer_types", None) or ())
+    if c.hidden_act != "silu" or sliding or kind not in ROPES:
+        raise ValueError(f"{folder} has {c.hidden_act}, rope scaling {kind!r} or a sliding window, not silu, "
+                         f"one of {', '.join(ROPES)} and none: name another --policy")
     c.stop = stop_tokens(folder, c)
     return c
