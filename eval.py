@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experts import write_atomic
+from experts import pick_device, write_atomic
 from rewards import Problem, extract, number, verify
 from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
 from router import by_expert, masked_router
@@ -90,8 +90,11 @@ def evaluate(policy, router, data, args, rows=None, H=None, size=None):
     attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
     return verdicts, texts, attention
 
+def strict(verdicts):
+    return torch.tensor([float(verdict.strict) for verdict in verdicts])
+
 def accuracy(verdicts):
-    return sum(verdict.strict for verdict in verdicts) / len(verdicts)
+    return strict(verdicts).mean().item()
 
 def by_dataset(datasets, values, names=None):
     """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
@@ -124,17 +127,15 @@ def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
     masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
     names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
-    strict = lambda verdicts: torch.tensor([float(verdict.strict) for verdict in verdicts])
+    score = lambda verdicts: dict(strict=accuracy(verdicts),
+                                  lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts))
     with policy.lora_disabled():
         before = evaluate(policy, None, data, args)[0]
     after, texts, attention = evaluate(policy, router, data, args)
-    rows = {"before": by_dataset(datasets, strict(before)), "after": by_dataset(datasets, strict(after))}
-    rows = {dataset: dict(n=datasets.count(dataset), **{when: means[dataset] for when, means in rows.items()})
-            for dataset in rows["after"]}
+    alone, now = by_dataset(datasets, strict(before)), by_dataset(datasets, strict(after))
+    rows = {d: dict(n=datasets.count(d), before=alone[d], after=now[d]) for d in now}
     report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
-                  control=args.control, align=args.align,
-                  before=dict(strict=accuracy(before), lenient=sum(v.lenient for v in before) / len(before)),
-                  after=dict(strict=accuracy(after), lenient=sum(v.lenient for v in after) / len(after)),
+                  control=args.control, align=args.align, before=score(before), after=score(after),
                   by_dataset=rows, right=strict(after).int().tolist(), masked={})
     first = data.problems[0]
     report["example"] = dict(question=first.question, answer=first.answer, text=texts[0])
@@ -148,24 +149,37 @@ def test_report(policy, router, data, args, experts):
     return report
 
 def show_gate(policy, experts, data, args, n=64):
-    """Before minutes are spent: is there anything to attend to? What experts themselves say to a few problems
-    must be right more often than what the policy says alone, by 15 points on a dataset at least."""
-    rows = range(min(n, len(data)))
-    datasets = [data.problems[i].dataset for i in rows]
+    """Before minutes are spent: how many will it be, and is there anything to attend to? What experts say to
+    a few problems must be right more often than what the policy says alone, by 15 points on a dataset."""
+    rows = list(range(min(n, len(data["val"]))))
+    problems = [data["val"].problems[i] for i in rows]
+    datasets = [problem.dataset for problem in problems]
     with policy.lora_disabled():
-        verdicts = evaluate(policy, None, data, args, list(rows))[0]
-    alone = by_dataset(datasets, torch.tensor([float(verdict.strict) for verdict in verdicts]))
+        verdicts = evaluate(policy, None, data["val"], args, rows)[0]
+    show_time(policy, data, args, len(experts))
+    alone = by_dataset(datasets, strict(verdicts))
     print(f"  alone      the policy is right in {percents(alone)}")
     gains = []
-    for expert, texts in zip(experts, data.texts):
-        right = [float(verify(texts[i], data.problems[i], "plain").strict) for i in rows]
-        own = by_dataset(datasets, torch.tensor(right))
+    for expert, texts in zip(experts, data["val"].texts):
+        own = by_dataset(datasets, strict([verify(texts[i], problems[i], "plain") for i in rows]))
         gains += [own[dataset] - alone[dataset] for dataset in own]
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
-    if max(gains) < 0.15:
-        print("  warning    no expert's words beat the policy by 15 points anywhere: there is little to "
-              "attend to")
+    if gains and max(gains) < 0.15:
+        print("  warning    no expert's words beat the policy by 15 points anywhere: little to attend to")
+
+def show_time(policy, data, args, n_experts):
+    """A forecast from one rollout. A gradient pass takes about 2.5 times as long, 3.3 with the reference.
+    Where every answer has a prompt of its own, a greedy one takes 3 times a sampled one, and a step of
+    reading 1.5 times the rollout of as many prompts."""
+    batch, generator = data["train"].batch(share(range(args.batch))), torch.Generator(policy.embed.device)
+    seconds = rollout(policy, None, batch, args, args.group, args.temperature, generator).seconds
+    reading = args.align * seconds * 1.5 * args.align_batch / args.batch
+    grpo = args.steps * seconds * (1 + args.epochs * (3.3 if args.beta else 2.5))
+    answers = args.test * (2 + n_experts) + args.val * (args.steps // args.eval_every)
+    tests = answers * 3 * seconds / (args.batch * args.group)
+    print(f"  time       about {(reading + grpo + tests) / 60:.1f} minutes: reading {reading / 60:.1f}, "
+          f"GRPO {grpo / 60:.1f}, tests {tests / 60:.1f}")
 
 def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
@@ -293,12 +307,11 @@ def answer_one(policy, router, experts, args, text):
 
 def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
     rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be torn
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2)
     steps = [row["step"] for row in rows]
     smooth = [sum(r["reward"] for r in rows[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(rows))]
     axes[0, 0].plot(steps, smooth, label="reward in training, mean of 10 steps", color="0.6")
@@ -327,7 +340,6 @@ def picture(run, report, path):
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return path
 
 def heat(axis, datasets, names, values, top, style, title):
@@ -401,18 +413,6 @@ def one_process(out):
         for torn in out.glob("*.part"):  # a file that was being written when a process was killed
             torn.unlink()
         yield
-
-def pick_device(name):
-    there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                              ("cpu", True)) if yes]
-    kind, _, index = (there[0] if name == "auto" else name).partition(":")
-    index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
-    if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
-        raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
-                         "ranks than GPUs")
-    if kind == "cuda":
-        torch.cuda.set_device(int(index or 0))
-    return f"{kind}:{index}" if index else kind
 
 def one_sentence(program, run):
     """Call run(); returns the exit code. What a user can mend is said in one sentence, a bug is raised."""

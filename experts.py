@@ -345,6 +345,18 @@ def write_atomic(path, data):
     finally:
         aside.unlink(missing_ok=True)
 
+def pick_device(name):
+    there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                              ("cpu", True)) if yes]
+    kind, _, index = (there[0] if name == "auto" else name).partition(":")
+    index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
+    if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
+        raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
+                         "ranks than GPUs")
+    if kind == "cuda":
+        torch.cuda.set_device(int(index or 0))
+    return f"{kind}:{index}" if index else kind
+
 # -- A model's folder: found, checked, never trusted
 
 def find_model(source):

@@ -6,8 +6,6 @@ $ python train.py --task gsm8k                       # the paper's setting, on o
 $ python train.py --collab single                    # the same policy without experts: the first control
 $ python train.py --resume runs/NAME --steps 400     # go on with a run
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
-
-Not here: a value network, top-p sampling, a replay buffer, a trainer class.
 """
 import os
 import signal
@@ -23,6 +21,7 @@ import argparse
 import contextlib
 import json
 import math
+import runpy
 import sys
 import textwrap
 import time
@@ -36,8 +35,8 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from eval import (accuracy, append, by_dataset, damaged, drop_rows, evaluate, half_of, one_process,
-                  one_sentence, pick_device, read_back, read_config, show_gate, show_report, test_report)
-from experts import write_atomic
+                  one_sentence, read_back, read_config, show_gate, show_report, test_report)
+from experts import pick_device, write_atomic
 from rewards import SPLITS, known
 from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
                   gather, grpo_loss, kl_estimate, load_newest, load_problems, make_optimizer, ranks, rollout,
@@ -112,6 +111,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; bfloat16 from 50 M on")
     out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
     resume: str = arg("", "folder of a run to go on with; beside it: --steps, --micro_batch, --device")
+    plan: bool = arg(False, "say what memory and time this run would need, and end")
 
 def main(args):
     """One run, from models to test."""
@@ -127,9 +127,10 @@ def main(args):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
 
+    if not state["step"]:
+        show_gate(policy, experts, data, args)
     # Stage 0, before any reward: the router learns to write, the policy to read, what the experts would say.
     if args.align and not state["aligned"]:
-        show_gate(policy, experts, data["val"], args)
         stage = align(policy, router, data["train"], args, state["align"], moments)
         for part, loss, optimizer in bar(stage, "stage 0", state["align"], sum(align_steps(args))):
             state["align"] += 1
@@ -295,9 +296,6 @@ def log_samples(args, row, sampled):
     for dataset, shares in row.get("attention_by_dataset", {}).items():
         most = max(shares, key=shares.get)
         parts.append(f"{dataset}: {most} {shares[most]:.2f}")
-    if row["step"] == 1:
-        minutes = args.steps * (row["rollout_seconds"] + row["train_seconds"]) / 60
-        parts.append(f"{args.steps} such steps take {minutes:.1f} minutes")
     tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
     for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
         for text, verdict in zip(texts, verdicts):
@@ -443,6 +441,8 @@ def run(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with ranks():
         args = parse_args(argv)
+        if args.plan:
+            return runpy.run_path(str(Path(TINY).with_name("lab") / "plan.py"))["plan"](args)
         with contextlib.nullcontext() if RANK else one_process(Path(args.out)):
             main(args)
 
