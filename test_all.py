@@ -229,7 +229,7 @@ def test_prompts():
     assert prompt(Problem("2 + 3 =", "5")) == "2 + 3 =" and prompt(Problem(" Who? ", "I")) == "Who?\nAnswer:"
     assert prompt(GOLD18, "auto") == prompt(GOLD18) == prompt(GOLD18, "plain", chat)
     assert prompt(GOLD18, "chat", chat, ask=False) == "<user>How many?"
-    assert "<answer>...</answer>" in prompt(GOLD18, "auto", chat)
+    assert "<answer> and </answer>" in prompt(GOLD18, "auto", chat)
     with pytest.raises(ValueError, match="template plain"):
         prompt(GOLD18, "chat")
 
