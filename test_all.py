@@ -7,6 +7,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["N_MUSKETEERS_CACHE"] = tempfile.mkdtemp(prefix="n-musketeers-test-")  # what is read goes here
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import argparse
 import atexit
 import contextlib
 import copy
@@ -1267,6 +1268,14 @@ def test_swap_counts_who_follows_the_states(finished, monkeypatch):
         monkeypatch.setattr(evaluation, "evaluate", answers)
         swap = evaluation.swap_test(policy, router, data, args)
         assert swap["follows"] == follows and swap["n"] >= len(data) - 1 and swap["strict"] == 0
+
+def test_the_forecast_by_hand(finished, monkeypatch, capsys):
+    """A rollout of a minute: 10 steps of 3.5 minutes, and 48 test answers of 3/32 minutes."""
+    policy, router, data, args = loaded(finished)
+    settings = dict(steps=10, batch=4, group=8, epochs=1, beta=0.0, align=0, test=16, val=8, eval_every=5)
+    monkeypatch.setattr(evaluation, "rollout", lambda *_: types.SimpleNamespace(seconds=60.0))
+    evaluation.show_time(policy, {"train": data}, argparse.Namespace(**vars(args) | settings), 0)
+    assert "about 39.5 minutes: reading 0.0, GRPO 35.0, tests 4.5" in capsys.readouterr().out
 
 def test_eval_reports_the_run(finished, capsys):
     """Masked, swap, pass@k; intervals hold the shares; the JSON line agrees with training's report."""

@@ -1,6 +1,7 @@
 """
 What a run would need, before it is started: memory by part, prompts to read, seconds a step and in all.
 
+    python train.py --task gsm8k --preset paper --plan         the same is printed by
     python lab/plan.py --task gsm8k --preset paper             the arguments are train.py's
     python lab/plan.py --preset small --length 4               if completions have 4 tokens, not --max_new
     python lab/plan.py --preset paper --gpu 400 3000           a GPU that is not here: TFLOP/s in use, GB/s

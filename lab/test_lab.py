@@ -478,4 +478,5 @@ def test_a_plan_counts_what_is_there(soft, capsys):
     slow, fast = (plan.step_seconds(args, sizes, 56, 8, gpu) for gpu in ((1, 10), (10, 100)))
     assert [a / b for a, b in zip(slow, fast)] == pytest.approx([10, 10])
     plan.main("--preset tiny --length 3 --device cpu".split())
-    assert "a step of GRPO" in capsys.readouterr().out
+    assert train.run("--preset tiny --plan --device cpu --out never".split()) and not Path("never").exists()
+    assert capsys.readouterr().out.count("a step of GRPO") == 2
