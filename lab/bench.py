@@ -27,6 +27,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -37,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import plan  # noqa: E402
 from model import Policy, TokenLogprob  # noqa: E402
 from rewards import Problem, cache_dir, verify  # noqa: E402
 from rlvr import Batch, advantages, grpo_loss, make_optimizer, rollout  # noqa: E402
@@ -142,9 +144,9 @@ def texts(n, length, device):
     return tokens.to(device), torch.full((n,), length, device=device)
 
 @torch.no_grad()
-def products(plan):
-    """Matrix products alone. plan: (rows, times, weights), every weight with so many rows, so often."""
-    for rows, times, weights in plan:
+def products(parts):
+    """Matrix products alone. parts: (rows, times, weights), every weight with so many rows, so often."""
+    for rows, times, weights in parts:
         x = {w.shape[1]: torch.zeros(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
         for _ in range(times):
             for w in weights:
@@ -170,9 +172,9 @@ def bench_rollout(folder, size, device):
         return lambda: model.generate(ids, **options)
 
     body = [layer.weight for layer in policy.adapters()]
-    plan = [(size["prompts"] * 128, 1, body), (rows, new, [*body, policy.head])]
+    parts = [(size["prompts"] * 128, 1, body), (rows, new, [*body, policy.head])]
     # The limit in more rounds and right beside ours: generate takes long, and meanwhile a machine drifts.
-    mine, limit = alternate(3 * size["rounds"], device, ours, lambda: products(plan))
+    mine, limit = alternate(3 * size["rounds"], device, ours, lambda: products(parts))
     beside, eager, sdpa = alternate(size["rounds"], device, ours, theirs("eager"), theirs("sdpa"))
     faster = min((eager, sdpa), key=statistics.median)
     times = {"ours": mine, "generate, eager": eager, "generate, sdpa": sdpa, "products alone": limit}
@@ -340,12 +342,24 @@ def measure_step(device, rounds=2, **options):
     mb = peak(run, device)
     return {part: statistics.median(row[part] for row in rows) for part in PARTS} | dict(mb=mb)
 
+def planned(model, device, prompts, group, prompt, new, experts, tiny):
+    """What plan.py says of the step that `trainer` makes: seconds, and MB above the libraries."""
+    width, dim = (160, 64) if tiny else (1024, 512)
+    args = Args(batch=prompts, micro_batch=prompts, group=group, max_new=new, router_dim=dim, device=device)
+    policy, S = plan.Sizes(str(model)), prompt + args.latents
+    pool = [SimpleNamespace(d=width, params=0, dtype=policy.dtype)] * experts
+    memory = plan.peak(plan.memory(args, policy, pool, S)) - plan.LIBRARIES
+    return dict(plan_seconds=sum(plan.step_seconds(args, policy, S, new)), plan_mb=memory / 2**20)
+
 def bench_growth(folder, size, device):
-    """How a step grows, one thing varied at a time, and with the model. Quick: the embedded policy alone."""
+    """How a step grows, one thing varied at a time, and with the model; beside each what plan.py says. Quick:
+    the embedded policy alone."""
     def step(varied, value, model=folder, tiny=False, **changed):
         options = BASE | changed
         measured = child("step", folder=str(model), device=device, tiny=tiny, **options)
-        rows.append(dict(varied=varied, value=value) | measured)
+        forecast = planned(model, device, tiny=tiny, **options)
+        rows.append(dict(varied=varied, value=value) | measured | forecast)
+        print(rows[-1], flush=True)
 
     rows = []
     step("model", "tiny", ROOT / "tiny" / "policy", tiny=True)
@@ -478,16 +492,20 @@ def report(figures):
         simpler = figures["simpler"]
         text += ["## What being simpler costs\n", simpler["about"] + "\n",
                  table(simpler["head"], simpler["rows"]), simpler["why"] + "\n"]
+    if "by_hand" in figures:
+        text.append(figures["by_hand"] + "\n")
     if "growth" in figures:
         rows = []
         for row in figures["growth"]:
             total_seconds = sum(row[part] for part in PARTS)
             shares = [f"{row[part] / total_seconds:.0%}" for part in PARTS]
-            rows.append((row["varied"], row["value"], f"{total_seconds:.2f}", f"{row['mb']:,.0f}", *shares))
+            rows.append((row["varied"], row["value"], f"{total_seconds:.2f}", f"{row['mb']:,.0f}", *shares,
+                         f"{row['plan_seconds'] / total_seconds:.2f}", f"{row['plan_mb'] / row['mb']:.2f}"))
         text += ["## Growth\n",
                  f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
-                 f"135M in bf16, tiny in fp32. MB above the libraries, then shares; {made_by['growth']}.\n",
-                 table(("varied", "value", "seconds", "MB", *PARTS), rows)]
+                 "135M in bf16, tiny in fp32. MB above the libraries, then shares, then what `lab/plan.py` "
+                 f"says beforehand, divided by what was measured; {made_by['growth']}.\n",
+                 table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
     return "\n".join(text)
 
 BENCHES = dict(verify=bench_verify, router=bench_router, start=bench_start, head=bench_head,
