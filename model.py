@@ -13,6 +13,7 @@ d width, H query heads, K key heads, R = H / K query heads that share one key he
 """
 import contextlib
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from experts import find_model, loading, read_json, stop_tokens, weight_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen2.5; Qwen3
 ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the text
+GRAPH_FROM = int(os.environ.get("N_MUSKETEERS_GRAPH_FROM", 32))  # tokens a completion; 1000000: no CUDA graph
 
 class LoRALinear(nn.Module):
     """Linear layers that read the same input, fused into one product, with LoRA (2106.09685) on each.
@@ -133,8 +135,8 @@ class Prefill:
     padding: torch.Tensor  # (B, 1, 1, 1, S) True where a position is padding
 
 def bucket(n):
-    """n rounded up to a power of two, above 16 to a multiple of 16, above 128 to one of 64. Libraries prepare
-    a kernel for each new shape and keep it: with few shapes neither time nor memory creeps up."""
+    """n rounded up to a power of two, above 16 to a multiple of 16, above 128 to one of 64. Libraries keep a
+    kernel for each new shape: with few shapes neither time nor memory creeps up."""
     if n <= 16:
         return 1 << (n - 1).bit_length()
     step = 16 if n <= 128 else 64
@@ -202,10 +204,8 @@ class TokenLogprob(torch.autograd.Function):
 def sample(logits, temperature, u):
     """One token id for each row of logits (n, V): the most likely one at temperature 0, else a draw from
     softmax(logits / temperature). No top-k or top-p: the loss is about this very distribution.
-
     The draw is the token at which the summed probability passes 1 - u, u (n, 1) uniform: one random number a
-    row, where torch.multinomial takes V. As 0 < 1 - u <= 1, no token of probability 0 is ever drawn.
-    """
+    row, where torch.multinomial takes V. As 0 < 1 - u <= 1, no token of probability 0 is drawn."""
     if temperature == 0:
         return logits.argmax(-1)
     rows = len(logits) if logits.is_cuda else 16  # on a CPU a few rows at a time stay in its cache
@@ -215,11 +215,11 @@ def sample(logits, temperature, u):
         tokens.append(torch.searchsorted(edges, share * edges[:, -1:])[:, 0])
     return torch.cat(tokens).clamp(max=logits.shape[-1] - 1)  # for NaN logits, whose step is skipped
 
-def capture(step):
-    """`step` as one CUDA graph: a thousand kernels by one launch. It reads and writes the same tensors each
-    time, and nothing in it may ask the host."""
+def capture(step, device):
+    """`step` as one CUDA graph: a thousand kernels by one launch. It is recorded, not run, reads and writes
+    the same tensors each time, and nothing in it may ask the host."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # nccl has a thread of its own
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
@@ -353,7 +353,7 @@ class Policy(nn.Module):
             tokens.index_copy_(2, place, token)
             alive.logical_and_(goes_on[token])
 
-        def step():
+        def step():  # the newest token's keys and values are kept, then the next one is drawn
             h = self.extend(tokens.index_select(2, place), cache, place, reach, own)[:, :, 0]
             place.add_(1)
             draw(h)
@@ -367,14 +367,14 @@ class Policy(nn.Module):
                 if t == 0:
                     draw(cache.last[:, None].expand(-1, group, -1))
                     continue
-                if t > reach:
+                if t > reach:  # on a CPU alone: what a graph works on must stay where it is
                     reach = bucket(t)
                     memory = F.pad(memory, (0, 0, 0, reach - memory.shape[5]))
-                if t == 2 and self.embed.is_cuda:  # the first step has made what a capture may not make
-                    step = capture(step)
+                if t == 2 and self.embed.is_cuda and max_new >= GRAPH_FROM:  # the first step has warmed up
+                    step = capture(step, device)
                 step()
         ended = self.ends[tokens].long()
-        mask = ended.cumsum(-1) == ended
+        mask = ended.cumsum(-1) == ended  # no end before this token
         longest = min(max_new, bucket(int(mask.sum(-1).max())))
         return tokens.masked_fill(~mask, stop)[..., :longest], mask[..., :longest]
 

@@ -277,8 +277,8 @@ def gsm8k(data=None):
     held = min(256, len(train) // 4)
     return {"train": train[:len(train) - held], "val": train[len(train) - held:], "test": test}
 
-INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the final answer, and nothing else, "
-               "between <answer> and </answer>.")
+INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the final answer, and nothing "
+               "else, between <answer> and </answer>.")
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
     """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.

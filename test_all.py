@@ -1363,7 +1363,7 @@ def pretend_device():
             return kwargs.get("out", args[0])
         return tree_map(lambda t: There(t) if isinstance(t, torch.Tensor) and to_there else t, out)
 
-    def capture(step):  # a CUDA graph: the same operations on the same addresses, without Python
+    def capture(step, device):  # a CUDA graph: the same operations on the same addresses, without Python
         tapes.append([])
         step()
         tape, replays = tapes.pop(), []
