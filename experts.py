@@ -7,8 +7,8 @@ while the policy trains no expert is in memory:
 
     texts -> token ids -> AutoModel, in batches -> states of each text -> shards on disk -> H (n, N, D)
 
-It can also say what it would answer (`write`): a few greedy tokens, in the same cache. Stage 0 teaches the
-policy to read the states with these texts as targets, and `--collab text` puts them into the policy's prompt.
+It can also say what it would answer (`write_texts`): a few greedy tokens, in the same cache. Stage 0 teaches
+the policy to read the states with these texts as targets, and `--collab text` puts them into its prompt.
 
 What is easy to get wrong:
 - A state must not depend on what else is in its batch. Texts are padded on the right, where a causal model
@@ -207,7 +207,7 @@ class Expert:
         ended = torch.isin(wrote, torch.tensor(stop)).cumsum(1) > 0
         return F.pad(wrote.masked_fill(ended, -1), (0, self.tokens - wrote.shape[1]), value=-1).int()
 
-def read(experts, texts, progress=True):
+def read_states(experts, texts, progress=True):
     """H, what every expert makes of every problem: (n, N * K, D), D the widest expert's width.
 
     texts: N lists of n strings, texts[e][i] is problem i as expert e is to see it. Only what is not in the
@@ -220,7 +220,7 @@ def read(experts, texts, progress=True):
                for expert, prompts in zip(experts, texts)]
     return torch.cat(columns, dim=1)
 
-def write(experts, texts, progress=True):
+def write_texts(experts, texts, progress=True):
     """What every expert would say to every problem: N lists of n one-line strings; "" of one that only
     reads."""
     columns = []

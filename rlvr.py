@@ -16,8 +16,7 @@ What is easy to get wrong:
 - The KL term's reference has LoRA off and prefix off; after stage 0, which it would undo, there is no KL.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
-- Stage 0 sees no gold answer and no reward. It reads every expert equally, one at a time, the others masked
-  out: whom to attend to is left for GRPO to learn.
+- Stage 0 sees no gold answer and no reward, and reads all experts equally: whom to attend to GRPO learns.
 """
 import contextlib
 import importlib
@@ -35,14 +34,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from experts import Expert, line_ends, read, read_tensors, write, write_tensors
+from experts import Expert, line_ends, read_states, read_tensors, write_tensors, write_texts
 from model import Policy, bucket
 from rewards import TooFew, problems, prompt, verify
 from router import ROUTERS, reads_states
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
 
-WORDS_BATCH = 256  # problems a step of stage 0 while the policy is not run
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def share(items):
@@ -182,11 +180,11 @@ class Dataset:
             mine.append([text + expert.cue for text in share(asked)])
         self.texts = []
         if args.align or args.collab == "text":
-            parts = gather(write(experts, mine, progress and RANK == 0))
+            parts = gather(write_texts(experts, mine, progress and RANK == 0))
             self.texts = [sum(column, []) for column in zip(*parts)]
         self.H = torch.zeros(len(problems), 0, 0)
         if reads_states(args.collab):
-            self.H = torch.cat(gather(read(experts, mine, progress and RANK == 0)))
+            self.H = torch.cat(gather(read_states(experts, mine, progress and RANK == 0)))
             generator = torch.Generator().manual_seed(args.seed)
             if args.control == "shuffled":  # the states of another problem
                 order = torch.randperm(len(problems), generator=generator)
@@ -241,19 +239,21 @@ def answer_ids(policy, text, form):
 # -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It
 # learns that first, without rewards, from what the experts themselves would say.
 
+WORDS_BATCH = 256  # problems a step of words: the policy is not run
+
 def align(policy, router, data, args, start, moments):
     """Train router and LoRA on the experts' texts, from step `start` with `moments` (see `make_optimizer`):
 
-    words    The policy is not run. The context tokens are held to the policy's embeddings of the prompt's
-             last token and an expert's text, as if the answer stood there already, behind the token that
-             it will follow again: a language model copies such a text. For a router that reads states.
+    words    The policy is not run. The context tokens are trained to be the policy's embeddings of the
+             prompt's last token and an expert's text. At the prompt's end that token comes again, and a
+             language model tends to copy what followed it before. For a router that reads states.
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    Words use the last half of the problems, reading the quarter before it, and GRPO begins with the first:
-    states that the router knows by heart would teach the policy to trust every word. A step draws problems,
-    by seed and step alone, and for each one expert that writes; other writers are masked out, an encoder
-    stays, to be ignored. Yields (part, loss per token, optimizer) after each step.
+    Words use the second half of the problems, reading the second quarter, GRPO begins with the first: on
+    states that the router knows by heart the policy would learn blind trust. A step draws problems, by seed
+    and step alone, and for each an expert that writes; other writers are masked out, encoders stay, to be
+    ignored. Yields (part, loss per token, optimizer) after each step.
     """
     words, texts = align_steps(args)
     device = policy.embed.device

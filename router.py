@@ -19,7 +19,7 @@ One einsum projects all experts at once: a single batched matrix product, with n
 custom kernel. Padding is harmless: x is zero there, so W's rows beyond a width have no effect, no gradient.
 
 An expert may give several states (more layers, more positions): then N counts states, and nothing here
-changes. A router of your own is one class with ConstantPrefix's signature, and one entry in ROUTERS.
+changes. A router of your own is one class with the three methods of ConstantPrefix, and one entry in ROUTERS.
 """
 import math
 
@@ -49,7 +49,7 @@ class Router(nn.Module):
         N, D = len(widths), max(widths)
         real = torch.arange(D) < torch.tensor(widths)[:, None]  # (N, D), False: padding
         self.register_buffer("mean", torch.zeros(N, D))
-        self.register_buffer("inv_std", real.float())
+        self.register_buffer("inv_std", real.float())  # 1 / std, 0 where there is padding
 
         fan_in = torch.tensor(widths).float()[:, None, None]
         self.W = nn.Parameter(torch.randn(N, D, dim) * real[..., None] / fan_in.sqrt())
@@ -168,7 +168,7 @@ class ConstantPrefix(nn.Module):
         """H of B problems -> C (B, L, d), and no attention."""
         return self.C.expand(len(H), -1, -1), None
 
-# by --collab
+# by --collab; all are made from the same arguments, used or not
 ROUTERS = {"soft": Router, "hard": HardRouter, "linear": LinearRouter, "prefix": ConstantPrefix}
 
 def reads_states(collab):
@@ -176,8 +176,8 @@ def reads_states(collab):
     return collab in ROUTERS and ROUTERS[collab] is not ConstantPrefix
 
 def by_expert(attention, owner):
-    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its
-    states."""
+    """Attention (..., N) to states -> to experts (..., experts); an expert's share is that of all its states.
+    owner (N,): whose state each is."""
     shares = torch.zeros(*attention.shape[:-1], int(owner.max()) + 1, device=attention.device)
     return shares.index_add(-1, owner.to(attention.device), attention)
 

@@ -42,7 +42,7 @@ import model as model_file
 import rewards
 import rlvr
 import train
-from experts import Expert, read, write
+from experts import Expert, read_states, write_texts
 from model import Policy, TokenLogprob, sample
 from rewards import Problem, TooFew, number, problems, prompt, verify
 from rlvr import Dataset, advantages, grpo_loss, kl_estimate
@@ -263,7 +263,7 @@ def make_expert(folder, kind="llama", seed=0, chat=False, **sizes):
     return str(folder)
 
 def read_all(expert, texts=TEXTS):
-    return read([expert], [texts], progress=False)
+    return read_states([expert], [texts], progress=False)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_equal_transformers_on_the_text_alone(tmp_path, kind, own_cache):
@@ -320,7 +320,7 @@ def test_own_text_is_read_behind_the_prompt(tmp_path, own_cache):
 
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
     a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))
-    H = read([a, b], [TEXTS, TEXTS[::-1]], progress=False)
+    H = read_states([a, b], [TEXTS, TEXTS[::-1]], progress=False)
     assert torch.equal(H[:, :1], F.pad(read_all(a), (0, 8)))
     assert torch.equal(H[:, 1:], read_all(b, TEXTS[::-1]))
 
@@ -391,11 +391,11 @@ def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, m
         row = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
         row = row[:-1] if row[-1] in (1, line_end) else row
         expected.append(" ".join(expert.tokenizer.decode(row, skip_special_tokens=True).split()))
-    wrote, nothing = write([expert, encoder], [texts, texts], progress=False)  # an encoder does not write
+    wrote, nothing = write_texts([expert, encoder], [texts, texts], progress=False)  # an encoder does not write
     assert wrote == expected and len({len(text.split()) for text in wrote}) > 2
     assert encoder.writes is False and nothing == [""] * len(texts)
     monkeypatch.setattr(Expert, "load", lambda self, kind: pytest.fail("it was written before"))
-    assert write([expert], [texts[::-1]], progress=False) == [wrote[::-1]]
+    assert write_texts([expert], [texts[::-1]], progress=False) == [wrote[::-1]]
 
 def drop_layer(folder):
     path = Path(folder, "model.safetensors")
@@ -437,7 +437,7 @@ def test_what_an_expert_cannot_do_is_refused(tmp_path, own_cache):
         with pytest.raises(ValueError, match=message):
             read_all(Expert(folder), [text])
     with pytest.raises(ValueError, match="room for 1 to 48"):
-        write([Expert(folder)], [["w1 " * 50]], progress=False)
+        write_texts([Expert(folder)], [["w1 " * 50]], progress=False)
 
 def test_nothing_of_a_models_folder_is_run(tmp_path, own_cache):
     """Neither code that its config names nor a pickle: the canary of each would show it."""
@@ -911,7 +911,7 @@ def test_controls_are_what_they_say(quick, tmp_path):
     for a, b in zip(torch.std_mean(H["none"], dim=0), torch.std_mean(H["noise"], dim=0)):
         assert (a - b).abs().max() < 0.3 * (1e-3 + H["none"].std(0).max())
     assert not torch.isclose(H["none"], H["untrained"]).all(-1).any()
-    assert torch.equal(H["untrained"], read([Expert(e.source, untrained=True) for e in pool], [
+    assert torch.equal(H["untrained"], read_states([Expert(e.source, untrained=True) for e in pool], [
         [rewards.prompt(p, "plain", None, ask=False) for p in data.problems]] * 3, progress=False))
 
 # -- train.py

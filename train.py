@@ -178,9 +178,9 @@ def main(args):
                             ref, _ = policy.logprobs(cache, tokens, mask, args.temperature)
                     loss = grpo_loss(logp, old[part], ref, advantage[part], mask, args) / n_tokens
                     loss.backward()
-                except (RuntimeError, MemoryError) as error:  # out of memory: again, fewer prompts at a time
+                except (RuntimeError, MemoryError) as error:  # half_of raises it again if memory is not why
                     args.micro_batch = half_of(args.micro_batch, error)
-                    context = cache = logp = entropy = ref = loss = None  # what is left of it makes room
+                    context = cache = logp = entropy = ref = loss = None  # makes room
                     optimizer.zero_grad(set_to_none=True)
                     i, sums = 0, Counter()
                     continue
@@ -393,8 +393,8 @@ def pick_preset(given):
     tasks = given.get("task", PRESETS["tiny"]["task"]).split("+")
     for task in tasks:
         known(task)
-    cuda = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory
-    if "task" in given and cuda > 22e9:
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    if "task" in given and gpu_bytes > 22e9:
         return "paper"
     if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
         return "tiny"
