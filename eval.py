@@ -196,8 +196,8 @@ def show_report(args, report):
                  for name, masked in report["masked"].items()]
         line += f"; masked out: {', '.join(costs)}" if costs else ""
         print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
-    out, question = shlex.quote(args.out), shlex.quote(report["example"]["question"])
-    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask {question}\n"
+    out = shlex.quote(args.out)
+    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask\n"
           f"  python train.py --resume {out} --steps {2 * args.steps}")
 
 # -- What only this file measures
