@@ -391,7 +391,7 @@ def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, m
         row = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
         row = row[:-1] if row[-1] in (1, line_end) else row
         expected.append(" ".join(expert.tokenizer.decode(row, skip_special_tokens=True).split()))
-    wrote, nothing = write_texts([expert, encoder], [texts, texts], progress=False)  # an encoder does not write
+    wrote, nothing = write_texts([expert, encoder], [texts, texts], progress=False)  # encoders do not write
     assert wrote == expected and len({len(text.split()) for text in wrote}) > 2
     assert encoder.writes is False and nothing == [""] * len(texts)
     monkeypatch.setattr(Expert, "load", lambda self, kind: pytest.fail("it was written before"))

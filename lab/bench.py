@@ -504,7 +504,8 @@ def report(figures):
         text += ["## Growth\n",
                  f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
                  "135M in bf16, tiny in fp32. MB above the libraries, then shares, then what `lab/plan.py` "
-                 f"says beforehand, divided by what was measured; {made_by['growth']}.\n",
+                 "says, divided by what was measured (two constants of its forecast of time are fitted to "
+                 f"these rows); {made_by['growth']}.\n",
                  table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
     return "\n".join(text)
 

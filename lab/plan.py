@@ -8,8 +8,8 @@ What a run would need, before it is started: memory by part, prompts to read, se
 
 No weights are loaded or fetched: sizes come from each model's config.json, prompts from the task itself.
 Bytes and operations are counted from the settings; how many operations a second this machine does is
-measured, in a few seconds, with products of the policy's own shapes; what part of a pass they are is from
-results/SPEED.md.
+measured, in a few seconds, with products and additions of the policy's own shapes. How near this comes to
+what was measured is in results/SPEED.md.
 """
 import argparse
 import sys
@@ -30,7 +30,9 @@ from rlvr import align_steps  # noqa: E402
 from router import ROUTERS, reads_states  # noqa: E402
 from train import parse_args  # noqa: E402
 
-PRODUCTS = dict(rollout=0.59, gradient=0.68)  # of the seconds of each on a CPU
+# Beside the products a layer does what costs as much as so many additions of its hidden states: for a token
+# of the rollout, and for a gradient pass. Fitted to the steps of results/SPEED.md; GPUs differ.
+ADDITIONS = dict(rollout=370, gradient=800)
 LIBRARIES = 200 << 20  # bytes
 
 class Sizes:
@@ -94,10 +96,12 @@ def peak(table):
     return libraries + frozen + max(reading, trained + max(sampling, gradient + chunk))
 
 def rate(policy, rows, device, seconds=0.7):
-    """Operations a second in products of `rows` tokens with weights of the policy's shapes."""
+    """Operations a second in products of `rows` tokens with weights of the policy's shapes, of as many layers
+    as exceed a processor's cache."""
     sides = [(policy.ff, policy.d), (policy.d, policy.ff), (policy.d, policy.d)]
+    copies = max(1, min(policy.layers, 2**26 // (policy.d * (2 * policy.ff + policy.d))))
     pairs = [(torch.randn(rows, width, device=device).to(policy.dtype),
-              torch.randn(out, width, device=device).to(policy.dtype)) for out, width in sides]
+              torch.randn(out, width, device=device).to(policy.dtype)) for out, width in sides * copies]
 
     def products():
         for x, weight in pairs:
@@ -110,7 +114,18 @@ def rate(policy, rows, device, seconds=0.7):
     while time.perf_counter() - start < seconds:
         products()
         rounds += 1
-    return 2 * rows * sum(out * width for out, width in sides) * rounds / (time.perf_counter() - start)
+    operations = 2 * rows * sum(out * width for out, width in sides * copies) * rounds
+    return operations / (time.perf_counter() - start)
+
+def addition(policy, rows, device, rounds=1000):
+    """Seconds of adding two hidden states of `rows` tokens."""
+    x = torch.randn(rows, policy.d, device=device).to(policy.dtype)
+    start = time.perf_counter()
+    for _ in range(rounds):
+        x + x
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / rounds
 
 def step_seconds(args, policy, S, T, gpu=None):
     """(rollout, gradient pass) of a step whose completions have T tokens."""
@@ -123,8 +138,11 @@ def step_seconds(args, policy, S, T, gpu=None):
         return 2 * B * S * policy.blocks / flops + T * token, 2 * passes * scored / flops
     many = rate(policy, min(args.micro_batch * (S + G * T), 2048), args.device)
     token = 2 * B * G * (policy.blocks + head) / rate(policy, B * G, args.device)
-    return ((2 * B * S * policy.blocks / many + T * token) / PRODUCTS["rollout"],
-            2 * passes * scored / many / PRODUCTS["gradient"])
+    token += policy.layers * ADDITIONS["rollout"] * addition(policy, B * G, args.device)
+    part = min(args.micro_batch, B)
+    one_pass = policy.layers * ADDITIONS["gradient"] * addition(policy, part * (S + G * T), args.device)
+    return (2 * B * S * policy.blocks / many + T * token,
+            2 * passes * scored / many + passes / 3 * B / part * one_pass)
 
 def plan(args, length=None, gpu=None):
     """Print it; returns (memory, (rollout, gradient))."""
