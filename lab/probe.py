@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
-from experts import Expert, read, write_atomic  # noqa: E402
+from experts import Expert, read_states, write_atomic  # noqa: E402
 from rewards import number, prompt, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
 from router import by_expert  # noqa: E402
@@ -175,7 +175,7 @@ def probe_states(args, experts, n_train=900, n_val=200):
             for how_read in ("last", "first", "mean"):
                 reader = Expert(expert.source, how_read, layers, cue=expert.cue, device=expert.device,
                                 untrained=expert.untrained)
-                H = read([reader], [expert_prompts(reader, problems)]).float()  # (n, layers, D)
+                H = read_states([reader], [expert_prompts(reader, problems)]).float()  # (n, layers, D)
                 for name, classes in targets.items():
                     for k, layer in enumerate(layers):
                         row = dict(dataset=dataset, target=name, expert=expert.name, layer=layer,
