@@ -348,7 +348,7 @@ def planned(model, device, prompts, group, prompt, new, experts, tiny):
     args = Args(batch=prompts, micro_batch=prompts, group=group, max_new=new, router_dim=dim, device=device)
     policy, S = plan.Sizes(str(model)), prompt + args.latents
     pool = [SimpleNamespace(d=width, params=0, dtype=policy.dtype)] * experts
-    memory = plan.peak(plan.memory(args, policy, pool, S)) - plan.LIBRARIES
+    memory = plan.peak(plan.memory(args, policy, pool, S)) - plan.IMPORTED
     return dict(plan_seconds=sum(plan.step_seconds(args, policy, S, new)), plan_mb=memory / 2**20)
 
 def bench_growth(folder, size, device):
@@ -504,7 +504,7 @@ def report(figures):
         text += ["## Growth\n",
                  f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
                  "135M in bf16, tiny in fp32. MB above the libraries, then shares, then what `lab/plan.py` "
-                 "says, divided by what was measured (two constants of its forecast of time are fitted to "
+                 "says, divided by what was measured (three constants of its forecast of time are fitted to "
                  f"these rows); {made_by['growth']}.\n",
                  table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
     return "\n".join(text)

@@ -30,10 +30,11 @@ from rlvr import align_steps  # noqa: E402
 from router import ROUTERS, reads_states  # noqa: E402
 from train import parse_args  # noqa: E402
 
-# Beside the products a layer does what costs as much as so many additions of its hidden states: for a token
-# of the rollout, and for a gradient pass. Fitted to the steps of results/SPEED.md; GPUs differ.
-ADDITIONS = dict(rollout=370, gradient=800)
-LIBRARIES = 200 << 20  # bytes
+# Beside the products a layer does what costs as much as so many additions: of its hidden states for a token
+# of the rollout, of hidden states and of attention scores in a gradient pass. Fitted to the steps of
+# results/SPEED.md; GPUs differ.
+ADDITIONS = dict(rollout=370, hidden=85, scores=260)
+IMPORTED, LIBRARIES = 200 << 20, 280 << 20  # bytes, before the first step and with what it leaves
 
 class Sizes:
     """Of a model, from its config.json alone."""
@@ -140,7 +141,10 @@ def step_seconds(args, policy, S, T, gpu=None):
     token = 2 * B * G * (policy.blocks + head) / rate(policy, B * G, args.device)
     token += policy.layers * ADDITIONS["rollout"] * addition(policy, B * G, args.device)
     part = min(args.micro_batch, B)
-    one_pass = policy.layers * ADDITIONS["gradient"] * addition(policy, part * (S + G * T), args.device)
+    rows = part * (S + G * T)
+    scores = part * G * T * (S + T) * policy.heads / (rows * policy.d)  # for each number of the hidden states
+    one_pass = policy.layers * addition(policy, rows, args.device)
+    one_pass *= ADDITIONS["hidden"] + ADDITIONS["scores"] * scores
     return (2 * B * S * policy.blocks / many + T * token,
             2 * passes * scored / many + passes / 3 * B / part * one_pass)
 
