@@ -71,12 +71,11 @@ def parse(argv):
 # -- Measured the same way in training and here
 
 @torch.no_grad()
-def evaluate(policy, router, data, args, rows=None, H=None, size=None):
+def evaluate(policy, router, data, args, rows=None, H=None):
     """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
     N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
-    rows = list(range(len(data))) if rows is None else rows
-    size = size or (256 if policy.embed.is_cuda else 64)
-    mine = share(rows)
+    mine = share(list(range(len(data))) if rows is None else rows)
+    size = 256 if policy.embed.is_cuda else 64
     parts = []
     for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
         batch = data.batch(mine[i:i + size])
@@ -85,10 +84,8 @@ def evaluate(policy, router, data, args, rows=None, H=None, size=None):
         out = rollout(policy, router, batch, args, 1, temperature=0)
         attention = None if out.attention is None else out.attention.cpu()
         parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
-    parts = sum(gather(parts), [])
-    verdicts, texts = sum((part[0] for part in parts), []), sum((part[1] for part in parts), [])
-    attention = None if parts[0][2] is None else torch.cat([part[2] for part in parts])
-    return verdicts, texts, attention
+    verdicts, texts, attention = zip(*sum(gather(parts), []))
+    return sum(verdicts, []), sum(texts, []), None if attention[0] is None else torch.cat(attention)
 
 def strict(verdicts):
     return torch.tensor([float(verdict.strict) for verdict in verdicts])
@@ -131,18 +128,15 @@ def test_report(policy, router, data, args, experts):
                                   lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts))
     with policy.lora_disabled():
         before = evaluate(policy, None, data, args)[0]
-    after, texts, attention = evaluate(policy, router, data, args)
+    after, _, attention = evaluate(policy, router, data, args)
     alone, now = by_dataset(datasets, strict(before)), by_dataset(datasets, strict(after))
     rows = {d: dict(n=datasets.count(d), before=alone[d], after=now[d]) for d in now}
     report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
                   control=args.control, align=args.align, before=score(before), after=score(after),
                   by_dataset=rows, right=strict(after).int().tolist(), masked={})
-    first = data.problems[0]
-    report["example"] = dict(question=first.question, answer=first.answer, text=texts[0])
     if attention is not None:
         attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
         report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
-        report["example"]["attention"] = attention[0].mean(0).tolist()  # (L, experts)
         for e, name in enumerate(names if len(names) > 1 else ()):
             masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
             report["masked"][name] = by_dataset(datasets, strict(masked))
@@ -279,22 +273,20 @@ def show(report):
         print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 def ask(policy, router, experts, args, question):
-    """One question, or a prompt that stays open until Ctrl-D: the answer, a bar for every expert, and what
-    each expert itself would say."""
+    """One question, or a prompt that stays open until Ctrl-D."""
     if question == "" and not sys.stdin.isatty():
         raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
     print(f"trained on {args.task}: about anything else it was never rewarded")
-    while True:
-        try:
-            text = question or input("question (Ctrl-D ends): ").strip()
-        except EOFError:
-            return print()
-        if text:
-            answer_one(policy, router, experts, args, text)
-        if question:
-            return None
+    if question:
+        return answer_one(policy, router, experts, args, question)
+    with contextlib.suppress(EOFError):
+        while True:
+            text = input("question (Ctrl-D ends): ").strip()
+            if text:
+                answer_one(policy, router, experts, args, text)
 
 def answer_one(policy, router, experts, args, text):
+    """The answer, a bar for every expert, and what each expert itself would say."""
     data = Dataset([Problem(question=text, answer="", split="test")], policy, experts, args, progress=False)
     _, texts, attention = evaluate(policy, router, data, args)
     print(texts[0].strip() or "(an empty answer)")
@@ -308,13 +300,12 @@ def answer_one(policy, router, experts, args, text):
 def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
     from matplotlib.figure import Figure
-    text = (run / "metrics.jsonl").read_text() if (run / "metrics.jsonl").exists() else ""
-    rows = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be torn
+    rows = read_lines(run / "metrics.jsonl")
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     steps = [row["step"] for row in rows]
-    smooth = [sum(r["reward"] for r in rows[max(0, i - 9):i + 1]) / min(10, i + 1) for i in range(len(rows))]
-    axes[0, 0].plot(steps, smooth, label="reward in training, mean of 10 steps", color="0.6")
+    rewards = smooth([row["reward"] for row in rows])
+    axes[0, 0].plot(steps, rewards, label="reward in training, mean of 10 steps", color="0.6")
     val = {row["step"]: row["val"] for row in rows if "val" in row}
     axes[0, 0].plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
     axes[0, 0].axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
@@ -341,6 +332,11 @@ def picture(run, report, path):
         axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)
     return path
+
+def smooth(values, width=10):
+    """Of each value the mean with those before it, `width` in all."""
+    parts = [values[max(0, i - width + 1):i + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 def heat(axis, datasets, names, values, top, style, title):
     """A labelled matrix, values[dataset][expert]."""
@@ -390,16 +386,20 @@ def append(path, row):
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
+def read_lines(path):
+    """The rows of a .jsonl file, [] if there is none; a torn one, that a killed process left, is left out."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
 def drop_rows(path, state):
     """Drop the rows that are newer than the checkpoint: they are made again."""
-    kept = []
-    for line in path.read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # the last line may be torn
-            row = json.loads(line)
-            newer = row.get("step", 0) > state["step"] or row.get("align", 0) > state["align"]
-            if not newer and (state["aligned"] or "read_back" not in row):
-                kept.append(f"{line}\n")
-    write_atomic(path, "".join(kept).encode())
+    kept = [row for row in read_lines(path)
+            if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]
+            and (state["aligned"] or "read_back" not in row)]
+    write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
 
 @contextlib.contextmanager
 def one_process(out):

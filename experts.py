@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from rewards import cache_dir
+from rewards import cache_dir, prompt
 
 with contextlib.suppress(AttributeError):  # glibc only: use freed memory again; saves up to 7% of a step
     ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
@@ -104,6 +104,10 @@ class Expert:
     def entries(self):
         """K: states that one text gives."""
         return len(self.layers) * (self.positions if self.read == "last" else 1)
+
+    def prompt(self, problem):
+        """The text that it reads: the problem, without an instruction for its answer's form, and the cue."""
+        return prompt(problem, self.template, self.tokenizer, ask=False) + self.cue
 
     def sizes(self):
         """(width, layers, window in tokens) from config.json, without importing a model class."""

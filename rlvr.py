@@ -174,10 +174,10 @@ class Dataset:
         self.problems, self.policy, self.form = problems, policy, args.form
         mine = []
         for expert in experts:
-            asked = [prompt(p, expert.template, expert.tokenizer, ask=False) for p in problems]
+            asked = [expert.prompt(problem) for problem in problems]
             if args.control == "wrong" and expert is experts[-1]:  # it reads, and answers, the next problem
                 asked = asked[1:] + asked[:1]
-            mine.append([text + expert.cue for text in share(asked)])
+            mine.append(share(asked))
         self.texts = []
         if args.align or args.collab == "text":
             parts = gather(write_texts(experts, mine, progress and RANK == 0))

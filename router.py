@@ -27,43 +27,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-class Router(nn.Module):
-    """
-    widths       width of each state, a list of N
-    d_policy     d, the width of the policy's embeddings
-    latents      L, the number of context tokens; heads and dim: of the attention (8, 8 and 512 in the paper)
-    temperature  divides the attention scores; below 1 a choice among few experts is sharper
-    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
-                 (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
-                 from the start
-    Raises ValueError when there is no state to read, or dim is no multiple of heads.
-    """
+class StateReader(nn.Module):
+    """What a router that reads states begins with: x = (H - mean) / std. widths: see Router."""
 
-    def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
+    def __init__(self, widths):
         super().__init__()
         if not widths:
             raise ValueError("a router needs an expert: name one with --experts, or use --collab single")
-        if dim % heads:
-            raise ValueError(f"--router_dim {dim} must be a multiple of --router_heads {heads}")
-        self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
-        N, D = len(widths), max(widths)
-        real = torch.arange(D) < torch.tensor(widths)[:, None]  # (N, D), False: padding
-        self.register_buffer("mean", torch.zeros(N, D))
+        real = torch.arange(max(widths)) < torch.tensor(widths)[:, None]  # (N, D), False: padding
+        self.register_buffer("mean", torch.zeros(real.shape))
         self.register_buffer("inv_std", real.float())  # 1 / std, 0 where there is padding
-
-        fan_in = torch.tensor(widths).float()[:, None, None]
-        self.W = nn.Parameter(torch.randn(N, D, dim) * real[..., None] / fan_in.sqrt())
-        self.expert_embed = nn.Parameter(torch.randn(N, dim) * 0.02)  # whose state it is, whatever it holds
-        self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
-        self.norm_experts, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.norm_mlp, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.out = nn.Linear(dim, d_policy)
-        nn.init.normal_(self.out.weight, std=init_scale / math.sqrt(dim))
-        nn.init.zeros_(self.out.bias)
 
     @torch.no_grad()
     def fit_standardization(self, H):
@@ -77,6 +50,44 @@ class Router(nn.Module):
         std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # what hardly varies stays small
         self.inv_std.copy_((self.inv_std > 0) / std)
         self.mean.copy_(mean)
+
+    def standardize(self, H, mask=None):
+        x = ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)  # (B, N, D)
+        if mask is not None:  # a state that is masked out may hold anything, NaN too
+            x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
+        return x
+
+class Router(StateReader):
+    """
+    widths       width of each state, a list of N
+    d_policy     d, the width of the policy's embeddings
+    latents      L, the number of context tokens; heads and dim: of the attention (8, 8 and 512 in the paper)
+    temperature  divides the attention scores; below 1 a choice among few experts is sharper
+    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
+                 (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
+                 from the start
+    Raises ValueError when there is no state to read, or dim is no multiple of heads.
+    """
+
+    def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
+        super().__init__(widths)
+        if dim % heads:
+            raise ValueError(f"--router_dim {dim} must be a multiple of --router_heads {heads}")
+        self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
+        N, D = self.mean.shape
+        fan_in = torch.tensor(widths).float()[:, None, None]
+        self.W = nn.Parameter(torch.randn(N, D, dim) * self.inv_std[..., None] / fan_in.sqrt())
+        self.expert_embed = nn.Parameter(torch.randn(N, dim) * 0.02)  # whose state it is, whatever it holds
+        self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
+        self.norm_experts, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_mlp, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.out = nn.Linear(dim, d_policy)
+        nn.init.normal_(self.out.weight, std=init_scale / math.sqrt(dim))
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, H, mask=None, attention=None):
         """
@@ -99,12 +110,6 @@ class Router(nn.Module):
         z = self.latents + self.proj(y)
         z = z + self.mlp(self.norm_mlp(z))
         return self.out(self.norm_out(z)), A
-
-    def standardize(self, H, mask=None):
-        x = ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)  # (B, N, D)
-        if mask is not None:  # a state that is masked out may hold anything, NaN too
-            x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
-        return x
 
     def project(self, x):
         return self.norm_experts(torch.einsum("bnd,ndk->bnk", x, self.W) + self.expert_embed)
@@ -133,20 +138,15 @@ class HardRouter(Router):
         straight_through = chosen + p - p.detach()
         return super().forward(H, mask, straight_through[:, None, None] if attention is None else attention)
 
-class LinearRouter(nn.Module):
+class LinearRouter(StateReader):
     """A control: one linear map of all states side by side, without attention."""
 
     def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
-        super().__init__()
+        super().__init__(widths)
         self.latents = latents
-        self.register_buffer("mean", torch.zeros(len(widths), max(widths)))
-        self.register_buffer("inv_std", (torch.arange(max(widths)) < torch.tensor(widths)[:, None]).float())
         self.map = nn.Linear(self.mean.numel(), latents * d_policy)
         nn.init.normal_(self.map.weight, std=init_scale / math.sqrt(sum(widths)))
         nn.init.zeros_(self.map.bias)
-
-    fit_standardization = Router.fit_standardization
-    standardize = Router.standardize
 
     def forward(self, H, mask=None, attention=None):
         """H (B, N, D) -> C (B, L, d), and no attention."""

@@ -16,10 +16,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HERE))
 
-from eval import wilson  # noqa: E402
+from eval import read_lines, wilson  # noqa: E402
 
 RESULTS = HERE / "results"
-FIRST_BUILD = "5947e94"  # its rows: no stage 0, and a policy that was taught to read notes from its prefix
 SPECIALIST = {"chain_sum": "arithmetic", "family_relationships": "logic", "count_primes": "algorithmic"}
 MARGIN = {"points": 5.0, "nats": 0.05, "rho": 0.1}  # a smaller difference counts as none
 
@@ -82,33 +81,14 @@ def detectable(std, seeds=5):
 
 def read_rows(path=None):
     """The rows of study.jsonl, the last one of every id."""
-    path = path or RESULTS / "study.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list({row["id"]: row for row in map(json.loads, lines)}.values())
+    rows = read_lines(path or RESULTS / "study.jsonl")
+    return list({row["id"]: row for row in rows}.values())
 
-def finished(first_build=False, results=None):
-    """Finished runs of the first build, or all others: each row with its curve. Runs that only chose rates
-    are left out."""
+def finished(results=None):
+    """Finished runs, each row with its curve."""
     results = results or RESULTS
-    rows = []
-    for row in read_rows(results / "study.jsonl"):
-        other_build = (row.get("commit") == FIRST_BUILD) != first_build
-        if other_build or row["after"] is None or row["block"] == "rate":
-            continue
-        curve = json.loads((results / "curves" / f"{row['id']}.json").read_text())
-        rows.append(in_new_words(curve | row) if first_build else curve | row)
-    return rows
-
-NEW_KEYS = {"attention_by": "attention_by_dataset", "reward_by": "reward_by_dataset", "silenced": "masked",
-            "heard": "attended"}
-NEW_TASKS = {"arithmetic": "sums", "arithmetic hard": "sums hard", "logic": "family", "algorithmic": "primes"}
-
-def in_new_words(row):
-    """A row of the first build under the names that are used now."""
-    row = {NEW_KEYS.get(key, key): value for key, value in row.items()}
-    row["curve"] = [{NEW_KEYS.get(key, key): value for key, value in point.items()} for point in row["curve"]]
-    row["task"] = NEW_TASKS.get(row["task"], row["task"])
-    return row
+    return [json.loads((results / "curves" / f"{row['id']}.json").read_text()) | row
+            for row in read_rows(results / "study.jsonl") if row["after"] is not None]
 
 def runs_by_seed(rows, task, way):
     return {row["seed"]: row for row in rows if (row["task"], row["way"]) == (task, way)}

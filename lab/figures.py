@@ -1,7 +1,7 @@
 """
 The pictures of the study, drawn from rows and curves alone: no model is loaded, nothing is measured again.
 
-    python lab/figures.py                 results/figures/*.png anew; first-*.png are those of the first build
+    python lab/figures.py                 results/figures/*.png anew
 
 A band, and an error bar where nothing else is stated, is one population standard deviation over the seeds on
 either side of their mean. Colours are Okabe and Ito's, at most five curves in one picture.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import (RESULTS, finished, interval, names_of, runs_by_seed, spearman,  # noqa: E402
                     spearman_without_trend)
-from eval import one_sentence  # noqa: E402
+from eval import heat, one_sentence  # noqa: E402
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
@@ -149,17 +149,6 @@ def entropy(rows):
     legend_beside(figure, axes[:1])
     return figure
 
-def heat(axis, datasets, names, values, top, style, title):
-    """A labelled matrix, values[dataset][expert]."""
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axis.set_xticks(range(len(names)), names)
-    axis.set_yticks(range(len(datasets)), datasets)
-    axis.set(title=title, xlabel="expert")
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
-            axis.text(j, i, format(value, style), ha="center", va="center",
-                      color="white" if value > 0.6 * top else "black")
-
 def specialization(rows):
     """Attention on test problems and what masking an expert out costs: soft on the mix, means over seeds."""
     runs = [run for run in runs_by_seed(rows, "mix", "soft").values() if run.get("masked")]
@@ -171,8 +160,8 @@ def specialization(rows):
     lost = [[100 * np.mean([accuracy_on(run, dataset) - run["masked"][name][dataset] for run in runs])
              for name in names] for dataset in datasets]
     figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 3.2))
-    heat(axes[0], datasets, names, shares, 1, ".2f", f"Attention on test problems, {seeds_of(runs)}")
-    heat(axes[1], datasets, names, lost, 100, "z.0f", "Points lost when an expert is masked out")
+    heat(axes[0], datasets, names, shares, 1, "{:.2f}", f"Attention on test problems, {seeds_of(runs)}")
+    heat(axes[1], datasets, names, lost, 100, "{:z.0f}", "Points lost when an expert is masked out")
     return figure
 
 def accuracy_on(run, dataset):
@@ -237,14 +226,13 @@ def draw_all(results=RESULTS):
     folder = results / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for first_build in (False, True):
-        rows = finished(first_build, results)
-        for picture in PICTURES:
-            figure = picture(rows)
-            if figure:
-                files.append(folder / f"{'first-' if first_build else ''}{picture.__name__}.png")
-                figure.savefig(files[-1], dpi=110)
-                plt.close(figure)
+    rows = finished(results)
+    for picture in PICTURES:
+        figure = picture(rows)
+        if figure:
+            files.append(folder / f"{picture.__name__}.png")
+            figure.savefig(files[-1], dpi=110)
+            plt.close(figure)
     return files
 
 def main(argv=None):

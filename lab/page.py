@@ -24,7 +24,8 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
+from eval import (evaluate, next_of_dataset, one_sentence, open_run, read_config, read_lines,  # noqa: E402
+                  smooth)
 from experts import write_atomic  # noqa: E402
 from rlvr import Dataset, advantages, load_problems  # noqa: E402
 from router import by_expert, masked_router  # noqa: E402
@@ -33,23 +34,12 @@ from train import PRESETS, Args  # noqa: E402
 SNAPSHOTS = 100  # moments of training that the slider has, at most
 NOT_SHOWN = ("out", "resume", "preset", "device", "val", "eval_every", "save_every")
 
-def read_lines(path):
-    """The rows of a .jsonl file; a last one that is being written is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
 def of_files(folder):
     """All about a run that its files tell: a dictionary for JSON."""
     args = read_config(folder)["args"]
     metrics, alignment = read_lines(folder / "metrics.jsonl"), read_lines(folder / "align.jsonl")
-    rewards = [row["reward"] for row in metrics]
-    curve = [dict(step=row["step"], reward=float(np.mean(rewards[max(0, i - 9):i + 1])), val=row.get("val"))
-             for i, row in enumerate(metrics)]
+    curve = [dict(step=row["step"], reward=reward, val=row.get("val"))
+             for row, reward in zip(metrics, smooth([row["reward"] for row in metrics]))]
     attended = [row for row in metrics if "attention_map" in row]
     kept = np.unique(np.linspace(0, len(attended) - 1, SNAPSHOTS).round().astype(int)) if attended else ()
     maps = [dict(step=row["step"], entropy=row["attention_entropy"], by_dataset=row["attention_by_dataset"],

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from claims import interval, mcnemar  # noqa: E402
 from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
 from experts import Expert, read_states, write_atomic  # noqa: E402
-from rewards import number, prompt, verify  # noqa: E402
+from rewards import number, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
 from router import by_expert  # noqa: E402
 
@@ -175,17 +175,13 @@ def probe_states(args, experts, n_train=900, n_val=200):
             for how_read in ("last", "first", "mean"):
                 reader = Expert(expert.source, how_read, layers, cue=expert.cue, device=expert.device,
                                 untrained=expert.untrained)
-                H = read_states([reader], [expert_prompts(reader, problems)]).float()  # (n, layers, D)
+                H = read_states([reader], [[reader.prompt(p) for p in problems]]).float()  # (n, layers, D)
                 for name, classes in targets.items():
                     for k, layer in enumerate(layers):
                         row = dict(dataset=dataset, target=name, expert=expert.name, layer=layer,
                                    layers=expert.n_layers, read=how_read)
                         rows.append(row | probe_one(H[:, k], classes, len(old)))
     return rows
-
-def expert_prompts(expert, problems):
-    tokenizer = expert.tokenizer if expert.template == "chat" else None
-    return [prompt(problem, expert.template, tokenizer, ask=False) + expert.cue for problem in problems]
 
 def probe_one(X, classes, n_old):
     """One probe: the first n_old rows of X (n, D) are fitted. A class of None is left out."""
@@ -229,7 +225,7 @@ def walk(policy, experts, router, args):
     say = lambda text: lines.extend(textwrap.wrap(text, 110, initial_indent="  ", subsequent_indent="    "))
     say(f"the policy reads {len(data.ids[i])} tokens: {data.prompts[i]!r}")
     for expert in experts:
-        (text,) = expert_prompts(expert, [problem])
+        text = expert.prompt(problem)
         say(f"{expert.name} (width {expert.width}) reads {len(expert.tokenize([text])[0])} tokens: {text!r}")
     context, attention = router(batch.H) if router else (None, None)
     if attention is not None:

@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import claims  # noqa: E402
-from eval import one_sentence  # noqa: E402
+from eval import one_sentence, read_lines  # noqa: E402
 from experts import write_atomic  # noqa: E402
 from train import PRESETS  # noqa: E402
 
@@ -259,7 +259,7 @@ def collect(run):
                  curve=condense(metrics), read_back=read_back(out))
     if metrics and "attention_map" in metrics[-1]:
         curve["attention_map"] = metrics[-1]["attention_map"]
-    for key in ("attention_by_dataset", "by_dataset", "masked", "right", "swap", "example"):
+    for key in ("attention_by_dataset", "by_dataset", "masked", "right", "swap"):
         if key in report:
             curve[key] = report[key]
     if not aligned and (out / "ablate.json").exists():
@@ -281,12 +281,7 @@ def trainable(out):
 def read_back(out):
     """{expert: what share of its texts the policy reads back after stage 0, also with another problem's
     states}."""
-    path = out / "align.jsonl"
-    rows = read_lines(path) if path.exists() else []
-    return {row.pop("expert"): row for row in rows if "expert" in row}
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return {row.pop("expert"): row for row in read_lines(out / "align.jsonl") if "expert" in row}
 
 CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length", "grad_norm",
               "attention_entropy", "attention", "attention_by_dataset", "reward_by_dataset")
@@ -324,15 +319,15 @@ def report_parts():
     """{name of the marker: Markdown} for results/STUDY.md."""
     rows = claims.finished(results=RESULTS)
     pictures = [f"![{path.stem.replace('_', ' ')}](figures/{path.name})"
-                for path in sorted((RESULTS / "figures").glob("*.png")) if not path.name.startswith("first-")]
+                for path in sorted((RESULTS / "figures").glob("*.png"))]
     failed = [f"- {row['id']}: {row['reason']}" for row in claims.read_rows(RESULTS / "study.jsonl")
-              if row["after"] is None and row["commit"] != claims.FIRST_BUILD]
+              if row["after"] is None]
     text = claims.report(rows)
     if rows and pictures:
         text += "\n\n" + "\n\n".join(pictures)
     if failed:
         text += "\n\nRuns that failed:\n\n" + "\n".join(failed)
-    return {"study": text, "first-build": claims.report(claims.finished(first_build=True, results=RESULTS))}
+    return {"study": text}
 
 def write_report():
     import figures  # matplotlib takes a second
