@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from experts import pick_device, write_atomic
-from rewards import Problem, extract, number, verify
+from rewards import Problem, extract, next_of_dataset, number, verify
 from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
 from router import by_expert, masked_router
 
@@ -218,15 +218,6 @@ def swap_test(policy, router, data, args):
             answer = extract(texts[i], args.form, False)[0]
             follows.append(answer.strip() == told.strip())
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
-
-def next_of_dataset(problems):
-    """For each problem the place of the next one of its dataset, the last one's is the first."""
-    partner = [0] * len(problems)
-    for dataset in {problem.dataset for problem in problems}:
-        places = [i for i, problem in enumerate(problems) if problem.dataset == dataset]
-        for here, there in zip(places, places[1:] + places[:1]):
-            partner[here] = there
-    return partner
 
 @torch.no_grad()
 def sample_pass(policy, router, data, args, samples):

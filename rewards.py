@@ -211,6 +211,15 @@ def problems(task, split, n, data=None, level=None):
         raise error
     return found
 
+def next_of_dataset(problems):
+    """For each problem the place of the next one of its dataset, the last one's is the first."""
+    partner = [0] * len(problems)
+    for dataset in {problem.dataset for problem in problems}:
+        places = [i for i, problem in enumerate(problems) if problem.dataset == dataset]
+        for here, there in zip(places, places[1:] + places[:1]):
+            partner[here] = there
+    return partner
+
 # GSM8K
 URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
 SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",

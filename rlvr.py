@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from experts import Expert, line_ends, read_states, read_tensors, write_tensors, write_texts
 from model import Policy, bucket
-from rewards import TooFew, problems, prompt, verify
+from rewards import TooFew, next_of_dataset, problems, prompt, verify
 from router import ROUTERS, reads_states
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
@@ -171,13 +171,15 @@ class Dataset:
     """
 
     def __init__(self, problems, policy, experts, args, progress=True):
-        self.problems, self.policy, self.form = problems, policy, args.form
+        self.problems, self.policy, plain = problems, policy, args.form == "plain"
+        partner, datasets = next_of_dataset(problems), sorted({problem.dataset for problem in problems})
         mine = []
-        for expert in experts:
-            asked = [expert.prompt(problem) for problem in problems]
-            if args.control == "wrong" and expert is experts[-1]:  # it reads, and answers, the next problem
-                asked = asked[1:] + asked[:1]
-            mine.append(share(asked))
+        for e, expert in enumerate(experts):
+            wrong = dict.fromkeys(datasets, args.control == "wrong" and expert is experts[-1])
+            if args.control == "divided":  # wrong on all datasets but one
+                wrong = {dataset: d != e % len(datasets) for d, dataset in enumerate(datasets)}
+            asked = [problems[partner[i]] if wrong[p.dataset] else p for i, p in enumerate(problems)]
+            mine.append(share([expert.prompt(problem) for problem in asked]))
         self.texts = []
         if args.align or args.collab == "text":
             parts = gather(write_texts(experts, mine, progress and RANK == 0))
@@ -194,14 +196,13 @@ class Dataset:
                 self.H = (mean + std * torch.randn(self.H.shape, generator=generator)).to(self.H.dtype)
         self.owner = torch.tensor([e for e, expert in enumerate(experts) for _ in range(expert.entries)])
         self.targets = [[answer_ids(policy, text, args.form) for text in column] for column in self.texts]
-        template = "plain" if args.form == "plain" else "chat"
         self.prompts = []
         for i, p in enumerate(problems):
             if args.collab == "text":
                 pairs = [(e.name, texts[i]) for e, texts in zip(experts, self.texts) if e.writes]
                 p = replace(p, question="".join(f"{name}: {text}\n" for name, text in pairs) + p.question)
-            self.prompts.append(prompt(p, template, policy.tokenizer))
-        self.ids = policy.tokenizer(self.prompts, add_special_tokens=args.form == "plain")["input_ids"]
+            self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
+        self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
         room = policy.window - args.max_new - args.latents
         longest = max(map(len, self.ids))
         if longest > room:
@@ -256,7 +257,6 @@ def align(policy, router, data, args, start, moments):
     ignored. Yields (part, loss per token, optimizer) after each step.
     """
     words, texts = align_steps(args)
-    device = policy.embed.device
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
     half = len(data) // 2
     used = sorted({token for column in data.targets for ids in column for token in ids}
@@ -264,7 +264,7 @@ def align(policy, router, data, args, start, moments):
     for step in range(start, words + texts):
         if step in (start, words):
             rates = (0.0, args.align_words_lr) if step < words else (args.align_lr, args.align_router_lr)
-            optimizer = make_optimizer(policy, router, *rates, moments if step != words else None)
+            optimizer = make_optimizer(policy, router, *rates, moments=moments if step != words else None)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         size = WORDS_BATCH if step < words else args.align_batch
         first, last = (half, len(data)) if step < words else (half // 2, half)
@@ -274,7 +274,7 @@ def align(policy, router, data, args, start, moments):
         mask = data.reading_mask(torch.tensor(chosen)[:, None])  # (B, N)
         if step < words:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
-            context, _ = router(data.H[rows].to(device).float(), mask)
+            context, _ = router(data.H[rows].to(policy.embed.device).float(), mask)
             loss, count = words_loss(policy, context, spelled, used)
         else:
             batch = data.batch(rows)
@@ -319,13 +319,15 @@ def reading_loss(policy, batch, context, targets):
 
 # -- GRPO
 
-def make_optimizer(policy, router, lr, router_lr, moments=None):
-    """AdamW over LoRA and router, each at its own rate: the router starts from nothing, LoRA from a trained
-    model. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of few hundred steps. To go on, moments:
-    {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
-    groups = [dict(params=list(policy.parameters()), lr=lr, base_lr=lr)]
-    if router:
-        groups.append(dict(params=list(router.parameters()), lr=router_lr, base_lr=router_lr))
+def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
+    """AdamW over LoRA, router and the router's trust, each at its own rate: LoRA starts from a trained model,
+    they from nothing. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of few hundred steps.
+    To go on, moments: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
+    named = list(router.named_parameters()) if router else []
+    trust = [p.requires_grad_(trust_lr > 0) for name, p in named if name.startswith("trust")]
+    rest = [p for name, p in named if not name.startswith("trust")]
+    groups = [dict(params=params, lr=rate, base_lr=rate) for params, rate in (
+        (list(policy.parameters()), lr), (rest, router_lr), (trust, trust_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     optimizer.load_state_dict(dict(state=moments or {}, param_groups=optimizer.state_dict()["param_groups"]))
     return optimizer
@@ -381,8 +383,7 @@ def grpo_loss(logp, old, ref, advantage, mask, args):
 
     logp, old, ref (B, G, T): log-probability of the sampled tokens under the policy now, the policy that
     sampled them, and the reference (None: no KL term). advantage (B, G), mask (B, G, T). The ratio may fall
-    to 1 - clip and rise to 1 + clip_high before its gradient stops (clip_high above clip is DAPO's,
-    2503.14476).
+    to 1 - clip and rise to 1 + clip_high (above clip: DAPO, 2503.14476) before its gradient stops.
     """
     ratio = torch.exp(logp - old)
     advantage = advantage[..., None]  # the same for every token of a completion
@@ -434,8 +435,8 @@ def load_checkpoint(path, policy, router, generator=None):
 
 def checkpoints(out):
     """Those of a run, the newest first."""
-    stages = ("step", "aligned", "align")
-    return [path for stage in stages for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
+    return [path for stage in ("step", "aligned", "align")
+            for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
 
 def load_newest(out, policy, router, generator=None):
     """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is

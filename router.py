@@ -9,11 +9,16 @@ output. Here it has one cross-attention layer, as in n-Musketeers (2602.09173):
 
     states   H (B, N, D)       padded to the widest expert   x = (H - mean) / std     per expert and dimension
     project  E (B, N, dim)     einsum("bnd,ndk->bnk", x, W)  W (N, D, dim): every expert has its own matrix
-    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h)) Q from the L latents, K and V from E
+    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h) + trust)    Q from L latents, K and V from E
     write    C (B, L, d)       out(mlp(A V))                 the context tokens
 
 A is a softmax over the experts: A[b, :, :, n] is how much problem b attends to expert n. Nothing else in this
 project decides that: no label says which expert is good at what. So one can watch collaboration emerge in A.
+
+Trust (B, N) is ours: a linear layer for each state, zero at the start, that says how much the state is worth
+on this problem, for all heads and latents alike. In stage 0 queries and keys learn which latent reads which
+state; whom to believe only rewards can say, and where they move Q and K fast enough, what is read is lost. So
+trust has a rate of its own; at 0, as in the paper, there is none.
 
 One einsum projects all experts at once: a single batched matrix product, with no loop over experts and no
 custom kernel. Padding is harmless: x is zero there, so W's rows beyond a width have no effect, no gradient.
@@ -78,6 +83,8 @@ class Router(StateReader):
         fan_in = torch.tensor(widths).float()[:, None, None]
         self.W = nn.Parameter(torch.randn(N, D, dim) * self.inv_std[..., None] / fan_in.sqrt())
         self.expert_embed = nn.Parameter(torch.randn(N, dim) * 0.02)  # whose state it is, whatever it holds
+        self.trust, self.trust_bias = nn.Parameter(torch.zeros(N, D)), nn.Parameter(torch.zeros(N))
+        self.register_buffer("widths", torch.tensor(widths), persistent=False)
         self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
         self.norm_experts, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_mlp, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -97,11 +104,12 @@ class Router(StateReader):
         mask (N,) or (B, N): False masks a state out: attention 0, no influence and no gradient. One must
         stay. attention, broadcast to (B, heads, L, N): used in place of the router's own.
         """
-        E = self.project(self.standardize(H, mask))  # (B, N, dim)
+        x = self.standardize(H, mask)
+        E = self.project(x)  # (B, N, dim)
         q = self.split_heads(self.to_q(self.norm_latents(self.latents)))  # (h, L, dim / h), for every problem
         k, v = self.to_kv(E).chunk(2, dim=-1)
         k, v = self.split_heads(k), self.split_heads(v)  # (B, h, N, dim / h)
-        scores = q @ k.transpose(-1, -2) * self.scale  # (B, h, L, N)
+        scores = q @ k.transpose(-1, -2) * self.scale + self.trust_in(x)[:, None, None]  # (B, h, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask.expand(H.shape[:2])[:, None, None], -torch.inf)
         A = scores.float().softmax(-1) if attention is None else attention.expand_as(scores)
@@ -113,6 +121,10 @@ class Router(StateReader):
 
     def project(self, x):
         return self.norm_experts(torch.einsum("bnd,ndk->bnk", x, self.W) + self.expert_embed)
+
+    def trust_in(self, x):
+        """x (B, N, D) -> (B, N). A mean over dimensions, so that one rate suits weights and bias."""
+        return torch.einsum("bnd,nd->bn", x, self.trust) / self.widths + self.trust_bias
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., n, dim) -> (..., h, n, dim / h)

@@ -471,6 +471,9 @@ def make_router(kind="soft", widths=WIDTHS, **settings):
     torch.manual_seed(0)
     router = ROUTERS[kind](widths, 32, **dict(latents=4, heads=2, dim=16, init_scale=1.0) | settings)
     router.fit_standardization(states(64, seed=1, widths=widths))
+    if hasattr(router, "trust"):  # it is zero at the start
+        nn.init.normal_(router.trust, std=4.0)
+        nn.init.normal_(router.trust_bias, std=0.2)
     return router
 
 def gradients(*modules):
@@ -496,7 +499,10 @@ def test_one_einsum_equals_a_loop_over_experts(widths):
     k, v = router.to_kv(router.norm_experts(torch.stack(E, 1))).chunk(2, -1)
     q = router.to_q(router.norm_latents(router.latents))
     heads = lambda t: t.unflatten(-1, (2, 8)).transpose(-3, -2)
-    y = F.scaled_dot_product_attention(heads(q).expand(4, -1, -1, -1), heads(k), heads(v))
+    trust = [(x[i].clamp(-10, 10) * router.trust[i, :w]).mean(1) + router.trust_bias[i]
+             for i, w in enumerate(widths)]
+    trust = torch.stack(trust, 1)[:, None, None].expand(-1, 2, 4, -1)
+    y = F.scaled_dot_product_attention(heads(q).expand(4, -1, -1, -1), heads(k), heads(v), trust)
     z = router.latents + router.proj(y.transpose(1, 2).flatten(-2))
     z = z + router.mlp(router.norm_mlp(z))
     naive = router.out(router.norm_out(z))
@@ -533,6 +539,27 @@ def test_hard_chooses_one_and_learns_of_all():
     torch.testing.assert_close(C, Router.forward(router, H, chosen)[0], atol=1e-5, rtol=1e-5)
     C.square().sum().backward()
     assert router.choice.weight.grad.abs().sum(1).min() > 0
+
+def test_trust_has_a_rate_of_its_own():
+    """At rate 0 it has no gradient and changes nothing; else it learns whom to attend to, and with the other
+    rates near zero nothing else moves. A problem's states say which of them is right."""
+    policy, router = nn.Linear(1, 1), make_router(widths=(12, 12))
+    with torch.no_grad():
+        router.trust.zero_()
+        router.trust_bias.zero_()
+    rlvr.make_optimizer(policy, router, 1e-3, 1e-3)
+    router(states(widths=(12, 12)))[0].sum().backward()
+    assert router.trust.grad is None and router.trust_bias.grad is None and router.W.grad is not None
+    optimizer, W = rlvr.make_optimizer(policy, router, 1e-9, 1e-9, 0.3), router.W.detach().clone()
+    for step in range(60):
+        H = states(32, seed=2 + step, widths=(12, 12))
+        right = (H[:, 0, 0] > 0).long()
+        H[:, :, 1:6] += 2.0 * (2 * right - 1)[:, None, None]  # both states hold it, as they hold the task
+        A = router(H)[1].mean((1, 2))
+        optimizer.zero_grad()
+        (-A[torch.arange(32), right].log().mean()).backward()
+        optimizer.step()
+    assert A[torch.arange(32), right].mean() > 0.9 and torch.allclose(router.W, W, atol=1e-6)
 
 # -- model.py
 def make_policy(folder, kind="llama", **settings):
@@ -803,8 +830,8 @@ def quick(tmp_path_factory):
     shutil.copytree(TINY["policy"], folder / "policy")
     return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --positions 1 "
              "--own_text False --align 6 --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 "
-             "--group 4 --warmup 2 --lr 1e-3 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 "
-             "--eval_every 3 --save_every 3 --router_dim 16 --router_heads 2 --policy".split(),
+             "--group 4 --warmup 2 --lr 1e-3 --trust_lr 0.1 --seed 1 --micro_batch 4 --max_new 4 --val 8 "
+             "--test 8 --eval_every 3 --save_every 3 --router_dim 16 --router_heads 2 --policy".split(),
             str(folder / "policy"),
             "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
 
@@ -894,10 +921,11 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         assert {tuple(row) for row in part} == {(True, False, True), (False, True, True)}
 
 def test_controls_are_what_they_say(quick, tmp_path):
-    """shuffled: another problem's states; wrong: the last expert's are those of the next problem; noise: of
-    their mean and std; untrained: of strangers, the same ones."""
+    """shuffled: another problem's states; wrong: the last expert's are those of its dataset's next problem;
+    divided: so are all experts', but on one dataset; noise: of their mean and std; untrained: of strangers.
+    """
     H = {}
-    for control in ("none", "shuffled", "wrong", "noise", "untrained"):
+    for control in ("none", "shuffled", "wrong", "divided", "noise", "untrained"):
         args = train.parse_args([*quick, "--out", str(tmp_path), "--control", control, "--align", "0"])
         policy, pool, _ = train.build(args)
         data = Dataset(train.load_problems(args, "train", 256), policy, pool, args)
@@ -907,7 +935,12 @@ def test_controls_are_what_they_say(quick, tmp_path):
     assert sorted(order) == sorted(place.values()) and len(place) > 250
     assert sum(i == j for i, j in enumerate(order)) < 3
     assert torch.equal(H["wrong"][:, :2], H["none"][:, :2])
-    assert torch.equal(H["wrong"][:, 2], H["none"][:, 2].roll(-1, 0))
+    partner = rewards.next_of_dataset(data.problems)
+    assert torch.equal(H["wrong"][:, 2], H["none"][partner, 2])
+    primes = torch.tensor([problem.dataset == "count_primes" for problem in data.problems])
+    for e, own in ((0, primes), (1, ~primes), (2, primes)):  # by the names' order
+        assert torch.equal(H["divided"][own, e], H["none"][own, e])
+        assert torch.equal(H["divided"][~own, e], H["none"][partner, e][~own])
     for a, b in zip(torch.std_mean(H["none"], dim=0), torch.std_mean(H["noise"], dim=0)):
         assert (a - b).abs().max() < 0.3 * (1e-3 + H["none"].std(0).max())
     assert not torch.isclose(H["none"], H["untrained"]).all(-1).any()
@@ -1124,7 +1157,8 @@ def as_rank(rank, port, out, argv):
 
     def noted(parameters):
         add_gradients(parameters)
-        seen.setdefault("gradients", {str(i): p.grad.clone() for i, p in enumerate(parameters)})
+        with_gradient = [p.grad.clone() for p in parameters if p.requires_grad]
+        seen.setdefault("gradients", dict(enumerate(with_gradient)))
 
     train.rollout, train.add_gradients = given, noted
     if rank == 1:

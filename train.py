@@ -62,8 +62,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
     collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
                               "the prompt; single: LoRA alone")
-    control: Literal["none", "shuffled", "noise", "untrained", "wrong"] = arg(
-        "none", "what stands in for the states; wrong: the last expert alone reads another problem")
+    control: Literal["none", "shuffled", "noise", "untrained", "wrong", "divided"] = arg(
+        "none", "wrong: the last expert's states are another problem's; divided: so on all datasets but one")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
@@ -98,6 +98,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     micro_batch: int = arg(4, "prompts in one backward pass: bounds memory, changes nothing else")
     lr: float = arg(1e-4, "of LoRA (paper)")
     router_lr: float = arg(1e-4, "of the router (paper)")
+    trust_lr: float = arg(0.0, "of its trust in each expert (0: it has none, the paper's method)")
     warmup: int = arg(20, "steps to the full rate, then constant, so that a run can be prolonged")
     grad_clip: float = arg(1.0, "largest gradient norm (usual)")
     # run
@@ -141,7 +142,7 @@ def main(args):
         save_checkpoint(out / "aligned-", policy, router, state, None, generator)
         moments = {}
 
-    optimizer = make_optimizer(policy, router, args.lr, args.router_lr, moments)
+    optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     skipped = 0
     for step in bar(range(state["step"] + 1, args.steps + 1), "GRPO", state["step"], args.steps):
@@ -343,8 +344,8 @@ PRESETS = {
         task="arithmetic+logic+algorithmic", level="tiny", form="plain", policy=f"{TINY}/policy", write=1,
         experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=30,
         align_batch=96, align_lr=3e-3, align_router_lr=3e-4, align_words=250, align_words_lr=3e-3, beta=0.0,
-        lr=1e-3, router_lr=2e-3, batch=36, micro_batch=36, steps=80, max_new=8, router_dim=64, router_heads=4,
-        router_temperature=0.5),
+        lr=1e-3, router_lr=2e-3, trust_lr=0.3, batch=36, micro_batch=36, steps=80, max_new=8, router_dim=64,
+        router_heads=4, router_temperature=0.5),
 }
 
 def parse_args(argv):
@@ -390,9 +391,7 @@ def pick_preset(given):
     """Without --preset: small's settings for a policy of the user's; else what task and device ask for."""
     if "policy" in given:
         return "small"
-    tasks = given.get("task", PRESETS["tiny"]["task"]).split("+")
-    for task in tasks:
-        known(task)
+    tasks = [known(task) for task in given.get("task", PRESETS["tiny"]["task"]).split("+")]
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
     if "task" in given and gpu_bytes > 22e9:
         return "paper"
@@ -404,7 +403,7 @@ def pick_preset(given):
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
     may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
-                   "clip_high", "warmup", "seed", "test_skip")
+                   "clip_high", "trust_lr", "warmup", "seed", "test_skip")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
