@@ -4,7 +4,6 @@ What a finished run can still be asked.
     python lab/probe.py RUN --states          what a linear map reads off each expert's states
     python lab/probe.py RUN --ablate KINDS    what replacing attention or states at test time costs
     python lab/probe.py RUN --walk            one problem from text to reward, in numbers
-    python lab/probe.py RUN RUN ... --table   finished runs as a Markdown table, seeds put together
 
 KINDS are some of static, uniform, shuffle and zero, see `ablate`.
 --states and --ablate also write RUN/states.json and RUN/ablate.json.
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
-from eval import evaluate, next_of_dataset, one_sentence, open_run, read_config  # noqa: E402
+from eval import evaluate, next_of_dataset, one_sentence, open_run  # noqa: E402
 from experts import Expert, read_states, write_atomic  # noqa: E402
 from rewards import number, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
@@ -250,73 +249,19 @@ def walk(policy, experts, router, args):
                      f"advantage {advantage:+z.2f}")
     return "\n".join(lines)
 
-# -- Finished runs side by side, from their files alone
-
-def runs_table(folders):
-    """Markdown: a line for every task and way to collaborate."""
-    groups = {}
-    for folder in folders:
-        path = Path(folder) / "eval.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no finished run (no eval.json): let it finish first")
-        report = json.loads(path.read_text())
-        way, read_from = report["collab"], read_config(folder)["args"]["read"]
-        way += f", {report['control']}" if report["control"] != "none" else ""
-        way += f", read {read_from}" if read_from != "last" else ""
-        way += f", stage 0: {report['align']}" if report["align"] else ""
-        groups.setdefault((report["task"], way), []).append(report)
-    lines = ["| task | collaboration | seeds | n | before | after | by dataset | minus single |",
-             "|---" * 8 + "|"]
-    for (task, way), reports in groups.items():
-        reports.sort(key=lambda report: report["seed"])
-        datasets = reports[0]["by_dataset"]
-        parts = [f"{name} {mean_and_std([r['by_dataset'][name]['after'] for r in reports])}"
-                 for name in datasets]
-        seeds = ", ".join(str(report["seed"]) for report in reports)
-        before, after = [mean_and_std([r[when]["strict"] for r in reports]) for when in ("before", "after")]
-        singles = [r for (other, name), found in groups.items() for r in found
-                   if other == task and r["collab"] == "single" and reports[0]["collab"] != "single"]
-        cells = (task, way, seeds, reports[0]["n"], before, after, ", ".join(parts),
-                 minus_single(reports, singles))
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", "Percent, mean ± population standard deviation over seeds; minus single: "
-                      "points, paired by problem and seed, 95%."])
-
-def mean_and_std(values):
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
-
-def minus_single(reports, singles):
-    """The paired difference from the single runs of the same seeds (with as much of stage 0, where there are
-    such); "" where there are none."""
-    D = []
-    for report in reports:
-        same = [r for r in singles if r["seed"] == report["seed"] and len(r["right"]) == len(report["right"])]
-        same.sort(key=lambda r: r["align"] == report["align"])
-        if same:
-            D.append(np.subtract(report["right"], same[-1]["right"]))
-    if not D or len({len(row) for row in D}) > 1:
-        return ""
-    return f"{points(np.mean(D), interval(D))}, {len(D)} seeds"
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--states", action="store_true")
     parser.add_argument("--ablate", nargs="+", choices=KINDS)
     parser.add_argument("--walk", action="store_true")
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("--n", type=int, help="test problems of --ablate (default: as trained with)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    if sum(map(bool, (options.states, options.ablate, options.walk, options.table))) != 1:
-        raise ValueError("choose one of --states, --ablate, --walk and --table")
-    if options.table:
-        return print(runs_table(options.runs))
-    if len(options.runs) > 1:
-        raise ValueError("only --table takes several runs: name one")
-    folder = Path(options.runs[0])
+    if sum(map(bool, (options.states, options.ablate, options.walk))) != 1:
+        raise ValueError("choose one of --states, --ablate and --walk")
+    folder = Path(options.run)
     args, policy, experts, router = open_run(folder, options.device)
     if options.walk:
         return print(walk(policy, experts, router, args))

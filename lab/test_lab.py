@@ -1,6 +1,5 @@
 """What must stay true of lab/. On the CPU, without downloads:   python -m pytest -q lab/test_lab.py"""
 import json
-import math
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from playwright.sync_api import sync_playwright
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 HERE = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(HERE), str(HERE / "lab")]
@@ -284,15 +283,11 @@ def test_a_senseless_ablation_is_refused(collab, kind):
     with pytest.raises(ValueError, match="could replace"):
         probe.check_kinds(train.Args(collab=collab), [kind])
 
-def test_walk_and_table(runs, soft, capsys):
+def test_walk_tells_a_problem_from_text_to_reward(soft):
     args, policy, experts, router = soft
     text = probe.walk(policy, experts, router, args)
     assert max(map(len, text.splitlines())) <= 110 and "H (1, 3, 160)" in text
     assert text.count("   advantage ") == args.group
-    probe.main([str(runs["soft"]), str(runs["single"]), "--table"])
-    table = capsys.readouterr().out
-    assert "| soft, stage 0: 4 | 0 | 24 |" in table and "1 seeds |" in table
-    assert train.one_sentence("probe.py", lambda: probe.main([str(runs["single"].parent), "--table"])) == 2
 
 # -- Export
 
@@ -337,45 +332,6 @@ def test_exported_router_can_be_rebuilt(soft, exported):
     torch.testing.assert_close(rebuilt(H)[0], router(H)[0], atol=0, rtol=0)
     assert torch.equal(neutral, policy.neutral) and std == policy.embed_std
 
-def resigned(folder, name):
-    """What a forger would do: the checksum of a changed file is put right."""
-    marker = json.loads((folder / "export.json").read_text())
-    marker["sha256"][name] = export.hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "export.json").write_text(json.dumps(marker))
-
-def change_tensors(name, change):
-    def harm(folder):
-        tensors = load_file(folder / name)
-        key = sorted(tensors)[0]
-        tensors |= {key: change(tensors[key])}
-        save_file(tensors, folder / name)
-        resigned(folder, name)
-    return harm
-
-def change_config(name, **values):
-    def harm(folder):
-        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | values))
-        resigned(folder, name)
-    return harm
-
-@pytest.mark.parametrize("harm, words", [
-    (lambda folder: (folder / "model.pkl").write_bytes(b"cos\nsystem"), "no part of an export"),
-    (lambda folder: (folder / export.LORA).write_bytes(b"torn"), "not the file"),
-    (lambda folder: (folder / export.ROUTER).unlink(), "not the file"),
-    (change_tensors(export.LORA, lambda t: t[:1]), "no pair"),
-    (change_tensors(export.ROUTER, lambda t: t * math.nan), "not finite"),
-    (change_tensors(export.ROUTER, lambda t: t[:1]), "does not fit"),
-    (change_config(export.LORA_CONFIG, r=10**12), "size"),
-    (change_config(export.ROUTER_CONFIG, router=[]), "damaged"),
-    (lambda folder: (folder / "export.json").write_text(json.dumps(dict(about=export.ABOUT))), "damaged")])
-def test_an_export_that_lies_is_refused(exported, tmp_path, harm, words, capsys):
-    folder = tmp_path / "export"
-    shutil.copytree(exported, folder)
-    assert train.one_sentence("export.py", lambda: export.main(["--check", str(folder)])) == 0
-    harm(folder)
-    assert train.one_sentence("export.py", lambda: export.main(["--check", str(folder)])) == 2
-    assert words in capsys.readouterr().err
-
 def test_an_export_takes_no_other_folder_and_leaves_no_rest(runs, exported, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="is no export"):
@@ -383,7 +339,7 @@ def test_an_export_takes_no_other_folder_and_leaves_no_rest(runs, exported, tmp_
     folder = tmp_path / "export"
     shutil.copytree(exported, folder)
     export.write_export(runs["single"], folder)
-    assert not list(folder.glob("router*")) and "no router" in export.check_export(folder)
+    assert not list(folder.glob("router*")) and (folder / export.LORA).is_file()
 
 # -- page.py
 
