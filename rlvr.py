@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from experts import Expert, line_ends, read_states, read_tensors, write_tensors, write_texts
+from experts import Expert, brief, line_ends, read_states, read_tensors, write_tensors, write_texts
 from model import Policy, bucket
 from rewards import TooFew, next_of_dataset, problems, prompt, verify
 from router import ROUTERS, reads_states
@@ -53,8 +53,7 @@ def meet(collective, *args, **options):
         if WORLD > 1:
             collective(*args, **options)
     except RuntimeError as error:  # gloo and nccl have no kind of their own for this
-        first = str(error).splitlines()[0]
-        raise ConnectionError(f"another rank is gone, see what it printed ({first})") from error
+        raise ConnectionError(f"another rank is gone, see what it printed ({brief(error)})") from error
 
 def gather(value):
     """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
@@ -116,8 +115,7 @@ def build(args):
     policy.tokenizer = itself.tokenizer
     if args.form == "plain":  # the answer is the first line
         policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
-    # a hub model is named with its commit: the run goes on with these weights when the hub has others
-    args.policy = itself.pinned
+    args.policy = itself.pinned  # a hub model with its commit: --resume finds the same weights
     args.experts = [expert.pinned for expert in experts]
     if args.collab not in ROUTERS:
         return policy, experts, None
@@ -225,9 +223,8 @@ class Dataset:
         for row, x in zip(tokens, ids):
             row[:len(x)] = x
         H = self.H[rows].float()
-        if device.type == "cuda":
-            tokens, lengths, H = tokens.pin_memory(), lengths.pin_memory(), H.pin_memory()
-        tokens, lengths, H = (t.to(device, non_blocking=True) for t in (tokens, lengths, H))
+        tokens, lengths, H = ((t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+                              for t in (tokens, lengths, H))
         return Batch([self.problems[i] for i in rows], tokens, lengths, H)
 
 def answer_ids(policy, text, form):
@@ -254,7 +251,8 @@ def align(policy, router, data, args, start, moments):
     Words use the second half of the problems, reading the second quarter, GRPO begins with the first: on
     states that the router knows by heart the policy would learn blind trust. A step draws problems, by seed
     and step alone, and for each an expert that writes; other writers are masked out, encoders stay, to be
-    ignored. Yields (part, loss per token, optimizer) after each step.
+    ignored. On a share `align_together` of the problems to read all are shown: the policy learns to say now
+    one text, now another, and GRPO finds groups that differ. Yields (part, loss per token, optimizer).
     """
     words, texts = align_steps(args)
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
@@ -278,7 +276,8 @@ def align(policy, router, data, args, start, moments):
             loss, count = words_loss(policy, context, spelled, used)
         else:
             batch = data.batch(rows)
-            context = router(batch.H, mask)[0] if router else None
+            together = share(torch.rand(size, 1, generator=generator) < args.align_together).to(mask.device)
+            context = router(batch.H, mask | together)[0] if router else None
             loss, count = reading_loss(policy, batch, context, targets)
         loss = loss / max(1.0, total(count)[0])  # all texts of a batch may be empty
         loss.backward()

@@ -905,8 +905,10 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     assert not all(row["reward"] == 0 for row in rows(finished)) and {
         row["reward"] for row in rows(tmp_path / "run")} == {0}
 
-def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
-    """In a step of one problem one expert that writes has a gradient, by turns; the encoder always."""
+@pytest.mark.parametrize("together", [0, 1])
+def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch, together):
+    """In a step of one problem one expert that writes has a gradient, by turns; the encoder always. In
+    reading all have one where they are shown together."""
     seen = []
 
     def noted(parameters):
@@ -915,10 +917,11 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(rlvr, "add_gradients", noted)
     monkeypatch.setattr(rlvr, "WORDS_BATCH", 1)
-    train.run([*quick, "--out", str(tmp_path / "run"), "--align_batch", "1", "--steps", "1"])
-    words, reading = seen[:6], seen[6:12]
-    for part in (words, reading):
-        assert {tuple(row) for row in part} == {(True, False, True), (False, True, True)}
+    train.run([*quick, "--out", str(tmp_path / "run"), "--align_batch", "1", "--steps", "1",
+               "--align_together", str(together)])
+    by_turns = {(True, False, True), (False, True, True)}
+    assert {tuple(row) for row in seen[:6]} == by_turns  # words
+    assert {tuple(row) for row in seen[6:12]} == ({(True, True, True)} if together else by_turns)
 
 def test_controls_are_what_they_say(quick, tmp_path):
     """shuffled: another problem's states; wrong: the last expert's are those of its dataset's next problem;

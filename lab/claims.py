@@ -152,7 +152,7 @@ def entropy_falls(rows):
     plain, straight, cubic = [], [], []
     for row in rows:
         points = [point for point in row["curve"] if "attention_entropy" in point]
-        if row["way"] != "soft" or row["task"] == "real sums" or len(points) < 3:
+        if row["way"] != "soft" or row["task"].startswith("real") or len(points) < 3:
             continue
         keys = ("step", "attention_entropy", "reward")
         steps, entropy, reward = ([point[key] for point in points] for key in keys)
@@ -193,6 +193,14 @@ def believed(rows):
         right, wrong = np.array([a[:, 0] for a in shares]), np.array([a[:, -1] for a in shares])
         parts.append(compare(f"{task}, share of the right one - of the wrong one", right, wrong))
     return parts
+
+def believed_by_dataset(rows):
+    """Two experts, of which each is right about one dataset: the share of attention of the right one."""
+    runs, parts = list(runs_by_seed(rows, "real mix", "soft").values()), []
+    for e, dataset in enumerate(sorted({name for row in runs for name in row["datasets"]})):
+        shares = [100 * np.array(row["attended"])[np.array(row["datasets"]) == dataset, e] for row in runs]
+        parts.append(compare(f"real mix, {dataset}, share of the right one - 50", np.array(shares), 50))
+    return [*parts, *difference(rows, "soft", "stage 0", "real mix")]
 
 def most_attended(row):
     """(n,): the place of the expert attended to most for each item."""
@@ -284,6 +292,8 @@ CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Attention agrees with who knows", lambda rows: (
         knowing_attended(rows, "mix") + knowing_attended(rows, "real sums"))),
     ("Of two experts, of which one answers another problem, the right one is attended to more", believed),
+    ("Real models, each of two experts right about one dataset: on each the right one is attended to more, "
+     "and GRPO gains on stage 0", believed_by_dataset),
 )
 
 def verdict(parts):

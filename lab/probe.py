@@ -22,9 +22,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
-from eval import evaluate, next_of_dataset, one_sentence, open_run  # noqa: E402
+from eval import evaluate, one_sentence, open_run  # noqa: E402
 from experts import Expert, read_states, write_atomic  # noqa: E402
-from rewards import number, verify  # noqa: E402
+from rewards import next_of_dataset, number, verify  # noqa: E402
 from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
 from router import by_expert  # noqa: E402
 

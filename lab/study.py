@@ -43,8 +43,9 @@ RUNS = HERE / "runs" / "study"
 
 # -- The plan
 
-SUMS = "--task chain_sum --level min_terms={},max_terms={},min_digits=1,max_digits={}"
+LEVEL = "--level min_terms={},max_terms={},min_digits=1,max_digits={}"
 UNSEEN = "--test 1024 --test_skip 1024"  # problems that nobody looked at while settings were chosen
+REAL = "--test 256 --test_skip 256 --val 64 --max_new 8"
 TASKS = {
     "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
     "sums": f"--preset tiny --task arithmetic {UNSEEN}",
@@ -52,8 +53,12 @@ TASKS = {
     "family": f"--preset tiny --task logic --batch 12 {UNSEEN}",
     "primes": f"--preset tiny --task algorithmic --batch 12 {UNSEEN}",
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
-    "sums hard": f"--preset tiny {SUMS.format(4, 6, 1)} {UNSEEN}",
-    "real sums": f"--preset small {SUMS.format(2, 2, 2)} --test 256 --test_skip 256 --val 64 --max_new 8",
+    "sums hard": f"--preset tiny --task chain_sum {LEVEL.format(4, 6, 1)} {UNSEEN}",
+    # one expert writes: nobody to choose, so no trust
+    "real sums": f"--preset small --task chain_sum {LEVEL.format(2, 2, 2)} {REAL} --trust_lr 0",
+    # Qwen2.5-Coder twice: the first answers only basic_arithmetic, the second only sums; else another problem
+    "real mix": f"--preset small --task chain_sum+basic_arithmetic {LEVEL.format(2, 2, 2)} {REAL} "
+                "--control divided",
 }
 TINY_MODELS = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
 WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
@@ -63,7 +68,7 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft shuffled": "--collab soft --control shuffled",
     "soft noise": "--collab soft --control noise",
     "soft untrained": "--collab soft --control untrained",
-    "soft wrong": "--collab soft --control wrong",  # the first expert once more, which reads another problem
+    "soft wrong": "--collab soft --control wrong --trust_lr 0.3",  # and the first expert again, made wrong
     "soft wide": "--collab soft",  # one more expert: large, of random weights, see make_wide
     "soft prompt": "--collab soft --own_text False --positions 1",  # the paper's one state, without the text
     "prefix": "--collab prefix",
@@ -118,14 +123,17 @@ def command(run, models="models"):
     folder = os.path.relpath(run.folder, HERE)
     if run.way == "stage 0":
         return shlex.split(f"python eval.py {folder} --aligned --json")
-    preset = PRESETS["small" if run.task == "real sums" else "tiny"]
+    real = run.task.startswith("real")
+    preset = PRESETS["small" if real else "tiny"]
     words = shlex.split(f"python train.py {TASKS[run.task]} {WAYS[run.way].format(align=preset['align'])}")
     experts = TINY_MODELS
-    if run.task == "real sums":
+    if real:
         policy, *experts = [str(Path(models) / name) for name in REAL_MODELS]
         words += ["--policy", policy]
+    if run.task == "real mix":
+        experts = experts[:1] * 2
     more = {"soft wrong": experts[:1], "soft wide": ["runs/study/wide"]}.get(run.way, [])
-    if more or run.task == "real sums":
+    if more or real:
         words += ["--experts", *experts, *more]
     return [*words, "--seed", str(run.seed), "--out", folder]
 
