@@ -172,11 +172,11 @@ class Dataset:
         self.problems, self.policy, plain = problems, policy, args.form == "plain"
         partner, datasets = next_of_dataset(problems), sorted({problem.dataset for problem in problems})
         mine = []
-        for e, expert in enumerate(experts):
-            wrong = dict.fromkeys(datasets, args.control == "wrong" and expert is experts[-1])
-            if args.control == "divided":  # wrong on all datasets but one
-                wrong = {dataset: d != e % len(datasets) for d, dataset in enumerate(datasets)}
-            asked = [problems[partner[i]] if wrong[p.dataset] else p for i, p in enumerate(problems)]
+        for expert in experts:
+            asked = list(problems)
+            if expert is experts[-1] and args.control in ("wrong", "partly"):  # it reads another problem
+                wrong = datasets if args.control == "wrong" else datasets[-1:]
+                asked = [problems[partner[i]] if p.dataset in wrong else p for i, p in enumerate(problems)]
             mine.append(share([expert.prompt(problem) for problem in asked]))
         self.texts = []
         if args.align or args.collab == "text":
@@ -251,8 +251,7 @@ def align(policy, router, data, args, start, moments):
     Words use the second half of the problems, reading the second quarter, GRPO begins with the first: on
     states that the router knows by heart the policy would learn blind trust. A step draws problems, by seed
     and step alone, and for each an expert that writes; other writers are masked out, encoders stay, to be
-    ignored. On a share `align_together` of the problems to read all are shown: the policy learns to say now
-    one text, now another, and GRPO finds groups that differ. Yields (part, loss per token, optimizer).
+    ignored. Yields (part, loss per token, optimizer) after each step.
     """
     words, texts = align_steps(args)
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
@@ -276,8 +275,7 @@ def align(policy, router, data, args, start, moments):
             loss, count = words_loss(policy, context, spelled, used)
         else:
             batch = data.batch(rows)
-            together = share(torch.rand(size, 1, generator=generator) < args.align_together).to(mask.device)
-            context = router(batch.H, mask | together)[0] if router else None
+            context = router(batch.H, mask)[0] if router else None
             loss, count = reading_loss(policy, batch, context, targets)
         loss = loss / max(1.0, total(count)[0])  # all texts of a batch may be empty
         loss.backward()

@@ -62,8 +62,8 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
     collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
                               "the prompt; single: LoRA alone")
-    control: Literal["none", "shuffled", "noise", "untrained", "wrong", "divided"] = arg(
-        "none", "wrong: the last expert's states are another problem's; divided: so on all datasets but one")
+    control: Literal["none", "shuffled", "noise", "untrained", "wrong", "partly"] = arg(
+        "none", "wrong: the last expert's states are another problem's; partly: so on the last dataset alone")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
@@ -83,7 +83,6 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     align_batch: int = arg(16, "problems a step")
     align_lr: float = arg(4e-4, "of LoRA")
     align_router_lr: float = arg(1e-5, "of the router: it has learned its words already")
-    align_together: float = arg(0.0, "share of the problems on which all experts are shown")
     align_words: int = arg(500, "steps before these: the router learns to write in the policy's vocabulary")
     align_words_lr: float = arg(1e-3, "of the router in these")
     # GRPO
@@ -403,8 +402,8 @@ def pick_preset(given):
 
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
-    may_be_zero = ("align", "align_words", "align_together", "align_lr", "align_router_lr", "lora_rank",
-                   "beta", "clip", "clip_high", "trust_lr", "warmup", "seed", "test_skip")
+    may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
+                   "clip_high", "trust_lr", "warmup", "seed", "test_skip")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
         fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))

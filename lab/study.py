@@ -54,11 +54,10 @@ TASKS = {
     "primes": f"--preset tiny --task algorithmic --batch 12 {UNSEEN}",
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
     "sums hard": f"--preset tiny --task chain_sum {LEVEL.format(4, 6, 1)} {UNSEEN}",
-    # one expert writes: nobody to choose, so no trust
-    "real sums": f"--preset small --task chain_sum {LEVEL.format(2, 2, 2)} {REAL} --trust_lr 0",
-    # Qwen2.5-Coder twice: the first answers only basic_arithmetic, the second only sums; else another problem
+    "real sums": f"--preset small --task chain_sum {LEVEL.format(2, 2, 2)} {REAL}",
+    # Qwen2.5-Coder twice: where the first answers a sum, the second answers another one
     "real mix": f"--preset small --task chain_sum+basic_arithmetic {LEVEL.format(2, 2, 2)} {REAL} "
-                "--control divided",
+                "--control partly --trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5",
 }
 TINY_MODELS = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
 WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
@@ -68,7 +67,7 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "soft shuffled": "--collab soft --control shuffled",
     "soft noise": "--collab soft --control noise",
     "soft untrained": "--collab soft --control untrained",
-    "soft wrong": "--collab soft --control wrong --trust_lr 0.3",  # and the first expert again, made wrong
+    "soft wrong": "--collab soft --control wrong",  # the first expert once more, which reads another problem
     "soft wide": "--collab soft",  # one more expert: large, of random weights, see make_wide
     "soft prompt": "--collab soft --own_text False --positions 1",  # the paper's one state, without the text
     "prefix": "--collab prefix",
@@ -86,7 +85,7 @@ BLOCKS = {  # block: [(tasks, ways, seeds)]
              (["sums hard"], HEADLINE, 3)],
     "real": [(["real sums"], ["soft", "single", "single without stage 0"], 5),
              (["real sums"], ["prefix", "soft shuffled", "soft wrong", "soft prompt", "stage 0"], 3),
-             (["real sums"], ["soft noise", "soft untrained"], 1)],
+             (["real sums"], ["soft noise", "soft untrained"], 1), (["real mix"], ["soft", "stage 0"], 3)],
     "quick": [(["mix"], HEADLINE, 2)],
 }
 # policy, then experts
