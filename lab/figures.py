@@ -110,22 +110,26 @@ def learning(rows):
 def ways(rows):
     return learning_curves(rows, OTHERS)
 
-def attention(rows):
-    """Attention by dataset over training, soft on the mix."""
-    runs = list(runs_by_seed(rows, "mix", "soft").values())
+def attention(rows, task="mix", labels=None):
+    """Attention by dataset over training, soft; labels: of the experts, in order, where names say little."""
+    runs = list(runs_by_seed(rows, task, "soft").values())
     if not runs:
         return None
-    datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
+    datasets = list(runs[0]["attention_by_dataset"])
+    names = list(runs[0]["attention_by_dataset"][datasets[0]])
     figure, axes = panels(len(datasets))
     for axis, dataset in zip(axes, datasets):
-        for name, colour in zip(names, COLOURS):
+        for name, label, colour in zip(names, labels or names, COLOURS):
             shares = series(runs, "attention_by_dataset", dataset, name)
-            band(axis, shares, f"expert {name}", colour, smooth=5)
+            band(axis, shares, f"expert {label}", colour, smooth=5)
         axis.axhline(1 / len(names), color="0.4", linestyle=":", label="even share")
         axis.set(ylim=(0, 1.02), title=dataset)
         axis.set_ylabel("attention share" if axis.get_subplotspec().is_first_col() else "")
     legend_beside(figure, axes)
     return figure
+
+def attention_real_mix(rows):
+    return attention(rows, "real mix", ["Qwen2.5-Coder", "its copy, wrong on chain_sum"])
 
 def entropy(rows):
     """Attention's entropy and reward, soft, a curve a task."""
@@ -219,7 +223,8 @@ def ablations(rows):
     legend_beside(figure, [axis])
     return figure
 
-PICTURES = (learning, ways, attention, entropy, specialization, right_and_wrong, ablations)
+PICTURES = (learning, ways, attention, attention_real_mix, entropy, specialization, right_and_wrong,
+            ablations)
 
 def draw_all(results=RESULTS):
     """Draw all pictures that the rows allow; returns their files."""

@@ -4,11 +4,13 @@ What a finished run can still be asked.
     python lab/probe.py RUN --states          what a linear map reads off each expert's states
     python lab/probe.py RUN --ablate KINDS    what replacing attention or states at test time costs
     python lab/probe.py RUN --walk            one problem from text to reward, in numbers
+    python lab/probe.py RUN --spell           what a router alone reads of an expert's text, by what is read
 
 KINDS are some of static, uniform, shuffle and zero, see `ablate`.
 --states and --ablate also write RUN/states.json and RUN/ablate.json.
 """
 import argparse
+import itertools
 import json
 import sys
 import textwrap
@@ -23,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import interval, mcnemar  # noqa: E402
 from eval import evaluate, one_sentence, open_run  # noqa: E402
-from experts import Expert, read_states, write_atomic  # noqa: E402
+from experts import Expert, read_states, write_atomic, write_texts  # noqa: E402
 from rewards import next_of_dataset, number, verify  # noqa: E402
-from rlvr import Dataset, advantages, load_problems, rollout  # noqa: E402
-from router import by_expert  # noqa: E402
+from rlvr import Dataset, advantages, answer_ids, load_problems, rollout, words_loss  # noqa: E402
+from router import Router, by_expert  # noqa: E402
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
@@ -206,6 +208,56 @@ def states_table(rows):
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return table + "\n\nLinear probe: share right on held-out problems (on training problems)."
 
+# -- The first part of stage 0 alone, by what is read
+
+def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
+    """Rows: what share of new texts of the first expert that writes a fresh router spells right, whole, after
+    `steps` of words (see rlvr.align): by layers, number of last tokens, without and with its own text read.
+    """
+    expert = next(expert for expert in experts if expert.writes)
+    known, new = load_problems(args, "train", n_train), load_problems(args, "val", n_val)
+    prompts = [expert.prompt(problem) for problem in known + new]
+    targets = [answer_ids(policy, text, args.form) for text in write_texts([expert], [prompts])[0]]
+    used = sorted({token for ids in targets for token in ids})
+    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), as a prefix
+    middle, last = round(2 / 3 * expert.n_layers), expert.n_layers
+    rows = []
+    for own_text in (False, True):
+        reader = Expert(expert.source, "last", [middle, last], 4, own_text, tokens=args.write, cue=args.cue,
+                        device=expert.device)
+        H = read_states([reader], [prompts]).float()  # (n, 2 * 4, width), layer by layer
+        for layers, positions in itertools.product(((middle,), (last,), (middle, last)), (1, 2, 4)):
+            entries = [4 * (layer == last) + back for layer in layers for back in range(positions)]
+            torch.manual_seed(args.seed)
+            router = Router([expert.width] * len(entries), policy.config.hidden_size, args.latents,
+                            args.router_heads, args.router_dim)
+            router.fit_standardization(H[:256, entries])
+            optimizer = torch.optim.AdamW(router.parameters(), args.align_words_lr, weight_decay=0.0)
+            for _ in range(steps):
+                at = torch.randint(n_train, (256,)).tolist()
+                context, _ = router(H[at][:, entries])
+                loss, count = words_loss(policy, context, [targets[i] for i in at], used)
+                (loss / count).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                nearest = (router(H[n_train:, entries])[0] @ embeddings.T).argmax(-1)  # (n_val, L)
+            right = [[used[i] for i in row[:len(ids)]] == ids[:args.latents]
+                     for row, ids in zip(nearest.tolist(), targets[n_train:])]
+            rows.append(dict(own_text=own_text, layers=layers, positions=positions,
+                             spelled=sum(right) / n_val))
+    return rows
+
+def spell_table(rows):
+    """Markdown: a line for what is read, a column for each number of last tokens."""
+    lines = ["| read behind | layers | 1 token | 2 tokens | 4 tokens |", "|---" * 5 + "|"]
+    for place in range(0, len(rows), 3):
+        row = rows[place]
+        cells = ["its own text" if row["own_text"] else "the prompt", " and ".join(map(str, row["layers"]))]
+        cells += [f"{row['spelled']:.0%}" for row in rows[place:place + 3]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
 # -- One problem from text to reward
 
 @torch.no_grad()
@@ -256,15 +308,18 @@ def main(argv=None):
     parser.add_argument("--states", action="store_true")
     parser.add_argument("--ablate", nargs="+", choices=KINDS)
     parser.add_argument("--walk", action="store_true")
+    parser.add_argument("--spell", action="store_true")
     parser.add_argument("--n", type=int, help="test problems of --ablate (default: as trained with)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    if sum(map(bool, (options.states, options.ablate, options.walk))) != 1:
-        raise ValueError("choose one of --states, --ablate and --walk")
+    if sum(map(bool, (options.states, options.ablate, options.walk, options.spell))) != 1:
+        raise ValueError("choose one of --states, --ablate, --walk and --spell")
     folder = Path(options.run)
     args, policy, experts, router = open_run(folder, options.device)
     if options.walk:
         return print(walk(policy, experts, router, args))
+    if options.spell:
+        return print(spell_table(spell(policy, experts, args)))
     if options.states:
         name, result = "states", probe_states(args, experts)
         print(states_table(result))

@@ -287,6 +287,15 @@ def test_a_senseless_ablation_is_refused(collab, kind):
     with pytest.raises(ValueError, match="could replace"):
         probe.check_kinds(train.Args(collab=collab), [kind])
 
+def test_a_router_spells_what_an_expert_would_say(soft):
+    """After twenty steps, more than the commonest text: a router that learned nothing spells none."""
+    args, policy, experts, _ = soft
+    rows = probe.spell(policy, experts, args, steps=20, n_train=256, n_val=64)
+    shares = {(row["own_text"], row["layers"], row["positions"]): row["spelled"] for row in rows}
+    assert len(shares) == 18 and min(shares[False, (3,), k] for k in (1, 2, 4)) > 0.5
+    assert max(row["spelled"] for row in probe.spell(policy, experts, args, 0, 256, 64)) < 0.1
+    assert "| the prompt | 2 and 3 | " in probe.spell_table(rows)
+
 def test_walk_tells_a_problem_from_text_to_reward(soft):
     args, policy, experts, router = soft
     text = probe.walk(policy, experts, router, args)
