@@ -170,11 +170,11 @@ class Dataset:
 
     def __init__(self, problems, policy, experts, args, progress=True):
         self.problems, self.policy, plain = problems, policy, args.form == "plain"
-        partner, datasets = next_of_dataset(problems), sorted({problem.dataset for problem in problems})
         mine = []
         for expert in experts:
             asked = list(problems)
             if expert is experts[-1] and args.control in ("wrong", "partly"):  # it reads another problem
+                partner, datasets = next_of_dataset(problems), sorted({p.dataset for p in problems})
                 wrong = datasets if args.control == "wrong" else datasets[-1:]
                 asked = [problems[partner[i]] if p.dataset in wrong else p for i, p in enumerate(problems)]
             mine.append(share([expert.prompt(problem) for problem in asked]))

@@ -80,11 +80,11 @@ class Router(StateReader):
             raise ValueError(f"--router_dim {dim} must be a multiple of --router_heads {heads}")
         self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
         N, D = self.mean.shape
-        fan_in = torch.tensor(widths).float()[:, None, None]
+        self.register_buffer("widths", torch.tensor(widths), persistent=False)
+        fan_in = self.widths[:, None, None]
         self.W = nn.Parameter(torch.randn(N, D, dim) * self.inv_std[..., None] / fan_in.sqrt())
         self.expert_embed = nn.Parameter(torch.randn(N, dim) * 0.02)  # whose state it is, whatever it holds
         self.trust, self.trust_bias = nn.Parameter(torch.zeros(N, D)), nn.Parameter(torch.zeros(N))
-        self.register_buffer("widths", torch.tensor(widths), persistent=False)
         self.latents = nn.Parameter(torch.randn(latents, dim) / math.sqrt(dim))
         self.norm_experts, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_mlp, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)

@@ -185,22 +185,13 @@ def wide_attended(rows):
               for row in runs_by_seed(rows, "sums", "soft wide").values()]
     return [above_even("its share", shares, 4)]
 
-def believed(rows):
-    """The attention share of the first expert against that of its copy, which answers another problem."""
-    parts = []
-    for task in ("sums", "real sums"):  # the wrong one is the last
-        shares = [100 * np.array(row["attended"]) for row in runs_by_seed(rows, task, "soft wrong").values()]
-        right, wrong = np.array([a[:, 0] for a in shares]), np.array([a[:, -1] for a in shares])
-        parts.append(compare(f"{task}, share of the right one - of the wrong one", right, wrong))
-    return parts
-
-def partly_believed(rows):
-    """The attention share of the first expert less that of its copy, which is wrong on chain_sum alone."""
+def believed(rows, task, way):
+    """On sums, the attention share of the first expert against that of its copy, the last, which is wrong
+    there."""
     shares = [100 * np.array(row["attended"])[np.array(row["datasets"]) == "chain_sum"]
-              for row in runs_by_seed(rows, "real mix", "soft").values()]
-    right, wrong = (np.array([share[:, e] for share in shares]) for e in (0, 1))
-    return [compare("real mix, its sums, share of the right one - of the wrong one", right, wrong),
-            *difference(rows, "soft", "stage 0", "real mix")]
+              for row in runs_by_seed(rows, task, way).values()]
+    right, wrong = (np.array([share[:, e] for share in shares]) for e in (0, -1))
+    return compare(f"{task}, share of the right one - of the wrong one", right, wrong)
 
 def most_attended(row):
     """(n,): the place of the expert attended to most for each item."""
@@ -291,9 +282,11 @@ CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
      real_models_read),
     ("Attention agrees with who knows", lambda rows: (
         knowing_attended(rows, "mix") + knowing_attended(rows, "real sums"))),
-    ("Of two experts, of which one answers another problem, the right one is attended to more", believed),
+    ("Of two experts, of which one answers another problem, the right one is attended to more", lambda rows: (
+        [believed(rows, task, "soft wrong") for task in ("sums", "real sums")])),
     ("Real models, two experts, one of them wrong on one of two datasets: there the right one is attended to "
-     "more, and GRPO gains on stage 0", partly_believed),
+     "more, and GRPO gains on stage 0", lambda rows: (
+         [believed(rows, "real mix", "soft"), *difference(rows, "soft", "stage 0", "real mix")])),
 )
 
 def verdict(parts):
