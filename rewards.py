@@ -288,12 +288,16 @@ def gsm8k(data=None):
 
 INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the final answer, and nothing "
                "else, between <answer> and </answer>.")
+# a solved problem, the chat's first turns: without it half a billion parameters seldom write the tags
+EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken out, how many are left?",
+           "The boxes hold 3 * 12 = 36 pencils. Without 10 of them, 36 - 10 = 26 are left. <answer>26</answer>")
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
     """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.
 
-    plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template, asking for
-    answer tags unless `ask` is False, as for experts. auto: chat where there is a template, else plain.
+    plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template; unless `ask`
+    is False, as for experts, behind a solved example and asking for answer tags. auto: chat where there is a
+    template, else plain.
     """
     if template not in ("plain", "chat", "auto"):
         raise ValueError(f"unknown template {template!r}: choose plain, chat or auto")
@@ -303,7 +307,8 @@ def prompt(problem, template="plain", tokenizer=None, ask=True):
         raise ValueError("this tokenizer has no chat template: choose the template plain")
     if template == "plain" or not has_template:
         return question if question.endswith("=") else question + "\nAnswer:"
-    turns = [{"role": "user", "content": question + INSTRUCTION if ask else question}]
+    texts = [EXAMPLE[0] + INSTRUCTION, EXAMPLE[1], question + INSTRUCTION] if ask else [question]
+    turns = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), texts)]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 # Verification

@@ -44,7 +44,7 @@ import rlvr
 import train
 from experts import Expert, read_states, write_texts
 from model import Policy, TokenLogprob, sample
-from rewards import Problem, TooFew, number, problems, prompt, verify
+from rewards import EXAMPLE, INSTRUCTION, Problem, TooFew, number, problems, prompt, verify
 from rlvr import Dataset, advantages, grpo_loss, kl_estimate
 from router import ROUTERS, Router
 
@@ -230,7 +230,9 @@ def test_prompts():
     assert prompt(Problem("2 + 3 =", "5")) == "2 + 3 =" and prompt(Problem(" Who? ", "I")) == "Who?\nAnswer:"
     assert prompt(GOLD18, "auto") == prompt(GOLD18) == prompt(GOLD18, "plain", chat)
     assert prompt(GOLD18, "chat", chat, ask=False) == "<user>How many?"
-    assert "<answer> and </answer>" in prompt(GOLD18, "auto", chat)
+    assert prompt(GOLD18, "auto", chat).endswith("<user>How many?" + INSTRUCTION)
+    example = prompt(GOLD18, "chat", chat).partition("<assistant>")[2].partition("<user>")[0]
+    assert verify(example, Problem(EXAMPLE[0], "26")).strict  # it shows what is paid
     with pytest.raises(ValueError, match="template plain"):
         prompt(GOLD18, "chat")
 
