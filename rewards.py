@@ -290,7 +290,8 @@ INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the fi
                "else, between <answer> and </answer>.")
 # a solved problem, the chat's first turns: without it half a billion parameters seldom write the tags
 EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken out, how many are left?",
-           "The boxes hold 3 * 12 = 36 pencils. Without 10 of them, 36 - 10 = 26 are left. <answer>26</answer>")
+           "The boxes hold 3 * 12 = 36 pencils. Without 10 of them, 36 - 10 = 26 are left. "
+           "<answer>26</answer>")
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
     """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.
