@@ -300,7 +300,7 @@ def table(rows):
     """Markdown: a line for every task and way, seeds put together."""
     lines = ["| task | way | seeds | n | before | after | minus single | trained | seconds |",
              "|---" * 9 + "|"]
-    for task, way in sorted({(row["task"], row["way"]) for row in rows}):
+    for task, way in sorted({(row["task"], row["way"]) for row in rows if row["task"] != "rates"}):
         runs = runs_by_seed(rows, task, way)
         keys = ("before", "after", "seconds")
         values = {key: np.array([row[key] for row in runs.values()]) for key in keys}
@@ -311,6 +311,19 @@ def table(rows):
                  mean_and_std(values["after"], n), gain, f"{trained:,}", f"{values['seconds'].mean():.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
+
+def rates_table(rows):
+    """Markdown: accuracy on the mix's validation problems by what the rates of LoRA and router are times the
+    preset's."""
+    found = {row["way"]: row["val"] for row in rows if row["task"] == "rates"}
+    ways = list(dict.fromkeys(way.split()[0] for way in found))
+    factors = list(dict.fromkeys(way.split()[-1] for way in found))
+    lines = ["", f"| validation | {' | '.join(f'rates x {factor}' for factor in factors)} |",
+             "|---" * (1 + len(factors)) + "|"]
+    for way in ways:
+        cells = [f"{100 * found[f'{way} x {factor}']:.1f}" for factor in factors]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return lines if ways else []
 
 def mean_and_std(values, n=None):
     """Percent: mean ± std over seeds; of one seed and n problems, Wilson's interval."""
@@ -365,6 +378,7 @@ def report(rows):
         lines += [f"Seeds of soft and single on sums and mix differ by {std[0]:.1f} points (pooled standard",
                   f"deviation; {std[1]:.1f} in the group with the most), so five seeds find a difference of",
                   f"{least[0]:.1f} ({least[1]:.1f}) points in 80% of such studies."]
+    lines += rates_table(rows)
     lines += ["", "| claim | verdict | measured |", "|---|---|---|"]
     for number, (claim, parts) in enumerate(CLAIMS, start=1):
         lines.append("| ({}) {} | **{}** | {} |".format(number, claim, *verdict(parts(rows))))

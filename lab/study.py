@@ -55,6 +55,8 @@ TASKS = {
     # every word is in all vocabularies; the arithmetic expert was taught 4 terms and is right in 37% of these
     "sums hard": f"--preset tiny --task chain_sum {LEVEL.format(4, 6, 1)} {UNSEEN}",
     "real sums": f"--preset small --task chain_sum {LEVEL.format(2, 2, 2)} {REAL}",
+    # learning rates, by validation alone: nothing is tested
+    "rates": "--preset tiny --task arithmetic+logic+algorithmic --val 240 --test 1",
     # Qwen2.5-Coder twice: where the first answers a sum, the second answers another one
     "real mix": f"--preset small --task chain_sum+basic_arithmetic {LEVEL.format(2, 2, 2)} {REAL} "
                 "--control partly --trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5",
@@ -79,14 +81,20 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "stage 0": "",  # no run: the test of soft's run after stage 0 alone
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
+ON_MIX = [way for way in WAYS if way not in ("soft wrong", "soft wide", "soft prompt")]
+RATED = {f"{way} x {factor}": f"{WAYS[way]} --lr {factor * PRESETS['tiny']['lr']} "
+                              f"--router_lr {factor * PRESETS['tiny']['router_lr']}"
+         for way in ("soft", "single", "prefix", "hard", "text") for factor in (0.5, 1, 2)}
+WAYS |= RATED
 BLOCKS = {  # block: [(tasks, ways, seeds)]
-    "tiny": [(["mix"], [way for way in WAYS if way not in ("soft wrong", "soft wide", "soft prompt")], 5),
-             (["sums"], [*HEADLINE, "soft wrong", "soft wide"], 5), (["family", "primes"], HEADLINE, 5),
-             (["sums hard"], HEADLINE, 3)],
-    "real": [(["real sums"], ["soft", "single", "single without stage 0"], 5),
-             (["real sums"], ["prefix", "soft shuffled", "soft wrong", "soft prompt", "stage 0"], 3),
-             (["real sums"], ["soft noise", "soft untrained"], 1), (["real mix"], ["soft", "stage 0"], 3)],
-    "quick": [(["mix"], HEADLINE, 2)],
+    "tiny": [(["mix"], ON_MIX, range(5)), (["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5)),
+             (["family", "primes"], HEADLINE, range(5)), (["sums hard"], HEADLINE, range(3)),
+             (["rates"], RATED, [100])],
+    "real": [(["real sums"], ["soft", "single", "single without stage 0"], range(5)),
+             (["real sums"], ["prefix", "soft shuffled", "soft wrong", "soft prompt", "stage 0"], range(3)),
+             (["real sums"], ["soft noise", "soft untrained"], [0]),
+             (["real mix"], ["soft", "stage 0"], range(3))],
+    "quick": [(["mix"], HEADLINE, range(2))],
 }
 # policy, then experts
 REAL_MODELS = ["smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"]
@@ -114,7 +122,7 @@ def plan(block):
     done."""
     runs = [Run("real" if block == "real" else "tiny", task, way, seed)
             for tasks, ways, seeds in BLOCKS[block]
-            for seed in range(seeds) for task in tasks for way in ways]
+            for seed in seeds for task in tasks for way in ways]
     return sorted(runs, key=lambda run: (run.way == "stage 0", run.seed))
 
 def command(run, models="models"):
