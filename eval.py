@@ -41,7 +41,7 @@ def main(argv=None):
     found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
     data = Dataset(found, policy, experts, args)
     report = test_report(policy, router, data, args, experts)
-    if router and data.H.numel() and len(data) > 1:
+    if router and data.H.numel() and len(data) > len({problem.dataset for problem in found}):
         report["swap"] = swap_test(policy, router, data, args)
     if options.samples:
         report["pass_at"], report["majority_at"] = sample_pass(policy, router, data, args, options.samples)
@@ -113,12 +113,23 @@ def read_back(policy, router, data, args, n=64):
         mask = data.reading_mask(e)
         one = (lambda H: router(H, mask)) if router else None
         shares = []
+        expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
         for H in (data.H, data.H.roll(1, 0)):
             answers = evaluate(policy, one, data, args, rows, H)[1]
-            expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
             shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
         result.append((e, *shares, len(rows)))
     return result
+
+def log_alignment(out, step, part, loss):
+    if step % 25 == 1:
+        append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
+        tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
+
+def log_read_back(out, experts, rows):
+    for e, read, shuffled, n in rows:
+        append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
+        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
+                   "other problems' states")
 
 def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
@@ -179,20 +190,36 @@ def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
 
 def show_report(args, report):
-    """Before and after on held-out problems, what masking each expert costs, and what to try next."""
+    """What a run ends with: the report, kept and shown, and what to try next."""
     if RANK == 0:
         write_atomic(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
-    before, after = report["before"]["strict"], report["after"]["strict"]
-    print(f"\n{report['n']} held-out problems, greedy: {before:.1%} right before training, {after:.1%} after")
-    for dataset, rows in report["by_dataset"].items():
-        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%}"
-        costs = [f"{name} {100 * (masked[dataset] - rows['after']):+.0f}"
-                 for name, masked in report["masked"].items()]
-        line += f"; masked out: {', '.join(costs)}" if costs else ""
-        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
+    show(report)
     out = shlex.quote(args.out)
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask\n"
           f"  python train.py --resume {out} --steps {2 * args.steps}")
+
+def show(report):
+    """The report as text; the intervals are put into it, too."""
+    print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
+    for when in ("before", "after"):
+        right = report[when]["strict"]
+        low, high = report[when]["ci95"] = wilson(right * report["n"], report["n"])
+        print(f"  {when:7} {right:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
+    for dataset, rows in report["by_dataset"].items():
+        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%} of {rows['n']}"
+        parts = []
+        for name, attended in report.get("attention_by_dataset", {}).get(dataset, {}).items():
+            parts.append(f"{name} {attended:.2f}")
+            if name in report["masked"]:
+                parts[-1] += f" ({100 * (report['masked'][name][dataset] - rows['after']):+.0f})"
+        line += f"; attention (masked out): {', '.join(parts)}" if parts else ""
+        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
+    if "swap" in report:
+        swap = report["swap"]
+        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
+              f"{swap['n']} answers are what the expert attended to would say to the other problem")
+    for k, passed in report.get("pass_at", {}).items():
+        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 # -- What only this file measures
 
@@ -206,16 +233,18 @@ def wilson(right, n, z=1.96):
 def swap_test(policy, router, data, args):
     """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
     share answered as the expert attended to most would answer the OTHER question, "n": where that is wrong}.
-    A policy that reads follows the states."""
+    A policy that reads follows the states. One problem alone of its dataset is left out."""
     partner = next_of_dataset(data.problems)
-    verdicts, texts, attention = evaluate(policy, router, data, args, H=data.H[partner])
+    rows = [i for i, j in enumerate(partner) if i != j]
+    verdicts, texts, attention = evaluate(policy, router, data, args, rows, H=data.H[partner])
     follows = []
-    for i, j in enumerate(partner):
+    for row, i in enumerate(rows):
+        j = partner[i]
         told = data.problems[j].answer  # where there are no texts: what an expert that knows would say
         if data.texts and attention is not None:
-            told = data.texts[int(by_expert(attention[i], data.owner).mean((0, 1)).argmax())][j]
+            told = data.texts[int(by_expert(attention[row], data.owner).mean((0, 1)).argmax())][j]
         if told and told != data.problems[i].answer:
-            answer = extract(texts[i], args.form, False)[0]
+            answer = extract(texts[row], args.form, False)[0]
             follows.append(answer.strip() == told.strip())
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
@@ -237,36 +266,17 @@ def sample_pass(policy, router, data, args, samples):
             answers = [a.casefold() if value is None else value for a, value in zip(answers, values)]
             for k in ks:
                 passed[k] += 1 - math.comb(samples - sum(right), k) / math.comb(samples, k)
-                counts = Counter(answer for answer in answers[:k] if answer != "")
+                counts = Counter(pair for pair in zip(answers[:k], right) if pair[0] != "")
                 if counts:
-                    majority[k] += right[answers.index(counts.most_common(1)[0][0])]
+                    majority[k] += counts.most_common(1)[0][0][1]
     return {k: passed[k] / len(data) for k in ks}, {k: majority[k] / len(data) for k in ks}
-
-def show(report):
-    print(f"{report['task']}: {report['n']} held-out problems, greedy, 95% intervals (Wilson)")
-    for when in ("before", "after"):
-        share = report[when]["strict"]
-        low, high = report[when]["ci95"] = wilson(share * report["n"], report["n"])
-        print(f"  {when:7} {share:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
-    for dataset, rows in report["by_dataset"].items():
-        print(f"  {dataset}, n {rows['n']}: {rows['before']:.1%} before, {rows['after']:.1%} after")
-        shares = report.get("attention_by_dataset", {}).get(dataset, {})
-        for name, attended in shares.items():
-            cost = ""
-            if name in report["masked"]:
-                cost = f"; masked out: {100 * (report['masked'][name][dataset] - rows['after']):+.1f} points"
-            print(f"    attention to {name:24} {attended:.2f}{cost}")
-    if "swap" in report:
-        swap = report["swap"]
-        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
-              f"{swap['n']} answers are what the expert attended to would say to the other problem")
-    for k, passed in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 def ask(policy, router, experts, args, question):
     """One question, or a prompt that stays open until Ctrl-D."""
     if question == "" and not sys.stdin.isatty():
         raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
+    if args.control not in ("none", "untrained"):
+        print(f"one question has no other states: its own are read, in spite of --control {args.control}")
     print(f"trained on {args.task}: about anything else it was never rewarded")
     if question:
         return answer_one(policy, router, experts, args, question)
@@ -374,8 +384,9 @@ def open_run(folder, device="auto", aligned=False):
     return args, policy, experts, router
 
 def append(path, row):
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    if RANK == 0:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
 
 def read_lines(path):
     """The rows of a .jsonl file, [] if there is none; a torn one, that a killed process left, is left out."""
@@ -420,22 +431,15 @@ def one_sentence(program, run):
     except ValueError as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
-        try:
-            half_of(1, error)
-        except ValueError as out_of_memory:
-            message = str(out_of_memory)
+        if not out_of_memory(error):
+            raise
+        message = "out of memory: take smaller models, or a lower --batch, --group or --max_new"
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 
-def half_of(micro_batch, error):
-    """The next smaller micro-batch after out-of-memory; any other error is raised again."""
+def out_of_memory(error):
     words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # every device has its own
-    if not isinstance(error, MemoryError) and not any(word in str(error) for word in words):
-        raise error
-    if micro_batch == 1:
-        raise ValueError("out of memory: take smaller models, or a lower --batch, --group or --max_new")
-    tqdm.write(f"out of memory in the gradient pass: {micro_batch // 2} prompts at a time from now on")
-    return micro_batch // 2
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 if __name__ == "__main__":
     sys.exit(one_sentence("eval.py", main))

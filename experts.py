@@ -59,18 +59,19 @@ class Expert:
     own_text   read what it writes too, behind the prompt: the last states are those while it answered
     tokens     the most tokens that it may write
     cue        text behind every prompt, such as "The answer is "
-    template   "chat", "plain", or "auto": chat if the tokenizer has a chat template
     untrained  the same architecture with random weights, always the same ones (a control)
     A text gives K = len(layers) * positions states of width `width`. Raises ValueError, one sentence with the
     mend, for a model that is missing, damaged or of a kind that cannot be read.
     """
 
     def __init__(self, source, read="last", layers=(-1,), positions=1, own_text=False, tokens=16, cue="",
-                 template="auto", device="cpu", untrained=False):
+                 device="cpu", untrained=False):
         self.source, self.read, self.positions, self.tokens, self.cue = source, read, positions, tokens, cue
         self.device, self.untrained = torch.device(device), untrained
         self.folder, self.revision = find_model(source)
-        self.name = Path(source.partition("@")[0]).name if self.revision else self.folder.resolve().name
+        repo = source.partition("@")[0]
+        self.name = Path(repo).name if self.revision else self.folder.resolve().name
+        self.pinned = f"{repo}@{self.revision}" if self.revision else source  # finds the same weights again
         self.params = sum(count_parameters(path) for path in weight_files(self.folder))
         self.dtype = torch.float32 if self.params < SMALL else torch.bfloat16
         self.config = read_json(self.folder / "config.json")
@@ -79,31 +80,17 @@ class Expert:
             raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last), not "
                              f"{' '.join(map(str, layers))}: choose another --layer")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
+        self.entries = len(self.layers) * (positions if read == "last" else 1)  # K: states that a text gives
         with loading("tokenizer", source):
             # what tokenizer.json says: AutoTokenizer goes by the model's type, as Qwen for any qwen2
             fast = (self.folder / "tokenizer.json").is_file()
             kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
             self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
-        if template == "chat" and not self.tokenizer.chat_template:
-            raise ValueError(f"{self.name} has no chat template: use the template plain or auto")
-        has_chat = template == "chat" or (template == "auto" and bool(self.tokenizer.chat_template))
-        self.template = "chat" if has_chat else "plain"
-        # an encoder, of BERT's kin, reads but does not write
-        heads = self.config.get("architectures") or []
-        causal = any(head.endswith(("CausalLM", "LMHeadModel")) for head in heads)
-        bert = any(word in str(self.config.get("model_type")) for word in ("bert", "mpnet", "electra"))
-        self.writes = causal or not bert
+        self.template = "chat" if self.tokenizer.chat_template else "plain"
+        heads = self.config.get("architectures") or []  # an encoder's predicts no next token: it only reads
+        ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+        self.writes = any(head.endswith(ends) for head in heads)
         self.own_text = own_text and self.writes
-
-    @property
-    def pinned(self):
-        """Its name with the commit, by which the same weights are found again."""
-        return self.source if self.revision is None else f"{self.source.partition('@')[0]}@{self.revision}"
-
-    @property
-    def entries(self):
-        """K: states that one text gives."""
-        return len(self.layers) * (self.positions if self.read == "last" else 1)
 
     def prompt(self, problem):
         """The text that it reads: the problem, without an instruction for its answer's form, and the cue."""
@@ -397,6 +384,7 @@ def count_parameters(path):
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are
     none."""
+    config = config.get_text_config()  # of a model that also sees, its language model's
     ids = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
     ids = ids if isinstance(ids, list) else [ids]
@@ -420,7 +408,7 @@ def read_json(path):
 @contextlib.contextmanager
 def loading(part, source):
     """Silence transformers' bars and reports, and turn whatever it raises into one sentence."""
-    level = transformers.logging.get_verbosity()
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -430,7 +418,8 @@ def loading(part, source):
                          f"({brief(error)})") from error
     finally:
         transformers.logging.set_verbosity(level)
-        transformers.logging.enable_progress_bar()
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 def brief(error):
     return f"{type(error).__name__}: {error}".split("\n")[0]

@@ -72,7 +72,7 @@ def rotate(x, cos, sin):
 
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up of gate and up side by side, (..., 2 f) -> (..., f) (2002.05202). Only the input is
-    kept for the backward pass, a third of what autograd would keep."""
+    kept for the backward pass, two thirds of what autograd would keep."""
 
     @staticmethod
     def forward(ctx, x):
@@ -91,13 +91,13 @@ class Block(nn.Module):
     differs between reading a prompt and continuing it."""
 
     def __init__(self, config, weight, layer, rank, alpha):
-        """weight(name, optional=False): a tensor by its Hugging Face name; layer: how this layer's begin."""
+        """weight(name): a tensor by its Hugging Face name, or None; layer: how this layer's names begin."""
         super().__init__()
         self.eps = config.rms_norm_eps
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
         def linear(*names):
-            biases = [weight(f"{layer}.{name}.bias", optional=True) for name in names]
+            biases = [weight(f"{layer}.{name}.bias") for name in names]
             return LoRALinear([weight(f"{layer}.{name}.weight") for name in names], biases, rank, alpha)
 
         self.qkv = linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -107,8 +107,7 @@ class Block(nn.Module):
         norms = dict(norm1="input_layernorm", norm2="post_attention_layernorm",
                      q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")  # the last two: Qwen3
         for ours, theirs in norms.items():
-            value = weight(f"{layer}.{theirs}.weight", optional=theirs.startswith("self_attn"))
-            self.register_buffer(ours, value, persistent=False)
+            self.register_buffer(ours, weight(f"{layer}.{theirs}.weight"), persistent=False)
 
     def norm(self, x, weight):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -146,7 +145,7 @@ def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     """G completions attend to their shared prompt and each to its own tokens, in one softmax.
 
     q (B, G, T, H, D), own_k and own_v (B, K, G, t, D), shared_k and shared_v (B, K, S, D) -> (B, G, T, H, D).
-    causal_mask (T, t): True where an own token lies ahead of the query; padding: see `Prefill`; or None.
+    causal_mask (T, t): True where an own token lies ahead of the query; padding: see `Prefill`.
     All G R T queries of a prompt meet its keys in ONE matrix product: its keys are not copied G times.
     """
     B, G, T, H, D = q.shape
@@ -154,11 +153,9 @@ def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     n = H // K * T  # queries of a completion that meet one key head
     q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
     shared = (q.reshape(B, K, G * n, D) @ shared_k.transpose(-1, -2)).view(B, K, G, n, S)
-    if padding is not None:
-        shared = shared.masked_fill(padding, -torch.inf)
+    shared = shared.masked_fill(padding, -torch.inf)
     own = q.reshape(B, K, G, n, D) @ own_k.transpose(-1, -2)  # (B, K, G, R T, t)
-    if causal_mask is not None:
-        own = own.unflatten(3, (-1, T)).masked_fill(causal_mask, -torch.inf).flatten(3, 4)
+    own = own.unflatten(3, (-1, T)).masked_fill(causal_mask, -torch.inf).flatten(3, 4)
     p = torch.cat((shared, own), dim=-1).softmax(-1)  # (B, K, G, R T, S + t), summed in fp32
     y = (p[..., :S].reshape(B, K, G * n, S) @ shared_v).view(B, K, G, n, D) + p[..., S:] @ own_v
     return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
@@ -185,7 +182,7 @@ class TokenLogprob(torch.autograd.Function):
                 target = targets[part, None]
                 z = few.float().div_(temperature)
                 p = z.softmax(-1)
-                logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
+                logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # log p = z - logsumexp
                 logp[part] = (z.gather(1, target) - logsumexp)[:, 0]
                 entropy[part] = logsumexp[:, 0] - torch.linalg.vecdot(p, z)
                 if grad is not None:
@@ -227,7 +224,7 @@ class Policy(nn.Module):
     """The decoder. Its only parameters are LoRA's. Made by `Policy.from_pretrained`."""
 
     def __init__(self, config, weight, rank=8, alpha=16.0, neutral="zero"):
-        """config: see `policy_config`; weight(name, optional=False): a tensor by its Hugging Face name.
+        """config: see `policy_config`; weight: see `Block`.
 
         neutral: the vector from which the prefix is measured, "zero" (paper) or the "mean" embedding. The
         first RMSNorm scales every vector to unit size, so near zero even a faint prefix arrives as L strong
@@ -271,11 +268,11 @@ class Policy(nn.Module):
             with torch.device("meta"):  # what config.json implies, without memory
                 expected = AutoModelForCausalLM.from_config(config).state_dict()
 
-        def weight(key, optional=False):
+        def weight(key):
             tensor = tensors.pop(key.removeprefix("model."), None)  # a bare backbone's names lack the prefix
-            if tensor is None and optional and key not in expected:
+            shape = tuple(expected[key].shape) if key in expected else None
+            if tensor is None and shape is None:
                 return None
-            shape = tuple(expected[key].shape)
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(f"{name}: tensor {key} is not the {shape} floating-point numbers that its "
                                  "config.json says: fetch the model again, not quantised")
@@ -292,19 +289,16 @@ class Policy(nn.Module):
             lengths = lengths + prefix.shape[1]
         S = x.shape[1]
         padding = torch.arange(S, device=x.device) >= lengths[:, None]  # (B, S)
-        slow = x.device.type == "cpu" and x.dtype == torch.bfloat16  # torch's kernel: a third as fast there
-        causal_mask = torch.ones(S, S, dtype=torch.bool).triu(1) if slow else None
+        exact = torch.float32 if x.device.type == "cpu" else x.dtype  # a CPU's kernel is slow in bfloat16
         cache = Prefill([], [], None, lengths, padding[:, None, None, None])
 
         def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
             k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
             cache.keys.append(k)  # (B, K, S, D)
             cache.values.append(v)
-            if slow:
-                own, shared = (k[:, :, None], v[:, :, None]), (k[:, :, :0], v[:, :, :0])
-                return group_attention(q[:, None], *own, causal_mask, *shared, None)[:, 0]
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True)
-            return y.transpose(1, 2)
+            q, k, v = q.transpose(1, 2).to(exact), k.to(exact), v.to(exact)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return y.to(x.dtype).transpose(1, 2)
 
         for block in self.blocks:
             x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
@@ -426,7 +420,8 @@ class Policy(nn.Module):
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `rotary` (its angles' module) and `stop` filled in.
     Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
-    raw, most = read_json(folder / "config.json"), {"num_hidden_layers": 1000}  # 2**20 of all else
+    raw = read_json(folder / "config.json")
+    most = {"num_hidden_layers": 1000}  # 2**20 of all else
     if raw.get("model_type") not in ARCHITECTURES:
         raise ValueError(f"{folder} is of architecture {raw.get('model_type')!r}, but a policy is one of "
                          f"{', '.join(ARCHITECTURES)}: name another --policy")

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -33,9 +34,7 @@ class Problem:
     answer: str  # the gold answer
     task: str = "gsm8k"  # the part of a mix it belongs to: "arithmetic" in "arithmetic+logic"
     dataset: str = "gsm8k"
-    level: str = "default"
     split: str = "train"
-    index: int = 0  # its place among the problems of its task and split
     entry: dict | None = dataclasses.field(default=None, repr=False, compare=False)  # Reasoning Gym's record
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +133,9 @@ def dataset_problems(task, dataset, split, level):
     """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
     items = source(dataset, level)
     seen = set()
-    index = drawn = repeats = 0
-    while repeats < max(200, 3 * len(seen)):  # over all splits: what one holds depends on nothing else
+    drawn = repeats = 0
+    # used up after so many draws in a row without a new question, of any split: none depends on another
+    while repeats < max(200, 3 * len(seen)):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # bf prints
                 entry = items[drawn]
@@ -150,8 +150,7 @@ def dataset_problems(task, dataset, split, level):
             seen.add(question)
             repeats = 0
             if split_of(question) == split:
-                yield Problem(question, str(entry["answer"]), task, dataset, level, split, index, entry)
-                index += 1
+                yield Problem(question, str(entry["answer"]), task, dataset, split, entry)
 
 def epochs(items, name):
     """Yields the items in order, then without end one reshuffled epoch of them after another."""
@@ -175,7 +174,7 @@ def take_turns(parts):
         yield item
 
 def task_problems(task, split, data, level):
-    """Yields the problems of one part of a mix: without end for train, each once for val and test."""
+    """An iterator over one part of a mix: without end for train, each problem once for val and test."""
     if task in FAMILIES and level not in ("tiny", "default", *STEPS):
         raise ValueError(f"unknown level {level!r} of {task}: choose easy, default, hard or tiny")
     if task == "gsm8k":
@@ -185,8 +184,7 @@ def task_problems(task, split, data, level):
         parts = {name: dataset_problems(task, name, split, level) for name in names}
     if split == "train":
         parts = {name: epochs(items, name) for name, items in parts.items()}
-    for index, item in enumerate(take_turns(parts.values())):
-        yield dataclasses.replace(item, index=index)
+    return take_turns(parts.values())
 
 class TooFew(ValueError):
     available = 0  # distinct questions in the split: fewer than were asked for
@@ -242,7 +240,7 @@ def download(name):
             part = path.with_name(f"{name}.{os.getpid()}.part")
             part.write_bytes(content)
             part.replace(path)
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ValueError(f"GSM8K's {name} could not be downloaded ({error}): {MEND}") from error
     return path
 
@@ -294,20 +292,16 @@ EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken ou
            "<answer>26</answer>")
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
-    """The text a model reads. ValueError for an unknown template, and for chat where the tokenizer has none.
+    """The text a model reads. ValueError for a chat where the tokenizer has no template.
 
     plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template; unless `ask`
-    is False, as for experts, behind a solved example and asking for answer tags. auto: chat where there is a
-    template, else plain.
+    is False, as for experts, behind a solved example and asking for answer tags.
     """
-    if template not in ("plain", "chat", "auto"):
-        raise ValueError(f"unknown template {template!r}: choose plain, chat or auto")
     question = problem.question.strip()
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if template == "chat" and not has_template:
-        raise ValueError("this tokenizer has no chat template: choose the template plain")
-    if template == "plain" or not has_template:
+    if template == "plain":
         return question if question.endswith("=") else question + "\nAnswer:"
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this tokenizer has no chat template: use plain")
     texts = [EXAMPLE[0] + INSTRUCTION, EXAMPLE[1], question + INSTRUCTION] if ask else [question]
     turns = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), texts)]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -406,8 +400,9 @@ PAIRS += [pair for sign in ("\\$", "$", "€", "\\%", "%") for pair in ((sign, "
 NOT_UNITS = frozenset(  # words that would change the number they follow: "18 thousand", "18 or nineteen"
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds "
-    "thousand thousands million millions billion billions trillion trillions dozen dozens half halves k "
-    "or to not plus minus times over point squared cubed e x".split())
+    "thousand thousands million millions billion billions trillion trillions dozen dozens half halves "
+    "third thirds fifth fifths tenth tenths k or to not plus minus times over point squared cubed e "
+    "x".split())
 
 def number(text, units=True):
     """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.

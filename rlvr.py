@@ -61,11 +61,11 @@ def gather(value):
     meet(dist.all_gather_object, values, value)
     return values
 
-def total(*numbers):
-    """Each number summed over the ranks, a list of floats."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    meet(dist.all_reduce, sums)
-    return sums.tolist()
+def total(number):
+    """The number summed over the ranks."""
+    summed = torch.tensor(number, dtype=torch.float64)
+    meet(dist.all_reduce, summed)
+    return summed.item()
 
 def add_gradients(parameters):
     """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
@@ -94,7 +94,8 @@ def ranks():
 # -- What a run is made of
 
 def build(args):
-    """Policy, experts and router. Also called by eval.py."""
+    """Policy, experts and router. In args "auto" becomes what was chosen, and hub names get their commits.
+    Also called by eval.py."""
     torch.manual_seed(args.seed)
     experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, tokens=args.write,
                       cue=args.cue, device=args.device, untrained=args.control == "untrained")
@@ -103,19 +104,19 @@ def build(args):
         expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
     if args.align and not any(expert.writes for expert in experts):
         raise ValueError("stage 0 has nothing to read, as no expert writes: use --align 0, or another expert")
-    itself = Expert(args.policy)  # the policy's tokenizer and size, without weights
+    files = Expert(args.policy)  # the policy's tokenizer and size, without weights
     if args.form == "auto":
-        args.form = "tagged" if itself.template == "chat" else "plain"
-    if args.form == "tagged" and itself.template == "plain":
-        raise ValueError(f"{itself.name} has no chat template: use --form plain")
+        args.form = "tagged" if files.template == "chat" else "plain"
+    if args.form == "tagged" and files.template == "plain":
+        raise ValueError(f"{files.name} has no chat template: use --form plain")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if itself.params >= 50e6 else "float32"
+        args.dtype = "bfloat16" if files.params >= 50e6 else "float32"
     policy = Policy.from_pretrained(args.policy, args.lora_rank, args.lora_alpha, getattr(torch, args.dtype),
                                     args.device, args.neutral)
-    policy.tokenizer = itself.tokenizer
+    policy.tokenizer = files.tokenizer
     if args.form == "plain":  # the answer is the first line
         policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
-    args.policy = itself.pinned  # a hub model with its commit: --resume finds the same weights
+    args.policy = files.pinned  # so that --resume finds the same weights
     args.experts = [expert.pinned for expert in experts]
     if args.collab not in ROUTERS:
         return policy, experts, None
@@ -135,7 +136,7 @@ def load_problems(args, split, n=None):
         try:
             return problems(args.task, split, n, args.data, args.level)[skipped:]
         except TooFew as few:
-            n = max(few.available, skipped + 1)
+            n = max(few.available, skipped + WORLD)  # too few for the ranks: said below
             return problems(args.task, split, n, args.data, args.level)[skipped:]
     n = n or max(args.steps * args.batch, 2000 if args.align else 32)
     block = max(256, 8 * args.batch)
@@ -201,11 +202,13 @@ class Dataset:
                 p = replace(p, question="".join(f"{name}: {text}\n" for name, text in pairs) + p.question)
             self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
         self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
-        room = policy.window - args.max_new - args.latents
+        written = max((len(ids) for column in self.targets for ids in column), default=0)
+        room = policy.window - max(args.max_new, written) - args.latents
         longest = max(map(len, self.ids))
         if longest > room:
             raise ValueError(f"a prompt of {longest} tokens leaves no room in the policy's window of "
-                             f"{policy.window}: use an easier --level, a lower --max_new or another --policy")
+                             f"{policy.window}: use an easier --level, a lower --max_new (or --write), or "
+                             "another --policy")
 
     def __len__(self):
         return len(self.problems)
@@ -216,16 +219,11 @@ class Dataset:
         return ((self.owner == chosen) | silent).to(self.policy.embed.device)
 
     def batch(self, rows):
-        device = self.policy.embed.device
-        ids = [torch.tensor(self.ids[i]) for i in rows]
-        lengths = torch.tensor([len(x) for x in ids])
-        tokens = torch.zeros(len(ids), bucket(int(lengths.max())), dtype=torch.long)
-        for row, x in zip(tokens, ids):
-            row[:len(x)] = x
-        H = self.H[rows].float()
-        tokens, lengths, H = ((t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-                              for t in (tokens, lengths, H))
-        return Batch([self.problems[i] for i in rows], tokens, lengths, H)
+        ids, device = [self.ids[i] for i in rows], self.policy.embed.device
+        width = bucket(max(map(len, ids)))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(device)
+        lengths = torch.tensor([len(row) for row in ids]).to(device)
+        return Batch([self.problems[i] for i in rows], tokens, lengths, self.H[rows].float().to(device))
 
 def answer_ids(policy, text, form):
     """Tokens of a text as the policy would give it for an answer, stop token included; [] for no text."""
@@ -253,38 +251,40 @@ def align(policy, router, data, args, start, moments):
     and step alone, and for each an expert that writes; other writers are masked out, encoders stay, to be
     ignored. Yields (part, loss per token, optimizer) after each step.
     """
-    words, texts = align_steps(args)
+    words, reading = align_steps(args)
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
     half = len(data) // 2
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})
-    for step in range(start, words + texts):
+    for step in range(start, words + reading):
+        spelling = step < words
+        size = WORDS_BATCH if spelling else args.align_batch
+        first, last = (half, len(data)) if spelling else (half // 2, half)
         if step in (start, words):
-            rates = (0.0, args.align_words_lr) if step < words else (args.align_lr, args.align_router_lr)
+            rates = (0.0, args.align_words_lr) if spelling else (args.align_lr, args.align_router_lr)
             optimizer = make_optimizer(policy, router, *rates, moments=moments if step != words else None)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        size = WORDS_BATCH if step < words else args.align_batch
-        first, last = (half, len(data)) if step < words else (half // 2, half)
         rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
-        mask = data.reading_mask(torch.tensor(chosen)[:, None])  # (B, N)
-        if step < words:
+        batch, mask = data.batch(rows), data.reading_mask(torch.tensor(chosen)[:, None])  # mask (B, N)
+        context = router(batch.H, mask)[0] if router else None
+        if spelling:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
-            context, _ = router(data.H[rows].to(policy.embed.device).float(), mask)
             loss, count = words_loss(policy, context, spelled, used)
         else:
-            batch = data.batch(rows)
-            context = router(batch.H, mask)[0] if router else None
             loss, count = reading_loss(policy, batch, context, targets)
-        loss = loss / max(1.0, total(count)[0])  # all texts of a batch may be empty
+        loss = loss / max(1.0, total(count))  # all texts of a batch may be empty
         loss.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         add_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
+        if not math.isfinite(norm):
+            raise ValueError("stage 0 has a gradient that is not finite: start anew with a lower --align_lr, "
+                             "--align_router_lr and --align_words_lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield "words" if step < words else "reading", total(loss.item())[0], optimizer
+        yield "words" if spelling else "reading", total(loss.item()), optimizer
 
 def align_steps(args):
     """(steps of words, steps of reading) of stage 0."""
@@ -306,13 +306,12 @@ def words_loss(policy, context, targets, used):
 
 def reading_loss(policy, batch, context, targets):
     """Negative log-likelihood of the texts' tokens behind the prompts, summed, and their number."""
-    longest = max(1, max(map(len, targets)))
-    tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in targets])[:, None]  # (B, 1, T)
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in targets])[:, None].bool()
-    tokens, mask = tokens.to(policy.embed.device), mask.to(policy.embed.device)
+    T = max(1, max(map(len, targets)))
+    tokens = torch.tensor([ids + [-1] * (T - len(ids)) for ids in targets])[:, None]  # (B, 1, T)
+    tokens = tokens.to(policy.embed.device)
     cache = policy.prefill(batch.tokens, batch.lengths, context)
-    logp, _ = policy.logprobs(cache, tokens, mask)
-    return -logp.sum(), int(mask.sum())
+    logp, _ = policy.logprobs(cache, tokens.clamp(min=0), tokens >= 0)
+    return -logp.sum(), sum(map(len, targets))
 
 # -- GRPO
 

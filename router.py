@@ -9,7 +9,7 @@ output. Here it has one cross-attention layer, as in n-Musketeers (2602.09173):
 
     states   H (B, N, D)       padded to the widest expert   x = (H - mean) / std     per expert and dimension
     project  E (B, N, dim)     einsum("bnd,ndk->bnk", x, W)  W (N, D, dim): every expert has its own matrix
-    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h) + trust)    Q from L latents, K and V from E
+    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h) / t + trust)  Q from latents, K, V from E, temperature t
     write    C (B, L, d)       out(mlp(A V))                 the context tokens
 
 A is a softmax over the experts: A[b, :, :, n] is how much problem b attends to expert n. Nothing else in this
@@ -24,7 +24,7 @@ One einsum projects all experts at once: a single batched matrix product, with n
 custom kernel. Padding is harmless: x is zero there, so W's rows beyond a width have no effect, no gradient.
 
 An expert may give several states (more layers, more positions): then N counts states, and nothing here
-changes. A router of your own is one class with the three methods of ConstantPrefix, and one entry in ROUTERS.
+changes. A router of your own is one class made and called as LinearRouter is, and one entry in ROUTERS.
 """
 import math
 
@@ -37,8 +37,6 @@ class StateReader(nn.Module):
 
     def __init__(self, widths):
         super().__init__()
-        if not widths:
-            raise ValueError("a router needs an expert: name one with --experts, or use --collab single")
         real = torch.arange(max(widths)) < torch.tensor(widths)[:, None]  # (N, D), False: padding
         self.register_buffer("mean", torch.zeros(real.shape))
         self.register_buffer("inv_std", real.float())  # 1 / std, 0 where there is padding
@@ -71,7 +69,7 @@ class Router(StateReader):
     init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
                  (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
                  from the start
-    Raises ValueError when there is no state to read, or dim is no multiple of heads.
+    Raises ValueError when dim is no multiple of heads.
     """
 
     def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
@@ -109,7 +107,9 @@ class Router(StateReader):
         q = self.split_heads(self.to_q(self.norm_latents(self.latents)))  # (h, L, dim / h), for every problem
         k, v = self.to_kv(E).chunk(2, dim=-1)
         k, v = self.split_heads(k), self.split_heads(v)  # (B, h, N, dim / h)
-        scores = q @ k.transpose(-1, -2) * self.scale + self.trust_in(x)[:, None, None]  # (B, h, L, N)
+        # a mean over dimensions, so that one rate suits trust's weights and its bias
+        trust = torch.einsum("bnd,nd->bn", x, self.trust) / self.widths + self.trust_bias  # (B, N)
+        scores = q @ k.transpose(-1, -2) * self.scale + trust[:, None, None]  # (B, h, L, N)
         if mask is not None:
             scores = scores.masked_fill(~mask.expand(H.shape[:2])[:, None, None], -torch.inf)
         A = scores.float().softmax(-1) if attention is None else attention.expand_as(scores)
@@ -121,10 +121,6 @@ class Router(StateReader):
 
     def project(self, x):
         return self.norm_experts(torch.einsum("bnd,ndk->bnk", x, self.W) + self.expert_embed)
-
-    def trust_in(self, x):
-        """x (B, N, D) -> (B, N). A mean over dimensions, so that one rate suits weights and bias."""
-        return torch.einsum("bnd,nd->bn", x, self.trust) / self.widths + self.trust_bias
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., n, dim) -> (..., h, n, dim / h)
@@ -172,9 +168,6 @@ class ConstantPrefix(nn.Module):
     def __init__(self, widths, d_policy, latents=8, heads=8, dim=512, temperature=1.0, init_scale=0.5):
         super().__init__()
         self.C = nn.Parameter(torch.randn(latents, d_policy) * init_scale)
-
-    def fit_standardization(self, H):
-        """Nothing is read, so there is nothing to fit."""
 
     def forward(self, H, mask=None, attention=None):
         """H of B problems -> C (B, L, d), and no attention."""

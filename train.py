@@ -34,8 +34,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval import (accuracy, append, by_dataset, damaged, drop_rows, evaluate, half_of, one_process,
-                  one_sentence, read_back, read_config, show_gate, show_report, test_report)
+from eval import (accuracy, append, by_dataset, damaged, drop_rows, evaluate, log_alignment, log_read_back,
+                  one_process, one_sentence, out_of_memory, read_back, read_config, show_gate, show_report,
+                  test_report)
 from experts import pick_device, write_atomic
 from rewards import SPLITS, known
 from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
@@ -120,13 +121,13 @@ def main(args):
     policy, experts, router = build(args)
     # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
     data = {split: Dataset(load_problems(args, split), policy, experts, args) for split in SPLITS}
-    if router:
+    if reads_states(args.collab):
         router.fit_standardization(data["train"].H[:256].to(policy.embed.device))
     generator = torch.Generator(policy.embed.device).manual_seed(args.seed + 1_000_003 * RANK)
     state, moments = load_newest(out, policy, router, generator)  # how far the run is
     introduce(args, policy, router, experts, data, state)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    stop_signals.clear()
+    on_stop(ask_to_stop)
 
     if not state["step"]:
         show_gate(policy, experts, data, args)
@@ -135,7 +136,7 @@ def main(args):
         stage = align(policy, router, data["train"], args, state["align"], moments)
         for part, loss, optimizer in bar(stage, "stage 0", state["align"], sum(align_steps(args))):
             state["align"] += 1
-            log_alignment(out, state["align"], part, loss)
+            log_alignment(out, state["align"], part, loss)  # the step itself is made in align
             keep(out, "align", state["align"], args, policy, router, state, optimizer, generator)
         log_read_back(out, experts, read_back(policy, router, data["val"], args))
         state["aligned"] = True
@@ -144,7 +145,7 @@ def main(args):
 
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    skipped = 0
+    skipped = 0  # steps in a row
     for step in bar(range(state["step"] + 1, args.steps + 1), "GRPO", state["step"], args.steps):
         for group in optimizer.param_groups:  # linear warm-up, then constant
             group["lr"] = group["base_lr"] * min(1.0, step / max(1, args.warmup))
@@ -159,8 +160,9 @@ def main(args):
 
         # 3. Score the same tokens again, with gradient: to LoRA and, through the context, to the router.
         start = time.perf_counter()
-        n_tokens = total(sampled.mask.sum())[0]  # of the whole step: micro-batches and ranks change nothing
-        old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # under the policy that sampled
+        n_tokens = total(sampled.mask.sum().item())  # of the whole step: micro-batches, ranks change nothing
+        old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # log-probabilities in epoch 0
+        finite = True
         for epoch in range(args.epochs):
             i, sums = 0, Counter()
             while i < len(batch.problems):
@@ -179,8 +181,11 @@ def main(args):
                             ref, _ = policy.logprobs(cache, tokens, mask, args.temperature)
                     loss = grpo_loss(logp, old[part], ref, advantage[part], mask, args) / n_tokens
                     loss.backward()
-                except (RuntimeError, MemoryError) as error:  # half_of raises it again if memory is not why
-                    args.micro_batch = half_of(args.micro_batch, error)
+                except (RuntimeError, MemoryError) as error:
+                    if args.micro_batch == 1 or not out_of_memory(error):
+                        raise
+                    args.micro_batch //= 2
+                    tqdm.write(f"out of memory: from now on {args.micro_batch} prompts in a gradient pass")
                     context = cache = logp = entropy = ref = loss = None  # makes room
                     optimizer.zero_grad(set_to_none=True)
                     i, sums = 0, Counter()
@@ -193,14 +198,14 @@ def main(args):
             # 4. Step.
             add_gradients(parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
-            finite = math.isfinite(grad_norm) and math.isfinite(total(sums["loss"])[0])
+            finite = finite and math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
             if finite:  # one NaN in a moment of AdamW would end the run
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            skipped = 0 if finite else skipped + 1
 
         # 5. Look at the reward, and at the attention by dataset.
         state["step"] = step
+        skipped = 0 if finite else skipped + 1
         row = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - start)
         row |= summarize(sampled, data["train"].owner, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
@@ -208,6 +213,7 @@ def main(args):
         log(args, row, sampled, skipped)
         keep(out, "step", step, args, policy, router, state, optimizer, generator)
 
+    on_stop(signal.default_int_handler)  # there is nothing left to save
     report = test_report(policy, router, data["test"], args, experts)
     show_report(args, report)
 
@@ -247,7 +253,7 @@ def summarize(sampled, owner, experts, sums):
     datasets = [problem.dataset for part in parts for problem in part[1]]
     verdicts = [verdict for part in parts for group in part[2] for verdict in group]
     rewards = step["rewards"]  # (B, G)
-    loss, kl, entropy = total(sums["loss"], sums["kl"], sums["entropy"])
+    loss, kl, entropy = (total(sums[key]) for key in ("loss", "kl", "entropy"))
     row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=step["length"].mean().item(),
                truncated=step["truncated"].mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
@@ -263,29 +269,17 @@ def summarize(sampled, owner, experts, sums):
         row["attention_map"] = attention.mean(0).tolist()
     return row
 
-def log_alignment(out, step, part, loss):
-    if RANK == 0 and step % 25 == 1:
-        append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
-        tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
-
-def log_read_back(out, experts, rows):
-    for e, read, shuffled, n in rows if RANK == 0 else ():
-        append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
-                   "other problems' states")
-
 def log(args, row, sampled, skipped):
     """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl. `skipped`:
     steps in a row whose gradient was not finite. Raises ValueError at the fifth."""
-    if RANK == 0:
-        append(Path(args.out) / "metrics.jsonl", row)
-        if row["step"] % 10 == 1 or "val" in row:
-            log_samples(args, row, sampled)
-        if row["step"] == 3 and row["reward"] == 0:
-            tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}): try an easier --level, "
-                       "--form plain or another --policy")
-        if skipped:
-            tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
+    append(Path(args.out) / "metrics.jsonl", row)
+    if row["step"] % 10 == 1 or "val" in row:
+        log_samples(args, row, sampled)
+    if row["step"] == 3 and row["reward"] == 0:
+        tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}): try an easier --level, "
+                   "--form plain or another --policy")
+    if skipped:
+        tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
     if skipped >= 5:
         raise ValueError("5 steps in a row were skipped: start anew with a lower --lr and --router_lr")
 
@@ -311,6 +305,10 @@ def bar(items, name, done, steps):
 
 stop_signals = []  # Ctrl-C and SIGTERM, as they came
 
+def on_stop(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
 def ask_to_stop(number, frame):
     if stop_signals:  # the second time, at once
         raise KeyboardInterrupt
@@ -319,7 +317,7 @@ def ask_to_stop(number, frame):
 def keep(out, name, done, args, *saved):
     """Write a checkpoint every --save_every steps, after the last one and when asked to stop; the newest two
     stay. In the last case the program ends. saved: see `save_checkpoint`."""
-    stop = total(len(stop_signals))[0] > 0  # what one rank was asked, all do
+    stop = total(len(stop_signals)) > 0  # what one rank was asked, all do
     if stop or done % args.save_every == 0 or (name, done) == ("step", args.steps):
         save_checkpoint(out / f"{name}-{done:06d}-", *saved)
         for old in checkpoints(out)[2:] if RANK == 0 else ():
@@ -372,7 +370,10 @@ def parse_args(argv):
         if list(Path(args.out).glob("*.json")):
             raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
     args.device = pick_device(args.device)
+    args.micro_batch = min(args.micro_batch, args.batch)
     check(args)
+    if not (reads_states(args.collab) or args.collab == "text" or args.align):
+        args.experts = []  # nobody would read them
     return args
 
 def saved_run(folder):
@@ -381,6 +382,8 @@ def saved_run(folder):
     try:
         args = Args(**config["args"])
         check(args)
+        if asdict(args) != config["args"]:
+            raise ValueError("settings are missing")
     except (ValueError, TypeError) as error:
         raise damaged(folder, error) from error
     if config["ranks"] != WORLD:
@@ -391,9 +394,9 @@ def pick_preset(given):
     """Without --preset: small's settings for a policy of the user's; else what task and device ask for."""
     if "policy" in given:
         return "small"
-    tasks = [known(task) for task in given.get("task", PRESETS["tiny"]["task"]).split("+")]
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-    if "task" in given and gpu_bytes > 22e9:
+    tasks = [known(task.strip()) for task in given.get("task", PRESETS["tiny"]["task"]).split("+")]
+    gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+    if "task" in given and gpu and torch.cuda.get_device_properties(0).total_memory > 22e9:
         return "paper"
     if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
         return "tiny"
@@ -433,8 +436,6 @@ def check(args):
              "--collab single --align 0")):
         if wrong:
             raise ValueError(message)
-    if not (reads or args.collab == "text" or args.align):
-        args.experts = []
 
 def run(argv=None):
     signal.signal(signal.SIGINT, signal.default_int_handler)
