@@ -9,7 +9,7 @@ output. Here it has one cross-attention layer, as in n-Musketeers (2602.09173):
 
     states   H (B, N, D)       padded to the widest expert   x = (H - mean) / std     per expert and dimension
     project  E (B, N, dim)     einsum("bnd,ndk->bnk", x, W)  W (N, D, dim): every expert has its own matrix
-    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h) / t + trust)  Q from latents, K, V from E, temperature t
+    attend   A (B, h, L, N)    softmax(Q K' / sqrt(dim / h) + trust)    Q from L latents, K and V from E
     write    C (B, L, d)       out(mlp(A V))                 the context tokens
 
 A is a softmax over the experts: A[b, :, :, n] is how much problem b attends to expert n. Nothing else in this
