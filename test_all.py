@@ -637,6 +637,23 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
                 torch.testing.assert_close(entropy[b, g, :n], -(z.exp() * z).sum(-1), atol=1e-4, rtol=1e-4)
             assert not got[~mask].any()
 
+def test_bfloat16_is_float32_but_for_rounding():
+    """Log-probabilities of the embedded policy, and the gradient of its prefix."""
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        policy = Policy.from_pretrained(f"{train.TINY}/policy", dtype=dtype, neutral="mean")
+        tokens, lengths, _, answer, mask = example()
+        tokens, answer = tokens % len(policy.embed), answer % len(policy.embed)
+        C = torch.ones(3, 4, policy.config.hidden_size, requires_grad=True)
+        cache = policy.prefill(tokens, lengths, C)
+        logp, _ = policy.logprobs(cache, answer, mask)
+        logp.sum().backward()
+        assert cache.keys[0].dtype == dtype
+        found.append((logp[mask].detach(), C.grad.flatten()))
+    for rounded, exact in zip(*found):
+        error = (rounded - exact).norm() / exact.norm()
+        assert 0 < error < 0.05
+
 def test_cached_decoding_equals_the_full_forward(small):
     """40 greedy tokens from the cache, LoRA merged, are what the text as a single prompt gives."""
     tokens, lengths, prefix, *_ = example()
