@@ -46,6 +46,8 @@ RUNS = HERE / "runs" / "study"
 LEVEL = "--level min_terms={},max_terms={},min_digits=1,max_digits={}"
 UNSEEN = "--test 1024 --test_skip 1024"  # problems that nobody looked at while settings were chosen
 REAL = "--test 256 --test_skip 256 --val 64 --max_new 8"
+# whom to believe is to be learned, and what stage 0 taught to read to be kept
+BELIEVE = "--trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5"
 TASKS = {
     "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
     "sums": f"--preset tiny --task arithmetic {UNSEEN}",
@@ -59,7 +61,7 @@ TASKS = {
     "rates": "--preset tiny --task arithmetic+logic+algorithmic --val 240 --test 1",
     # Qwen2.5-Coder twice: where the first answers a sum, the second answers another one
     "real mix": f"--preset small --task chain_sum+basic_arithmetic {LEVEL.format(2, 2, 2)} {REAL} "
-                "--control partly --trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5",
+                f"--control partly {BELIEVE}",
 }
 TINY_MODELS = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
 WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
@@ -91,7 +93,8 @@ BLOCKS = {  # block: [(tasks, ways, seeds)]
              (["family", "primes"], HEADLINE, range(5)), (["sums hard"], HEADLINE, range(3)),
              (["rates"], RATED, [100])],
     "real": [(["real sums"], ["soft", "single", "single without stage 0"], range(5)),
-             (["real sums"], ["prefix", "soft shuffled", "soft wrong", "soft prompt", "stage 0"], range(3)),
+             (["real sums"], ["prefix", "soft shuffled", "soft prompt", "stage 0"], range(3)),
+             (["real sums"], ["soft wrong"], range(2)),
              (["real sums"], ["soft noise", "soft untrained"], [0]),
              (["real mix"], ["soft", "stage 0"], range(3))],
     "quick": [(["mix"], HEADLINE, range(2))],
@@ -139,6 +142,8 @@ def command(run, models="models"):
         words += ["--policy", policy]
     if run.task == "real mix":
         experts = experts[:1] * 2
+    if run.task == "real sums" and run.way == "soft wrong":
+        words += shlex.split(BELIEVE)
     more = {"soft wrong": experts[:1], "soft wide": ["runs/study/wide"]}.get(run.way, [])
     if more or real:
         words += ["--experts", *experts, *more]
