@@ -357,7 +357,7 @@ def find_model(source):
     repo, _, revision = source.partition("@")
     try:
         folder = Path(snapshot_download(repo, revision=revision or None, ignore_patterns=["*/*"],
-                                        allow_patterns=[*META_FILES, "model*.safetensors"]))
+                                        allow_patterns=[*META_FILES, "model*.safetensors", "README.md"]))
     except Exception as error:  # the errors of the hub's client share no base class
         raise ValueError(f"{source} is no folder and cannot be had from the Hugging Face hub: name a folder, "
                          f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error

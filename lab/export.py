@@ -50,10 +50,6 @@ def lora_tensors(policy):
                 tensors[f"{key}.lora_B.weight"] = B
     return tensors
 
-def router_tensors(policy, router):
-    place = {"prefix.neutral": policy.neutral, "prefix.std": policy.embed_std}
-    return router.state_dict() | place
-
 def write_export(run, folder):
     """The run of the folder `run` as an export in `folder`. Raises ValueError if something else lies
     there."""
@@ -70,7 +66,8 @@ def write_export(run, folder):
             r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=0.0, bias="none", inference_mode=True,
             target_modules=TARGETS))
     if router:
-        files[ROUTER] = to_bytes(router_tensors(policy, router))
+        files[ROUTER] = to_bytes(router.state_dict() | {"prefix.neutral": policy.neutral,
+                                                        "prefix.std": policy.embed_std})
         files[ROUTER_CONFIG] = to_json(dict(
             collab=args.collab, router=dict(
                 widths=[expert.width for expert in experts for _ in range(expert.entries)],
@@ -81,7 +78,9 @@ def write_export(run, folder):
     settings = vars(args) | dict(policy=portable(args.policy), data="", out="", resume="",
                                  experts=[portable(source) for source in args.experts])
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    files["README.md"] = model_card(settings, newest_report(run)).encode()
+    path = run / "eval.json"  # train.py --resume deletes it, so it is never of fewer steps
+    report = json.loads(path.read_text()) if path.is_file() else None
+    files["README.md"] = model_card(settings, report).encode()
     files["export.json"] = to_json(dict(about=ABOUT, sha256=sums, args=settings))
     for name in (LORA, LORA_CONFIG, ROUTER, ROUTER_CONFIG):  # of an export that lay here before
         if name not in files:
@@ -107,14 +106,6 @@ def portable(source):
     if path.is_dir() and path.resolve().is_relative_to(root / "tiny"):
         return path.resolve().relative_to(root).as_posix()
     return source
-
-def newest_report(run):
-    """eval.json, unless the run was trained on since."""
-    path = run / "eval.json"
-    checkpoints = [checkpoint.stat().st_mtime for checkpoint in run.glob("step-*.safetensors")]
-    if path.is_file() and path.stat().st_mtime >= max(checkpoints):
-        return json.loads(path.read_text())
-    return None
 
 def model_card(settings, report):
     base = settings["policy"].partition("@")[0]

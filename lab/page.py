@@ -49,7 +49,7 @@ def of_files(folder):
                             by_dataset=report["by_dataset"])
     experts = list(attended[0]["attention"]) if attended else [
         Path(name.partition("@")[0]).name for name in args["experts"]]
-    return dict(name=folder.name, kind=kind_of(args), command=command_of(args),
+    return dict(name=folder.resolve().name, kind=kind_of(args), command=command_of(args),
                 policy=Path(args["policy"].partition("@")[0]).name, experts=experts, n_val=args["val"],
                 settings={name: value for name, value in args.items() if name not in NOT_SHOWN},
                 datasets=sorted({name for row in metrics for name in row["reward_by_dataset"]}),
@@ -62,6 +62,8 @@ def of_files(folder):
 def command_of(args):
     """The command line that makes such a run: all that differs from its preset."""
     usual = asdict(Args(**PRESETS[args["preset"]]))
+    if args["collab"] in ("single", "text"):  # these have no stage 0 unless it is asked for
+        usual["align"] = 0
     words = ["python", "train.py", "--preset", args["preset"]]
     for name, value in args.items():
         if value not in (usual.get(name), []) and name not in ("preset", "device", "resume", "out"):
@@ -99,28 +101,28 @@ def of_models(folder, n, device):
         return dict(note=f"There are no answers to show yet: {error}.", rows=[])
     data = Dataset(load_problems(args, "test", n), policy, experts, args)
     with policy.lora_disabled():
-        before = evaluate(policy, None, data, args)
-    after = evaluate(policy, router, data, args)
-    masked, swapped = {}, None
-    if after[2] is not None and len(experts) > 1:
+        alone, said_alone, _ = evaluate(policy, None, data, args)
+    verdicts, said, attention = evaluate(policy, router, data, args)
+    masked, swapped, partner = {}, None, next_of_dataset(data.problems)
+    if attention is not None and len(experts) > 1:
         for e, expert in enumerate(experts):
             masked[expert.name] = evaluate(policy, masked_router(router, data.owner, e), data, args)[1]
-    if router and data.H.numel() and len(data) > 1:
-        swapped = evaluate(policy, router, data, args, H=data.H[next_of_dataset(data.problems)])[1]
+    if router and data.H.numel():
+        swapped = evaluate(policy, router, data, args, H=data.H[partner])[1]
     rows = []
     for i, problem in enumerate(data.problems):
         row = dict(dataset=problem.dataset, question=problem.question, gold=problem.answer,
-                   before=before[1][i].strip(), right_before=before[0][i].strict,
-                   after=after[1][i].strip(), right=after[0][i].strict,
+                   before=said_alone[i].strip(), right_before=alone[i].strict,
+                   after=said[i].strip(), right=verdicts[i].strict,
                    says={expert.name: texts[i] for expert, texts in zip(experts, data.texts) if texts[i]},
                    masked={name: texts[i].strip() for name, texts in masked.items()},
-                   swapped=swapped and swapped[i].strip(), attention=None)
-        if after[2] is not None:
-            row["attention"] = np.round(by_expert(after[2][i], data.owner).mean(0).numpy(), 3).tolist()
+                   swapped=swapped[i].strip() if swapped and partner[i] != i else None, attention=None)
+        if attention is not None:
+            row["attention"] = np.round(by_expert(attention[i], data.owner).mean(0).numpy(), 3).tolist()
         rows.append(row)
-    right, alone = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
+    right, before = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
     return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems: "
-                                f"{right} are right, of the policy alone {alone}.")
+                                f"{right} are right, of the policy alone {before}.")
 
 def side_by_side(runs):
     """Runs that differ in their seed alone are put together: (rows of the curve with its band, rows of the

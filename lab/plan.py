@@ -131,7 +131,8 @@ def addition(policy, rows, device, rounds=1000):
 def step_seconds(args, policy, S, T, gpu=None):
     """(rollout, gradient pass) of a step whose completions have T tokens."""
     B, G = args.batch, args.group
-    head, passes = policy.vocab * policy.d, 3 if args.beta else 2  # forward, backward, and the reference
+    head = policy.vocab * policy.d
+    passes = args.epochs * (3 if args.beta else 2)  # forward, backward, and the reference
     scored = B * ((S + G * T) * policy.blocks + G * T * head)
     if gpu:
         flops, bandwidth = gpu[0] * 1e12, gpu[1] * 1e9

@@ -32,7 +32,7 @@ from router import Router, by_expert  # noqa: E402
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
-def by_dataset(problems):
+def places_by_dataset(problems):
     """{dataset: places of its problems}, in the order of first appearance."""
     places = {}
     for place, problem in enumerate(problems):
@@ -68,7 +68,7 @@ def ablate(policy, experts, router, args, kinds, n=None):
         if kind == "zero":
             replaced = lambda H: (torch.zeros_like(router(H)[0]), None)
         other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
-        places = by_dataset(data.problems)
+        places = places_by_dataset(data.problems)
         parts = {dataset: paired([right[i] for i in at], [other[i] for i in at])
                  for dataset, at in places.items()}
         result["kinds"][kind] = dict(right=other, **paired(right, other), by_dataset=parts)
@@ -165,12 +165,13 @@ def probe_states(args, experts, n_train=900, n_val=200):
     known = load_problems(args, "train", n_train * args.task.count("+") + n_train)
     known = list({problem.question: problem for problem in known}.values())
     new = load_problems(args, "val", n_val * args.task.count("+") + n_val)
-    old_places, new_places = by_dataset(known), by_dataset(new)
+    old_places, new_places = places_by_dataset(known), places_by_dataset(new)
     rows = []
     for dataset, places in new_places.items():
         old = [known[i] for i in old_places[dataset][:n_train]]
         problems = old + [new[i] for i in places[:n_val]]
-        targets = targets_of([problem.answer for problem in problems])
+        targets = {name: classes for name, classes in targets_of([p.answer for p in problems]).items()
+                   if any(kind is not None for kind in classes[len(old):])}  # else there is nothing to test
         for expert in experts:
             layers = sorted({round(expert.n_layers * quarter / 4) for quarter in range(5)})
             for how_read in ("last", "first", "mean"):
@@ -214,7 +215,9 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     """Rows: what share of new texts of the first expert that writes a fresh router spells right, whole, after
     `steps` of words (see rlvr.align): by layers, number of last tokens, without and with its own text read.
     """
-    expert = next(expert for expert in experts if expert.writes)
+    expert = next((expert for expert in experts if expert.writes), None)
+    if expert is None:
+        raise ValueError("--spell needs an expert that writes: ask it of a run that has one")
     known, new = load_problems(args, "train", n_train), load_problems(args, "val", n_val)
     prompts = [expert.prompt(problem) for problem in known + new]
     targets = [answer_ids(policy, text, args.form) for text in write_texts([expert], [prompts])[0]]
@@ -224,13 +227,13 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     rows = []
     for own_text in (False, True):
         reader = Expert(expert.source, "last", [middle, last], 4, own_text, tokens=args.write, cue=args.cue,
-                        device=expert.device)
-        H = read_states([reader], [prompts]).float()  # (n, 2 * 4, width), layer by layer
+                        device=expert.device, untrained=expert.untrained)
+        H = read_states([reader], [prompts]).float().to(policy.embed.device)  # (n, 2 * 4, width), by layer
         for layers, positions in itertools.product(((middle,), (last,), (middle, last)), (1, 2, 4)):
             entries = [4 * (layer == last) + back for layer in layers for back in range(positions)]
             torch.manual_seed(args.seed)
             router = Router([expert.width] * len(entries), policy.config.hidden_size, args.latents,
-                            args.router_heads, args.router_dim)
+                            args.router_heads, args.router_dim).to(policy.embed.device)
             router.fit_standardization(H[:256, entries])
             optimizer = torch.optim.AdamW(router.parameters(), args.align_words_lr, weight_decay=0.0)
             for _ in range(steps):
@@ -243,9 +246,9 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
             with torch.no_grad():
                 nearest = (router(H[n_train:, entries])[0] @ embeddings.T).argmax(-1)  # (n_val, L)
             right = [[used[i] for i in row[:len(ids)]] == ids[:args.latents]
-                     for row, ids in zip(nearest.tolist(), targets[n_train:])]
+                     for row, ids in zip(nearest.tolist(), targets[n_train:]) if ids]  # []: it said nothing
             rows.append(dict(own_text=own_text, layers=layers, positions=positions,
-                             spelled=sum(right) / n_val))
+                             spelled=sum(right) / max(1, len(right))))
     return rows
 
 def spell_table(rows):
@@ -305,15 +308,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
-    parser.add_argument("--states", action="store_true")
-    parser.add_argument("--ablate", nargs="+", choices=KINDS)
-    parser.add_argument("--walk", action="store_true")
-    parser.add_argument("--spell", action="store_true")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--states", action="store_true")
+    what.add_argument("--ablate", nargs="+", choices=KINDS)
+    what.add_argument("--walk", action="store_true")
+    what.add_argument("--spell", action="store_true")
     parser.add_argument("--n", type=int, help="test problems of --ablate (default: as trained with)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    if sum(map(bool, (options.states, options.ablate, options.walk, options.spell))) != 1:
-        raise ValueError("choose one of --states, --ablate, --walk and --spell")
     folder = Path(options.run)
     args, policy, experts, router = open_run(folder, options.device)
     if options.walk:
