@@ -120,6 +120,9 @@ def read_back(policy, router, data, args, n=64):
         result.append((e, *shares, len(rows)))
     return result
 
+def bar(items, name, done, steps):
+    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
+
 def log_alignment(out, step, part, loss):
     if step % 25 == 1:
         append(out / "align.jsonl", dict(align=step, part=part, loss=loss))

@@ -43,7 +43,7 @@ import rewards
 import rlvr
 import train
 from experts import Expert, read_states, write_texts
-from model import Policy, TokenLogprob, sample
+from model import Policy, SwiGLU, TokenLogprob, sample
 from rewards import EXAMPLE, INSTRUCTION, Problem, TooFew, number, problems, prompt, verify
 from rlvr import Dataset, advantages, grpo_loss, kl_estimate
 from router import ROUTERS, Router
@@ -223,6 +223,12 @@ def test_gsm8k_files(tmp_path):
         with pytest.raises(ValueError, match="mine.jsonl, line 3"):
             problems("gsm8k", "train", 1, mine)
 
+def test_what_stage_0_teaches_to_say_has_the_form_that_is_paid():
+    policy = types.SimpleNamespace(tokenizer=lambda text, **_: dict(input_ids=[*text.encode()]),
+                                   config=types.SimpleNamespace(stop=[0]))
+    for form in ("tagged", "plain"):
+        assert verify(bytes(rlvr.answer_ids(policy, "18", form)[:-1]).decode(), GOLD18, form).strict
+
 def test_prompts():
     chat = types.SimpleNamespace(chat_template="yes", apply_chat_template=lambda turns, **rest: "".join(
         f"<{turn['role']}>{turn['content']}" for turn in turns))
@@ -366,7 +372,7 @@ def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     """Settings, weights, tokenizer, template: another row has another place in the cache."""
     folder = make_expert(tmp_path / "m", chat=True)
     kinds = [dict(), dict(read="first"), dict(layers=(1,)), dict(positions=2), dict(cue="w1"),
-             dict(untrained=True)]
+             dict(untrained=True), dict(own_text=True), dict(own_text=True, tokens=3)]
     prints = [Expert(folder, **kind).fingerprint("states") for kind in kinds]
     assert prints[0] == Expert(folder, layers=(3,)).fingerprint("states")  # the same
     prints += [Expert(folder).fingerprint("texts"), Expert(folder, tokens=3).fingerprint("texts")]
@@ -376,7 +382,7 @@ def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     for change in (lambda: template.write_text("another"), template.unlink):
         change()
         prints.append(Expert(folder).fingerprint("states"))
-    assert len(set(prints)) == len(prints) == 11
+    assert len(set(prints)) == len(prints) == 13
 
 def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, monkeypatch):
     """Greedy, until a stop token or a line's end, whatever penalties the model's folder asks for."""
@@ -492,7 +498,13 @@ def same_gradients(a, b, tolerance=1e-5):
 @pytest.mark.parametrize("widths", [WIDTHS, (8, 8), (130, 500, 257)])
 def test_one_einsum_equals_a_loop_over_experts(widths):
     """Written once more with a loop, unpadded states and torch's attention: values and gradients."""
-    router, H, up = make_router(widths=widths), states(widths=widths), torch.randn(4, 4, 32)
+    router, H = make_router(widths=widths, temperature=0.5), states(widths=widths)
+    up = torch.randn(4, 4, 32)
+    fitted = router.standardize(states(64, seed=1, widths=widths))
+    std, mean = torch.std_mean(fitted, 0)
+    real = torch.arange(max(widths)) < torch.tensor(widths)[:, None]
+    torch.testing.assert_close(mean, torch.zeros(real.shape), atol=1e-5, rtol=0)
+    torch.testing.assert_close(std, real.float(), atol=1e-4, rtol=0)
     C, A = router(H)
     (C * up).sum().backward()
     fast = gradients(router)
@@ -504,7 +516,8 @@ def test_one_einsum_equals_a_loop_over_experts(widths):
     trust = [(x[i].clamp(-10, 10) * router.trust[i, :w]).mean(1) + router.trust_bias[i]
              for i, w in enumerate(widths)]
     trust = torch.stack(trust, 1)[:, None, None].expand(-1, 2, 4, -1)
-    y = F.scaled_dot_product_attention(heads(q).expand(4, -1, -1, -1), heads(k), heads(v), trust)
+    y = F.scaled_dot_product_attention(heads(q).expand(4, -1, -1, -1), heads(k), heads(v), trust,
+                                       scale=8**-0.5 / 0.5)
     z = router.latents + router.proj(y.transpose(1, 2).flatten(-2))
     z = z + router.mlp(router.norm_mlp(z))
     naive = router.out(router.norm_out(z))
@@ -612,7 +625,8 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
     """Padding, prefix, shared prompt, temperature, entropy; LoRA off, and on with it merged into the twin."""
-    twin, policy = make_policy(tmp_path, kind, **settings), Policy.from_pretrained(tmp_path, neutral="mean")
+    neutral = "zero" if kind == "qwen2" else "mean"
+    twin, policy = make_policy(tmp_path, kind, **settings), Policy.from_pretrained(tmp_path, neutral=neutral)
     embed = twin.get_input_embeddings()
     tokens, lengths, prefix, answer, mask = example(prefixed)
     for awake in (False, True):
@@ -630,7 +644,8 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
                 n = int(mask[b, g].sum())
                 x = embed(torch.cat((tokens[b, :lengths[b]], answer[b, g, :n])))
                 if prefixed:  # in standard deviations of the embeddings, measured from their mean
-                    x = torch.cat((embed.weight.mean(0) + embed.weight.std() * prefix[b], x))
+                    mean = embed.weight.mean(0) * (neutral == "mean")
+                    x = torch.cat((mean + embed.weight.std() * prefix[b], x))
                 z = (twin(inputs_embeds=x[None]).logits[0, -n - 1:-1] / 0.7).log_softmax(-1)
                 torch.testing.assert_close(got[b, g, :n], z.gather(1, answer[b, g, :n, None])[:, 0],
                                            atol=1e-4, rtol=1e-4)
@@ -699,6 +714,22 @@ def test_shared_prefill_equals_plain_copies(small):
     torch.testing.assert_close(logp2.view_as(logp), logp, atol=1e-5, rtol=1e-5)
     same_gradients(shared, gradients(small) | dict(prefix=prefix.grad))
     assert shared["prefix"].abs().max() > 1e-3  # it is learned from, through the cached keys and values
+
+def test_swiglus_backward_is_the_derivative():
+    assert torch.autograd.gradcheck(SwiGLU.apply, torch.randn(3, 8).double().requires_grad_())
+
+def test_samples_follow_the_probabilities_that_the_loss_is_about(small):
+    """Answers of three tokens: each as often as exp(log-probability) says, at one temperature."""
+    tokens, lengths, prefix, *_ = example()
+    with torch.no_grad():
+        cache = small.prefill(tokens[:1], lengths[:1], prefix[:1])
+        got, mask = small.generate(cache, 4096, 3, 0.3, torch.Generator().manual_seed(0))
+        logp = small.logprobs(cache, got, mask, 0.3)[0][0].sum(-1)
+    answers, place, counts = got[0].unique(dim=0, return_inverse=True, return_counts=True)
+    expected = 4096 * torch.zeros(len(answers)).scatter(0, place, logp.exp())
+    often = expected > 10
+    n = int(often.sum())
+    assert n > 5 and ((counts - expected).square() / expected)[often].sum() < n + 4 * (2 * n) ** 0.5
 
 def test_token_logprob_equals_autograd():
     h, weight = torch.randn(37, 16, requires_grad=True), torch.randn(70, 16)
@@ -801,15 +832,6 @@ def test_kl_estimate_is_unbiased_and_never_negative():
     p, q = torch.randn(2, 50).double().log_softmax(-1)
     assert (kl_estimate(p, q) >= 0).all()
     torch.testing.assert_close((p.exp() * kl_estimate(p, q)).sum(), (p.exp() * (p - q)).sum())
-
-def test_the_stop_token_is_trained(small):
-    """A completion that is its stop token alone has a gradient: else no policy learns to stop."""
-    tokens, lengths, *_ = example()
-    stop = torch.full((3, 2, 1), small.config.stop[0])
-    logp, _ = small.logprobs(small.prefill(tokens, lengths), stop, torch.ones_like(stop).bool())
-    advantage, args = torch.tensor([[1.0, 0.5]] * 3), types.SimpleNamespace(clip=0.2, clip_high=0.2)
-    grpo_loss(logp, logp.detach(), None, advantage, stop > 0, args).backward()
-    assert gradients(small)["0.blocks.0.qkv.A"].abs().max() > 0
 
 def remembered(task, split, n, *rest):
     """problems(), made once, and 256 at most: thousands of them take seconds."""
@@ -923,6 +945,65 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not all(row["reward"] == 0 for row in rows(finished)) and {
         row["reward"] for row in rows(tmp_path / "run")} == {0}
+
+def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch):
+    """Each gradient of three steps of two epochs, at temperature 0.7, all prompts at once; the rates of the
+    parts; the problems in their order."""
+    draw, keep, steps, rates, old = train.rollout, train.keep, [], [], {}
+
+    def drawn(policy, router, batch, args, group, temperature, generator):
+        out = draw(policy, router, batch, args, group, temperature, generator)
+        out.rewards = ((torch.arange(6)[:, None] + torch.arange(4)) % 3 == 0).float()
+        assert temperature == 0.7
+        steps.append((policy, router, batch, args, out))
+        return out
+
+    def compared(parameters):
+        policy, router, batch, args, out = steps[-1]
+        score = lambda context: policy.logprobs(
+            policy.prefill(batch.tokens, batch.lengths, context), out.tokens, out.mask, 0.7)[0]
+        logp = score(router(batch.H)[0])
+        with torch.no_grad(), policy.lora_disabled():
+            ref = score(None)
+        first = old.setdefault(len(steps), logp.detach())  # of the policy that sampled
+        loss = grpo_loss(logp, first, ref, advantages(out.rewards), out.mask, args) / out.mask.sum()
+        naive = dict(enumerate(torch.autograd.grad(loss, parameters)))
+        same_gradients({i: p.grad for i, p in enumerate(parameters)}, naive, 1e-3)
+
+    def kept(*rest):
+        rates.append([group["lr"] for group in rest[-2].param_groups])
+        keep(*rest)
+
+    monkeypatch.setattr(train, "rollout", drawn)
+    monkeypatch.setattr(train, "add_gradients", compared)
+    monkeypatch.setattr(train, "keep", kept)
+    train.run([*quick, *"--steps 3 --epochs 2 --temperature 0.7 --align 0 --beta 0.04 --lr 1e-2 "
+                "--router_lr 2e-3 --out".split(), str(tmp_path / "run")])
+    expected = torch.tensor([[0.5], [1], [1]]) * torch.tensor([1e-2, 2e-3, 0.1])  # warm-up of 2 steps
+    torch.testing.assert_close(torch.tensor(rates), expected)
+    assert sum((step[2].problems for step in steps), []) == train.load_problems(steps[0][3], "train")[:18]
+
+def test_an_answer_cut_by_the_limit_is_told_to_the_verifier(finished, monkeypatch):
+    policy, router, data, args = loaded(finished)
+    policy.stop_at(list(range(0, len(policy.embed), 4)))
+    monkeypatch.setattr(rlvr, "verify", lambda text, problem, form, truncated: rewards.Verdict(
+        not truncated, not truncated, float(not truncated), "right"))
+    generator = torch.Generator().manual_seed(0)
+    out = rlvr.rollout(policy, router, data.batch(range(8)), args, 16, 1.0, generator)
+    ended = (out.tokens % 4 == 0).any(-1)
+    assert torch.equal(out.truncated, ~ended) and torch.equal(out.rewards, ended.float())
+    assert ended.any() and not ended.all()
+
+def test_a_longer_run_begins_alike_and_skipped_problems_are_left_out(monkeypatch):
+    monkeypatch.setattr(rlvr, "problems", lambda task, split, n, *rest: [
+        Problem(f"{split} {i}", "") for i in range(n)])
+    args = argparse.Namespace(task="", data="", level="", seed=1, batch=32, align=0, steps=10, test=5,
+                              test_skip=7)
+    short, args.steps = train.load_problems(args, "train"), 100
+    first = [Problem(f"train {i}", "") for i in range(256)]
+    assert train.load_problems(args, "train")[:320] == short
+    assert set(short[:256]) == set(first) and short[:256] != first
+    assert [p.question for p in train.load_problems(args, "test")] == [f"test {i}" for i in range(7, 12)]
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     """In a step of one problem one expert that writes has a gradient, by turns; the encoder always."""
@@ -1147,6 +1228,7 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     saved = newest(out)
     assert any(key.startswith("router") for key in saved) == (collab in ROUTERS)
     assert ("attention" in rows(out)[0]) == (collab in ("soft", "hard"))
+    assert ("logic: " in loaded(out)[2].prompts[0]) == (collab == "text")
     assert bool(list(out.glob("aligned*"))) == (align == "6")
     capsys.readouterr()
     assert command(out, "--json", program=evaluation) == 0
@@ -1156,6 +1238,8 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     assert report["after"]["strict"] == kept["after"]["strict"] and (out / "run.png").exists()
     assert command(out, "--ask", "How many primes?", program=evaluation) == 0
     assert ("logic" in capsys.readouterr().out.split("rewarded")[1]) == (collab in ("soft", "hard"))
+    if control in ("shuffled", "noise"):
+        assert "start anew with more" in refused(capsys, "--resume", out, "--steps", "3")
 
 def as_rank(rank, port, out, argv):
     """A run alone (rank None) or as one of two, which then go on with it until rank 1 is lost in step 3."""
@@ -1323,13 +1407,23 @@ def test_swap_counts_who_follows_the_states(finished, monkeypatch):
     data.problems[0] = replace(data.problems[0], dataset="alone")  # there is nothing to swap it with
     assert evaluation.swap_test(policy, router, data, args)["n"] < len(data)
 
-def test_the_forecast_by_hand(finished, monkeypatch, capsys):
-    """A rollout of a minute: 10 steps of 3.5 minutes, and 48 test answers of 3/32 minutes."""
+def test_before_and_masked_are_what_they_say(finished, monkeypatch):
+    """Before: the frozen policy alone. Masked: nothing of that expert. Its share: of all its states."""
     policy, router, data, args = loaded(finished)
-    settings = dict(steps=10, batch=4, group=8, epochs=1, beta=0.0, align=0, test=16, val=8, eval_every=5)
-    monkeypatch.setattr(evaluation, "rollout", lambda *_: types.SimpleNamespace(seconds=60.0))
-    evaluation.show_time(policy, {"train": data}, argparse.Namespace(**vars(args) | settings), 0)
-    assert "about 39.5 minutes: reading 0.0, GRPO 35.0, tests 4.5" in capsys.readouterr().out
+    frozen, pool, _ = train.build(args)
+    wake_lora(policy)
+    answer, said = evaluation.evaluate, []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *a: said.append(answer(*a)) or said[-1])
+    evaluation.test_report(policy, router, data, args, pool)
+    assert said[0][1] == answer(frozen, None, data, args)[1] != said[1][1] and said[0][2] is None
+    assert len(said) == 2 + len(pool)
+    for e, (_, _, A) in enumerate(said[2:]):
+        assert not A[..., data.owner == e].any()
+        torch.testing.assert_close(A.sum(-1), torch.ones(A.shape[:-1]))
+    A, owner = torch.randn(4, 2, 3, 5).softmax(-1), torch.tensor([0, 1, 1, 1, 2])
+    naive = torch.stack([A[..., owner == e].sum(-1) for e in range(3)], -1)
+    torch.testing.assert_close(evaluation.by_expert(A, owner), naive)
+    assert evaluation.by_dataset([*"abab"], torch.tensor([1.0, 2, 3, 6])) == dict(a=2, b=4)
 
 def test_eval_reports_the_run(finished, capsys):
     """Masked, swap, pass@k; intervals hold the shares; the JSON line agrees with training's report."""

@@ -34,9 +34,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval import (accuracy, append, by_dataset, damaged, drop_rows, evaluate, log_alignment, log_read_back,
-                  one_process, one_sentence, out_of_memory, read_back, read_config, show_gate, show_report,
-                  test_report)
+from eval import (accuracy, append, bar, by_dataset, damaged, drop_rows, evaluate, log_alignment,
+                  log_read_back, one_process, one_sentence, out_of_memory, read_back, read_config, show_gate,
+                  show_report, test_report)
 from experts import pick_device, write_atomic
 from rewards import SPLITS, known
 from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
@@ -298,9 +298,6 @@ def log_samples(args, row, sampled):
                 step=row["step"], question=problem.question, answer=problem.answer, completion=text,
                 reason=verdict.reason, reward=verdict.reward))
 
-def bar(items, name, done, steps):
-    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
-
 # -- Stopping and going on
 
 stop_signals = []  # Ctrl-C and SIGTERM, as they came
@@ -357,6 +354,9 @@ def parse_args(argv):
         changed = sorted(given.keys() - {"resume", "steps", "micro_batch", "device"})
         if changed:
             raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would change it")
+        if args.control in ("shuffled", "noise") and given.get("steps", args.steps) != args.steps:
+            raise ValueError(f"--control {args.control} draws states for all steps at once, so --steps stays "
+                             f"{args.steps}: start anew with more")
         args = replace(args, **(given | dict(out=given["resume"])))
     else:
         preset = given.get("preset") or pick_preset(given)
