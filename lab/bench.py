@@ -390,6 +390,8 @@ def bench_start(folder, size, device):
             waited.append(time.perf_counter() - start)
             process.kill()
             process.wait()
+            if not Path(f"{out}/{i}/metrics.jsonl").exists():
+                raise ValueError(f"{' '.join(command)} ended before its first step: call it to see why")
     return dict(start_s=summary(waited[1:]), experts_8_over_1_step=ratio(*times))
 
 # -- TRL

@@ -72,11 +72,6 @@ def spearman_without_trend(steps, x, y, degree):
         return None
     return spearman(without_trend(steps, np.asarray(x), degree), without_trend(steps, np.asarray(y), degree))
 
-def detectable(std, seeds=5):
-    """The difference of two means over `seeds` seeds of this std that a two-sided test at 5% finds in 80% of
-    studies: 2.8 (1.96 + 0.84) standard errors."""
-    return 2.8 * std * math.sqrt(2 / seeds)
-
 # -- Rows
 
 def read_rows(path=None):
@@ -104,7 +99,7 @@ def paired_right(rows, task, way, other):
 def judge(low, high, margin, kind="more"):
     """The verdict on a difference by its interval. Claimed is that it is
 
-    more     above 0: refuted by an interval below 0 or within the margin
+    more     above 0, however little: else refuted by an interval below 0 or within the margin
     same     within the margin: refuted by an interval on one side of 0 that is not
     no less  above -margin: refuted by an interval below 0 that is not
     """
@@ -146,22 +141,19 @@ def saturated(rows):
         return difference(rows, "single", "soft", *tasks)
     return [("open", f"single saturates nowhere, at most {max(means.values(), default=0):.0%}")]
 
+def rho(row, degree=0):
+    """Spearman's rho of attention's entropy and reward over a run's curve, both without their trend."""
+    steps, *both = ([point[key] for point in row["curve"]] for key in ("step", "attention_entropy", "reward"))
+    return spearman_without_trend(steps, *both, degree) or 0.0
+
 def entropy_falls(rows):
-    """Spearman's rho of attention's entropy and reward over a run's curve. That it is below 0 is claimed, so
-    the sign is turned."""
-    plain, straight, cubic = [], [], []
-    for row in rows:
-        points = [point for point in row["curve"] if "attention_entropy" in point]
-        if row["way"] != "soft" or row["task"].startswith("real") or len(points) < 3:
-            continue
-        keys = ("step", "attention_entropy", "reward")
-        steps, entropy, reward = ([point[key] for point in points] for key in keys)
-        plain.append(spearman(entropy, reward) or 0.0)
-        straight.append([-(spearman_without_trend(steps, entropy, reward, 1) or 0.0)])
-        cubic.append(spearman_without_trend(steps, entropy, reward, 3) or 0.0)
+    """That rho is below 0 is claimed, so its sign is turned."""
+    runs = [row for row in rows
+            if row["way"] == "soft" and not row["task"].startswith("real") and len(row["curve"]) > 2]
+    plain, straight, cubic = ([rho(row, degree) for row in runs] for degree in (0, 1, 3))
     label = (f"Spearman's rho over a run {np.mean(plain or [0]):+.2f}, without its cubic trend "
              f"{np.mean(cubic or [0]):+.2f}; without its straight trend and the sign turned")
-    return [compare(label, straight, unit="rho")]
+    return [compare(label, [[-x] for x in straight], unit="rho")]
 
 def concentrates(rows):
     """Attention's entropy in the last tenth of training, easy sums against hard ones."""
@@ -169,7 +161,9 @@ def concentrates(rows):
     ends = ([], [])
     for seed in sorted(easy.keys() & hard.keys()):
         for end, row in zip(ends, (easy[seed], hard[seed])):
-            end.append([np.mean([point["attention_entropy"] for point in row["curve"][-5:]])])
+            last = [point["attention_entropy"] for point in row["curve"]
+                    if point["step"] > 0.9 * row["curve"][-1]["step"]]
+            end.append([np.mean(last)])
     return [compare("entropy at the end, sums - sums hard", *map(np.array, ends), unit="nats")]
 
 def names_of(row):
@@ -210,37 +204,29 @@ def knowing_attended(rows, task):
     """Of the items that exactly one expert answers right by itself: how often is it the one attended to
     most?"""
     runs = [row for row in runs_by_seed(rows, task, "soft").values() if row.get("knows")]
-    shares, experts = [], 2
-    for row in runs:
-        knows = np.array(row["knows"])  # (n, experts)
-        experts = knows.shape[1]
-        one = knows.sum(1) == 1
-        shares.append(100.0 * (most_attended(row) == knows.argmax(1))[one])
+    one = np.all([np.sum(row["knows"], 1) == 1 for row in runs], 0)  # the same items in every run
+    shares = [100.0 * (most_attended(row) == np.argmax(row["knows"], 1))[one] for row in runs]
+    experts = len(runs[0]["experts"]) if runs else 2
     return [above_even(f"{task}, the only expert that knows is attended to most", shares, experts)]
 
-def static_suffices(rows, task, kind):
-    """What a run loses when its attention is replaced with its mean over training problems."""
-    return test_time(rows, task, "static", f"{task}, as trained - static attention", kind)
-
-def test_time(rows, task, replaced, label, kind="more"):
+def test_time(rows, task, replaced, kind="more"):
     """A run as trained against the same run with something replaced at test time (probe.py --ablate)."""
+    label = {"static": "static attention", "shuffle": "shuffled states at test"}[replaced]
     found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if row.get("ablate")]
     n = min((len(ablate["right"]) for ablate in found), default=0)  # the first of more are the same problems
     trained = 100.0 * np.array([ablate["right"][:n] for ablate in found])
     other = 100.0 * np.array([ablate["kinds"][replaced]["right"][:n] for ablate in found])
-    return [compare(label, trained, other, kind=kind)]
+    return [compare(f"{task}, as trained - {label}", trained, other, kind=kind)]
 
 def gain_is_gone(rows, task):
     """Soft with the states of other problems at test time must be no better than single."""
     soft, single = runs_by_seed(rows, task, "soft"), runs_by_seed(rows, task, "single")
-    a, b = [], []
-    for seed in sorted(soft.keys() & single.keys()):
-        shuffled = soft[seed].get("ablate", {}).get("kinds", {}).get("shuffle", {}).get("right", [])
-        if shuffled:
-            a.append(single[seed]["right"])
-            b.append(shuffled[:len(a[-1])])
-    label = f"{task}, single - soft with shuffled states at test"
-    return [compare(label, 100.0 * np.array(a), 100.0 * np.array(b), kind="no less")]
+    seeds = sorted(seed for seed in soft.keys() & single.keys() if soft[seed].get("ablate"))
+    shuffled = [soft[seed]["ablate"]["kinds"]["shuffle"]["right"] for seed in seeds]
+    n = min(map(len, shuffled), default=0)
+    alone = 100.0 * np.array([single[seed]["right"][:n] for seed in seeds])
+    other = 100.0 * np.array([right[:n] for right in shuffled])
+    return [compare(f"{task}, single - soft with shuffled states at test", alone, other, kind="no less")]
 
 def specialist_share(row):
     """The specialist's share of attention in percent, mean over the datasets."""
@@ -259,7 +245,7 @@ def stage_0_alone(rows):
 def real_models_read(rows):
     task = "real sums"
     parts = [difference(rows, "soft", other, task)[0] for other in ("single", "prefix", "soft shuffled")]
-    parts += test_time(rows, task, "shuffle", f"{task}, as trained - shuffled states at test")
+    parts += test_time(rows, task, "shuffle")
     return parts + gain_is_gone(rows, task)
 
 CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
@@ -276,7 +262,7 @@ CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Larger experts are preferred whatever they know (a wide one with random weights)", wide_attended),
     ("On the mix the expert made for a dataset is attended to most", specialist_attended),
     ("Static attention suffices on sums and not on the mix", lambda rows: (
-        static_suffices(rows, "sums", "same") + static_suffices(rows, "mix", "more"))),
+        test_time(rows, "sums", "static", "same") + test_time(rows, "mix", "static"))),
     ("Stage 0 alone does not tell whom to attend to, GRPO does", stage_0_alone),
     ("Real models read: soft beats single, prefix and shuffled; shuffling states at test removes the gain",
      real_models_read),
@@ -315,13 +301,13 @@ def table(rows):
 def rates_table(rows):
     """Markdown: accuracy on the mix's validation problems by what the rates of LoRA and router are times the
     preset's."""
-    found = {row["way"]: row["val"] for row in rows if row["task"] == "rates"}
+    found = {row["way"]: f"{100 * row['val']:.1f}" for row in rows if row["task"] == "rates"}
     ways = list(dict.fromkeys(way.split()[0] for way in found))
-    factors = list(dict.fromkeys(way.split()[-1] for way in found))
+    factors = sorted({way.split()[-1] for way in found}, key=float)
     lines = ["", f"| validation | {' | '.join(f'rates x {factor}' for factor in factors)} |",
              "|---" * (1 + len(factors)) + "|"]
     for way in ways:
-        cells = [f"{100 * found[f'{way} x {factor}']:.1f}" for factor in factors]
+        cells = [found.get(f"{way} x {factor}", "") for factor in factors]
         lines.append(f"| {way} | {' | '.join(cells)} |")
     return lines if ways else []
 
@@ -333,16 +319,6 @@ def mean_and_std(values, n=None):
         return f"{100 * values[0]:.1f}"
     low, high = wilson(values[0] * n, n)
     return f"{100 * values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-def between_seeds(rows):
-    """(pooled std over seeds in points, that of the group with the most) of soft and single, None before
-    there are two seeds of each."""
-    variances = []
-    for task in ("sums", "mix"):
-        for way in ("soft", "single"):
-            after = [100 * row["after"] for row in runs_by_seed(rows, task, way).values()]
-            variances += [np.var(after, ddof=1)] if len(after) > 1 else []
-    return (math.sqrt(np.mean(variances)), math.sqrt(max(variances))) if len(variances) == 4 else None
 
 def wrong_sums(rows):
     """Beyond the claims: when a sum goes wrong, was the wrong expert attended to, or the right one in
@@ -372,12 +348,6 @@ def report(rows):
              "Strict greedy accuracy in percent on the same held-out problems, mean ± population standard",
              "deviation over seeds (of one seed: Wilson's interval). Differences are paired by seed and",
              "problem; 95% intervals: problems by bootstrap, seeds by Student's t."]
-    std = between_seeds(rows)
-    if std:
-        least = [detectable(x) for x in std]
-        lines += [f"Seeds of soft and single on sums and mix differ by {std[0]:.1f} points (pooled standard",
-                  f"deviation; {std[1]:.1f} in the group with the most), so five seeds find a difference of",
-                  f"{least[0]:.1f} ({least[1]:.1f}) points in 80% of such studies."]
     lines += rates_table(rows)
     lines += ["", "| claim | verdict | measured |", "|---|---|---|"]
     for number, (claim, parts) in enumerate(CLAIMS, start=1):

@@ -17,11 +17,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from claims import (RESULTS, finished, interval, names_of, runs_by_seed, spearman,  # noqa: E402
-                    spearman_without_trend)
+from claims import RESULTS, finished, interval, names_of, rho, runs_by_seed  # noqa: E402
 from eval import heat, one_sentence  # noqa: E402
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # Okabe and Ito
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
 OTHERS = ("soft", "soft without stage 0", "hard", "linear", "text")
 TASKS = ("mix", "sums", "sums hard", "family", "primes", "real sums")
@@ -79,10 +78,9 @@ def seeds_of(runs):
     seeds = sorted(run["seed"] for run in runs)
     return f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
 
-def learning_curves(rows, ways):
-    """Validation accuracy of these ways, a panel a task; squares: test."""
-    tasks = [task for task in TASKS
-             if sum(bool(runs_by_seed(rows, task, way)) for way in ways) > (ways is OTHERS)]
+def learning_curves(rows, ways, least=1):
+    """Validation accuracy of these ways, a panel for each task that has `least` of them; squares: test."""
+    tasks = [task for task in TASKS if sum(bool(runs_by_seed(rows, task, way)) for way in ways) >= least]
     if not tasks:
         return None
     figure, axes = panels(len(tasks))
@@ -96,7 +94,7 @@ def learning_curves(rows, ways):
                 after, end = [run["after"] for run in runs], runs[0]["curve"][-1]["step"]
                 axis.errorbar(end * (1.03 + 0.03 * i), np.mean(after), np.std(after), color=colour,
                               marker="s", markersize=5, capsize=3)
-        run = next(row for row in rows if row["task"] == task and row["way"] == "soft")
+        run = next(row for row in rows if row["task"] == task and row["way"] != "text")
         axis.axhline(run["before"], color="0.4", linestyle="--", label="policy alone (test)")
         seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else max(counts)
         axis.set(ylim=(0, 1.02), title=f"{task}, seeds: {seeds}")
@@ -108,7 +106,7 @@ def learning(rows):
     return learning_curves(rows, HEADLINE)
 
 def ways(rows):
-    return learning_curves(rows, OTHERS)
+    return learning_curves(rows, OTHERS, least=2)
 
 def attention(rows, task="mix", labels=None):
     """Attention by dataset over training, soft; labels: of the experts, in order, where names say little."""
@@ -139,13 +137,8 @@ def entropy(rows):
     figure, axes = panels(2)
     for task, colour in zip(tasks, COLOURS):
         runs = list(runs_by_seed(rows, task, "soft").values())
-        rho = ([], [])
-        for run in runs:
-            keys = ("step", "attention_entropy", "reward")
-            columns = [[point[key] for point in run["curve"]] for key in keys]
-            rho[0].append(spearman(*columns[1:]) or 0.0)
-            rho[1].append(spearman_without_trend(*columns, 1) or 0.0)
-        label = f"{task}, {seeds_of(runs)}\nρ {np.mean(rho[0]):+.2f}, detrended {np.mean(rho[1]):+.2f}"
+        plain, straight = (np.mean([rho(run, degree) for run in runs]) for degree in (0, 1))
+        label = f"{task}, {seeds_of(runs)}\nρ {plain:+.2f}, detrended {straight:+.2f}"
         band(axes[0], series(runs, "attention_entropy"), label, colour, smooth=5)
         band(axes[1], series(runs, "reward"), label, colour, smooth=5)
     axes[0].set(ylim=(0, None), ylabel="nats", title="Entropy of attention")
@@ -161,15 +154,12 @@ def specialization(rows):
     datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
     shares = [[np.mean([run["attention_by_dataset"][dataset][name] for run in runs]) for name in names]
               for dataset in datasets]
-    lost = [[100 * np.mean([accuracy_on(run, dataset) - run["masked"][name][dataset] for run in runs])
-             for name in names] for dataset in datasets]
+    lost = [[100 * np.mean([run["by_dataset"][dataset]["after"] - run["masked"][name][dataset]
+                            for run in runs]) for name in names] for dataset in datasets]
     figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 3.2))
     heat(axes[0], datasets, names, shares, 1, "{:.2f}", f"Attention on test problems, {seeds_of(runs)}")
     heat(axes[1], datasets, names, lost, 100, "{:z.0f}", "Points lost when an expert is masked out")
     return figure
-
-def accuracy_on(run, dataset):
-    return np.mean(np.array(run["right"])[np.array(run["datasets"]) == dataset])
 
 def right_and_wrong(rows):
     """Attention on problems answered right and wrong: soft on the mix."""
@@ -200,7 +190,7 @@ def right_and_wrong(rows):
 def ablations(rows):
     """What replacing attention or states at test time costs soft: 95% intervals."""
     tasks = [task for task in TASKS
-             if any(run.get("ablate") for run in runs_by_seed(rows, task, "soft").values())][:5]
+             if any(run.get("ablate") for run in runs_by_seed(rows, task, "soft").values())]
     if not tasks:
         return None
     figure, axis = plt.subplots(layout="constrained", figsize=(9, 3.8))

@@ -83,6 +83,7 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "stage 0": "",  # no run: the test of soft's run after stage 0 alone
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
+# before the ways of the rates block join WAYS
 ON_MIX = [way for way in WAYS if way not in ("soft wrong", "soft wide", "soft prompt")]
 RATED = {f"{way} x {factor}": f"{WAYS[way]} --lr {factor * PRESETS['tiny']['lr']} "
                               f"--router_lr {factor * PRESETS['tiny']['router_lr']}"
@@ -154,15 +155,12 @@ def command(run, models="models"):
 def steps_of(run, models):
     """[(the file that a command leaves, the command)] of all that a run still needs, in order."""
     out, folder = run.folder, os.path.relpath(run.folder, HERE)
-    train = command(run, models)
-    if (out / "config.json").exists():
-        train = ["python", "train.py", "--resume", folder]
-    ablate = ["python", "lab/probe.py", folder, "--ablate", "static", "uniform", "shuffle", "zero"]
-    if run.way == "stage 0":
-        steps = [(out / "eval-aligned.json", command(run))]
-    else:
-        steps = [(out / "eval.json", train)]
+    words, name = command(run, models), "eval-aligned.json" if run.way == "stage 0" else "eval.json"
+    if run.way != "stage 0" and (out / "config.json").exists():
+        words = ["python", "train.py", "--resume", folder]
+    steps = [(out / name, words)]
     if run.way in ABLATED:
+        ablate = ["python", "lab/probe.py", folder, "--ablate", "static", "uniform", "shuffle", "zero"]
         steps.append((out / "ablate.json", ablate))
     return [(path, words) for path, words in steps if not path.exists()]
 
@@ -279,14 +277,11 @@ def collect(run):
                  curve=condense(metrics), read_back=read_back(out))
     if metrics and "attention_map" in metrics[-1]:
         curve["attention_map"] = metrics[-1]["attention_map"]
-    for key in ("attention_by_dataset", "by_dataset", "masked", "right", "swap"):
-        if key in report:
-            curve[key] = report[key]
+    kept = ("attention_by_dataset", "by_dataset", "masked", "right", "swap")
+    curve |= {key: report[key] for key in kept if key in report}
     if not aligned and (out / "ablate.json").exists():
         ablate = json.loads((out / "ablate.json").read_text())
-        for key in ("datasets", "attended", "knows"):
-            curve[key] = ablate.pop(key)
-        curve["ablate"] = ablate
+        curve |= {key: ablate.pop(key) for key in ("datasets", "attended", "knows")} | dict(ablate=ablate)
     return row, curve
 
 def trainable(out):

@@ -72,7 +72,6 @@ def test_statistics_by_hand():
     assert claims.spearman([1, 2], [5, 5]) is None
     t = np.arange(9.0)
     assert abs(claims.without_trend(t, 3 * t - 2)).max() == 0
-    assert claims.detectable(2.0) == pytest.approx(3.541751)
 
 def test_drift_alone_is_no_relation():
     generator = np.random.default_rng(0)
