@@ -120,20 +120,6 @@ def read_back(policy, router, data, args, n=64):
         result.append((e, *shares, len(rows)))
     return result
 
-def bar(items, name, done, steps):
-    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
-
-def log_alignment(out, step, part, loss):
-    if step % 25 == 1:
-        append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
-        tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
-
-def log_read_back(out, experts, rows):
-    for e, read, shuffled, n in rows:
-        append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
-                   "other problems' states")
-
 def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
     masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
@@ -155,6 +141,45 @@ def test_report(policy, router, data, args, experts):
             masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
             report["masked"][name] = by_dataset(datasets, strict(masked))
     return report
+
+def show(report):
+    """The report as text; the intervals are put into it, too."""
+    print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
+    for when in ("before", "after"):
+        right = report[when]["strict"]
+        low, high = report[when]["ci95"] = wilson(right * report["n"], report["n"])
+        print(f"  {when:7} {right:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
+    for dataset, rows in report["by_dataset"].items():
+        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%} of {rows['n']}"
+        parts = []
+        for name, attended in report.get("attention_by_dataset", {}).get(dataset, {}).items():
+            parts.append(f"{name} {attended:.2f}")
+            if name in report["masked"]:
+                parts[-1] += f" ({100 * (report['masked'][name][dataset] - rows['after']):+.0f})"
+        line += f"; attention (masked out): {', '.join(parts)}" if parts else ""
+        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
+    if "swap" in report:
+        swap = report["swap"]
+        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
+              f"{swap['n']} answers are what the expert attended to would say to the other problem")
+    for k, passed in report.get("pass_at", {}).items():
+        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
+
+# -- What train.py shows and writes down
+
+def bar(items, name, done, steps):
+    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
+
+def log_alignment(out, step, part, loss):
+    if step % 25 == 1:
+        append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
+        tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
+
+def log_read_back(out, experts, rows):
+    for e, read, shuffled, n in rows:
+        append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
+        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
+                   "other problems' states")
 
 def show_gate(policy, experts, data, args, n=64):
     """Before minutes are spent: how many will it be, and is there anything to attend to? What experts say to
@@ -200,29 +225,6 @@ def show_report(args, report):
     out = shlex.quote(args.out)
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask\n"
           f"  python train.py --resume {out} --steps {2 * args.steps}")
-
-def show(report):
-    """The report as text; the intervals are put into it, too."""
-    print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
-    for when in ("before", "after"):
-        right = report[when]["strict"]
-        low, high = report[when]["ci95"] = wilson(right * report["n"], report["n"])
-        print(f"  {when:7} {right:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
-    for dataset, rows in report["by_dataset"].items():
-        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%} of {rows['n']}"
-        parts = []
-        for name, attended in report.get("attention_by_dataset", {}).get(dataset, {}).items():
-            parts.append(f"{name} {attended:.2f}")
-            if name in report["masked"]:
-                parts[-1] += f" ({100 * (report['masked'][name][dataset] - rows['after']):+.0f})"
-        line += f"; attention (masked out): {', '.join(parts)}" if parts else ""
-        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
-    if "swap" in report:
-        swap = report["swap"]
-        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
-              f"{swap['n']} answers are what the expert attended to would say to the other problem")
-    for k, passed in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
 
 # -- What only this file measures
 

@@ -61,11 +61,11 @@ def gather(value):
     meet(dist.all_gather_object, values, value)
     return values
 
-def total(number):
-    """The number summed over the ranks."""
-    summed = torch.tensor(number, dtype=torch.float64)
-    meet(dist.all_reduce, summed)
-    return summed.item()
+def total(numbers):
+    """A number, or each of a list, summed over the ranks."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    meet(dist.all_reduce, sums)
+    return sums.tolist()  # of a single one, a float
 
 def add_gradients(parameters):
     """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
@@ -268,13 +268,14 @@ def align(policy, router, data, args, start, moments):
         rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
         chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
         targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
-        batch, mask = data.batch(rows), data.reading_mask(torch.tensor(chosen)[:, None])  # mask (B, N)
-        context = router(batch.H, mask)[0] if router else None
+        H = data.H[rows].float().to(policy.embed.device)
+        mask = data.reading_mask(torch.tensor(chosen)[:, None])  # (B, N)
+        context = router(H, mask)[0] if router else None
         if spelling:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
             loss, count = words_loss(policy, context, spelled, used)
         else:
-            loss, count = reading_loss(policy, batch, context, targets)
+            loss, count = reading_loss(policy, data.batch(rows), context, targets)
         loss = loss / max(1.0, total(count))  # all texts of a batch may be empty
         loss.backward()
         add_gradients(parameters)

@@ -253,7 +253,7 @@ def summarize(sampled, owner, experts, sums):
     datasets = [problem.dataset for part in parts for problem in part[1]]
     verdicts = [verdict for part in parts for group in part[2] for verdict in group]
     rewards = step["rewards"]  # (B, G)
-    loss, kl, entropy = (total(sums[key]) for key in ("loss", "kl", "entropy"))
+    loss, kl, entropy = total([sums["loss"], sums["kl"], sums["entropy"]])
     row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=step["length"].mean().item(),
                truncated=step["truncated"].mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),

@@ -24,9 +24,9 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import (evaluate, next_of_dataset, one_sentence, open_run, read_config, read_lines,  # noqa: E402
-                  smooth)
+from eval import evaluate, one_sentence, open_run, read_config, read_lines, smooth  # noqa: E402
 from experts import write_atomic  # noqa: E402
+from rewards import next_of_dataset  # noqa: E402
 from rlvr import Dataset, advantages, load_problems  # noqa: E402
 from router import by_expert, masked_router  # noqa: E402
 from train import PRESETS, Args  # noqa: E402
@@ -101,8 +101,8 @@ def of_models(folder, n, device):
         return dict(note=f"There are no answers to show yet: {error}.", rows=[])
     data = Dataset(load_problems(args, "test", n), policy, experts, args)
     with policy.lora_disabled():
-        alone, said_alone, _ = evaluate(policy, None, data, args)
-    verdicts, said, attention = evaluate(policy, router, data, args)
+        alone, answers_alone, _ = evaluate(policy, None, data, args)
+    verdicts, answers, attention = evaluate(policy, router, data, args)
     masked, swapped, partner = {}, None, next_of_dataset(data.problems)
     if attention is not None and len(experts) > 1:
         for e, expert in enumerate(experts):
@@ -112,8 +112,8 @@ def of_models(folder, n, device):
     rows = []
     for i, problem in enumerate(data.problems):
         row = dict(dataset=problem.dataset, question=problem.question, gold=problem.answer,
-                   before=said_alone[i].strip(), right_before=alone[i].strict,
-                   after=said[i].strip(), right=verdicts[i].strict,
+                   before=answers_alone[i].strip(), right_before=alone[i].strict,
+                   after=answers[i].strip(), right=verdicts[i].strict,
                    says={expert.name: texts[i] for expert, texts in zip(experts, data.texts) if texts[i]},
                    masked={name: texts[i].strip() for name, texts in masked.items()},
                    swapped=swapped[i].strip() if swapped and partner[i] != i else None, attention=None)

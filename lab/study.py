@@ -83,12 +83,10 @@ WAYS = {  # single's stage 0 reads the same texts as soft's, {align} steps of it
     "stage 0": "",  # no run: the test of soft's run after stage 0 alone
 }
 HEADLINE = ["soft", "single", "prefix", "soft shuffled"]
-# before the ways of the rates block join WAYS
 ON_MIX = [way for way in WAYS if way not in ("soft wrong", "soft wide", "soft prompt")]
 RATED = {f"{way} x {factor}": f"{WAYS[way]} --lr {factor * PRESETS['tiny']['lr']} "
                               f"--router_lr {factor * PRESETS['tiny']['router_lr']}"
          for way in ("soft", "single", "prefix", "hard", "text") for factor in (0.5, 1, 2)}
-WAYS |= RATED
 BLOCKS = {  # block: [(tasks, ways, seeds)]
     "tiny": [(["mix"], ON_MIX, range(5)), (["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5)),
              (["family", "primes"], HEADLINE, range(5)), (["sums hard"], HEADLINE, range(3)),
@@ -135,8 +133,8 @@ def command(run, models="models"):
     if run.way == "stage 0":
         return shlex.split(f"python eval.py {folder} --aligned --json")
     real = run.task.startswith("real")
-    preset = PRESETS["small" if real else "tiny"]
-    words = shlex.split(f"python train.py {TASKS[run.task]} {WAYS[run.way].format(align=preset['align'])}")
+    preset, way = PRESETS["small" if real else "tiny"], (WAYS | RATED)[run.way]
+    words = shlex.split(f"python train.py {TASKS[run.task]} {way.format(align=preset['align'])}")
     experts = TINY_MODELS
     if real:
         policy, *experts = [str(Path(models) / name) for name in REAL_MODELS]

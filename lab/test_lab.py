@@ -25,7 +25,7 @@ import plan  # noqa: E402
 import probe  # noqa: E402
 import study  # noqa: E402
 import train  # noqa: E402
-from eval import next_of_dataset  # noqa: E402
+from rewards import next_of_dataset  # noqa: E402
 from rlvr import Dataset  # noqa: E402
 from router import Router  # noqa: E402
 
