@@ -274,8 +274,8 @@ class Policy(nn.Module):
             if tensor is None and shape is None:
                 return None
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
-                raise ValueError(f"{name}: of tensor {key} its config.json says {shape} floating-point numbers "
-                                 "(None: not there): fetch the model again, not quantised")
+                raise ValueError(f"{name}: of tensor {key} its config.json says {shape} floating-point "
+                                 "numbers (None: not there): fetch the model again, not quantised")
             return tensor.to(dtype)
 
         return cls(config, weight, rank, alpha, neutral).to(device)
