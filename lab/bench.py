@@ -293,9 +293,10 @@ def bench_verify(folder, size, device):
 
 # -- A whole step
 
-def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False):
+def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False, micro=None):
     """A function: one step of train.py's loop; it returns the seconds of its PARTS. No completion ends early,
-    and the experts' states are at hand. The rewards are random, so that every group teaches something."""
+    and the experts' states are at hand. The rewards are random, so that every group teaches something. A pass
+    has `micro` prompts, or all."""
     policy = load(folder, device, "float32" if tiny else "bfloat16")
     policy.tokenizer = AutoTokenizer.from_pretrained(folder)
     width, dim = (160, 64) if tiny else (1024, 512)
@@ -307,24 +308,29 @@ def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False):
                   torch.randn(prompts, experts, width, device=device))
     args = Args(max_new=new, form="plain")
     generator = torch.Generator(device).manual_seed(0)
+    passes = [slice(i, i + (micro or prompts)) for i in range(0, prompts, micro or prompts)]
     sampled = ref = None
 
     def sample():
         nonlocal sampled
         sampled = rollout(policy, router, batch, args, group, 1.0, generator)
 
+    def score(part, context=None):
+        cache = policy.prefill(tokens[part], lengths[part], context)
+        return policy.logprobs(cache, sampled.tokens[part], sampled.mask[part])[0]
+
     def score_reference():
         nonlocal ref
         with torch.no_grad(), policy.lora_disabled():
-            ref, _ = policy.logprobs(policy.prefill(tokens, lengths), sampled.tokens, sampled.mask, 1.0)
+            ref = torch.cat([score(part) for part in passes])
 
     def learn():
         rewards = torch.randint(0, 2, (prompts, group), generator=generator, device=device).float()
-        context, _ = router(batch.H)
-        cache = policy.prefill(tokens, lengths, context)
-        logp, _ = policy.logprobs(cache, sampled.tokens, sampled.mask, 1.0)
-        loss = grpo_loss(logp, logp.detach(), ref, advantages(rewards), sampled.mask, args)
-        (loss / sampled.mask.sum()).backward()
+        advantage, n_tokens = advantages(rewards), sampled.mask.sum()
+        for part in passes:
+            logp = score(part, router(batch.H[part])[0])
+            loss = grpo_loss(logp, logp.detach(), ref[part], advantage[part], sampled.mask[part], args)
+            (loss / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -397,28 +403,26 @@ def bench_start(folder, size, device):
 # -- TRL
 
 def bench_peers(folder, size, device):
-    """A step of TRL's GRPOTrainer against ours on 8 prompts x 8 completions of 96 and 64 tokens. It lives in
-    an environment of its own, as it wants other versions; the first time that is installed."""
+    """A step of TRL's GRPOTrainer against ours on 8 prompts x 8 completions of 96 and 64 tokens, both with 32
+    completions in a gradient pass, train.py's default. TRL lives in an environment of its own, as it wants
+    other versions; the first time that is installed."""
     venv = cache_dir() / "trl"
     python = str(venv / "bin" / "python")
     if not list(venv.glob("lib/*/site-packages/trl")):
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
-    options = dict(folder=str(folder), device=device, prompts=8, group=8, prompt=96, new=64, experts=3)
+    options = dict(folder=str(folder), device=device, prompts=8, group=8, prompt=96, new=64, experts=3,
+                   micro=4)
     ours = [child("step", **options)]  # before and after theirs: the machine's speed drifts
-    for rows in (64, 32, 16):  # at once; the same step in parts where memory does not hold all
-        command = [python, "-c", TRL, str(folder), str(rows), device]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode == 0:
-            break
-    else:
+    done = subprocess.run([python, "-c", TRL, str(folder), device], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
         raise ValueError(f"TRL did no step, see above: {python} -c 'import trl' should work")
     theirs = json.loads(done.stdout.splitlines()[-1])
     ours.append(child("step", **options))
     steps = [sum(one[part] for part in PARTS) for one in ours]
-    print(f"  TRL {theirs['version']}, {rows} rows at once: {theirs['seconds']} s, {theirs['mb']:,.0f} MB; "
-          f"ours {steps} s, {[one['mb'] for one in ours]} MB")
+    print(f"  TRL {theirs['version']}: {theirs['seconds']} s, {theirs['mb']:,.0f} MB; ours {steps} s, "
+          f"{[one['mb'] for one in ours]} MB")
     return dict(trl_step_ratio=ratio(theirs["seconds"], steps),
                 trl_memory_share=summary([one["mb"] / theirs["mb"] for one in ours]))
 
@@ -427,7 +431,7 @@ import json, sys, time
 import torch, trl, transformers
 from datasets import Dataset
 from peft import LoraConfig
-folder, rows, device = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+folder, device = sys.argv[1:]
 def resident(field):
     line = next(line for line in open("/proc/self/status") if line.startswith(field))
     return int(line.split()[1]) / 1024
@@ -439,8 +443,8 @@ class Clock(transformers.TrainerCallback):
         marks.append(time.perf_counter())
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-config = trl.GRPOConfig(output_dir=folder + "/trl", per_device_train_batch_size=rows,
-    gradient_accumulation_steps=64 // rows, num_generations=8, max_completion_length=64, max_steps=3,
+config = trl.GRPOConfig(output_dir=folder + "/trl", per_device_train_batch_size=32,
+    gradient_accumulation_steps=2, num_generations=8, max_completion_length=64, max_steps=3,
     beta=0.04, learning_rate=1e-4, bf16=True, use_cpu=device == "cpu", report_to=[], save_strategy="no",
     gradient_checkpointing=False, model_init_kwargs=dict(dtype=torch.bfloat16))
 prompts = [" ".join("123456789"[(i + j) % 9] for j in range(96)) for i in range(64)]
