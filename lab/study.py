@@ -46,8 +46,8 @@ RUNS = HERE / "runs" / "study"
 LEVEL = "--level min_terms={},max_terms={},min_digits=1,max_digits={}"
 UNSEEN = "--test 1024 --test_skip 1024"  # problems that nobody looked at while settings were chosen
 REAL = "--test 256 --test_skip 256 --val 64 --max_new 8"
-# whom to believe is to be learned, and what stage 0 taught to read to be kept
-BELIEVE = "--trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5"
+# whom to believe is to be learned, and what stage 0 taught to read to be kept; after 40 steps trust still rises
+BELIEVE = "--trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5 --steps 120"
 TASKS = {
     "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
     "sums": f"--preset tiny --task arithmetic {UNSEEN}",
