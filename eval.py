@@ -75,7 +75,7 @@ def evaluate(policy, router, data, args, rows=None, H=None):
     """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
     N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
     mine = share(list(range(len(data))) if rows is None else rows)
-    size = 256 if policy.embed.is_cuda else 64
+    size = 128 if policy.embed.is_cuda else 64  # more would need more memory than a rollout
     parts = []
     for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
         batch = data.batch(mine[i:i + size])
@@ -143,7 +143,7 @@ def test_report(policy, router, data, args, experts):
     return report
 
 def show(report):
-    """The report as text; the intervals are put into it, too."""
+    """Print the report; adds the intervals to it, as "ci95"."""
     print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     for when in ("before", "after"):
         right = report[when]["strict"]
@@ -202,9 +202,8 @@ def show_gate(policy, experts, data, args, n=64):
         print("  warning    no expert's words beat the policy by 15 points anywhere: little to attend to")
 
 def show_time(policy, data, args, n_experts):
-    """A forecast from one rollout. A gradient pass takes about 2.5 times as long, 3.3 with the reference.
-    Where every answer has a prompt of its own, a greedy one takes 3 times a sampled one, and a step of
-    reading 1.5 times the rollout of as many prompts."""
+    """A forecast from one rollout. A gradient pass takes 2.5 times as long, 3.3 with the reference. Where no
+    prompt is shared, a greedy answer takes 3 times a sampled one, reading 1.5 times the rollout's time."""
     batch, generator = data["train"].batch(share(range(args.batch))), torch.Generator(policy.embed.device)
     seconds = rollout(policy, None, batch, args, args.group, args.temperature, generator).seconds
     reading = args.align * seconds * 1.5 * args.align_batch / args.batch
@@ -223,8 +222,9 @@ def show_report(args, report):
         write_atomic(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
     show(report)
     out = shlex.quote(args.out)
-    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask\n"
-          f"  python train.py --resume {out} --steps {2 * args.steps}")
+    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask")
+    if args.control not in ("shuffled", "noise"):  # their states are drawn for all steps at once
+        print(f"  python train.py --resume {out} --steps {2 * args.steps}")
 
 # -- What only this file measures
 
@@ -281,7 +281,7 @@ def ask(policy, router, experts, args, question):
     if question == "" and not sys.stdin.isatty():
         raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
     if args.control not in ("none", "untrained"):
-        print(f"one question has no other states: its own are read, in spite of --control {args.control}")
+        print(f"--control {args.control} needs other problems; one question is given its own states")
     print(f"trained on {args.task}: about anything else it was never rewarded")
     if question:
         return answer_one(policy, router, experts, args, question)
@@ -438,7 +438,7 @@ def one_sentence(program, run):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        message = "out of memory: take smaller models, or a lower --batch, --group or --max_new"
+        message = "out of memory: take smaller models, or train with a lower --batch, --group or --max_new"
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 

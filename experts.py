@@ -307,11 +307,9 @@ def write_shard(folder, rows):
 # checksum
 
 def write_tensors(folder, tensors, prefix=""):
-    """Write {name: tensor} as <prefix><checksum>.safetensors; returns the path. Raises OSError."""
+    """Write {name: tensor} as <prefix><checksum>.safetensors. Raises OSError."""
     data = save(tensors)
-    path = folder / f"{prefix}{checksum(data)}.safetensors"
-    write_atomic(path, data)
-    return path
+    write_atomic(folder / f"{prefix}{checksum(data)}.safetensors", data)
 
 def read_tensors(path):
     """{name: tensor} of a file of `write_tensors`. Raises ValueError if it is damaged."""
@@ -341,12 +339,13 @@ def pick_device(name):
                               ("cpu", True)) if yes]
     kind, _, index = (there[0] if name == "auto" else name).partition(":")
     index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
+    device = f"{kind}:{index}" if index else kind
     if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
-        raise ValueError(f"there is no {kind} {index} here: use --device {' or '.join(there)}, and no more "
+        raise ValueError(f"there is no {device} here: use --device {' or '.join(there)}, and no more "
                          "ranks than GPUs")
     if kind == "cuda":
         torch.cuda.set_device(int(index or 0))
-    return f"{kind}:{index}" if index else kind
+    return device
 
 # -- A model's folder: found, checked, never trusted
 
@@ -385,7 +384,7 @@ def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are
     none."""
     config = config.get_text_config()  # of a model that also sees, its language model's
-    ids = read_json(Path(folder) / "generation_config.json").get("eos_token_id")
+    ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):

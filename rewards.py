@@ -134,7 +134,7 @@ def dataset_problems(task, dataset, split, level):
     items = source(dataset, level)
     seen = set()
     drawn = repeats = 0
-    # used up after so many draws in a row without a new question, of any split: none depends on another
+    # ends after so many draws without a new question of any split: no split depends on which is asked for
     while repeats < max(200, 3 * len(seen)):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # bf prints
@@ -192,7 +192,7 @@ class TooFew(ValueError):
 def problems(task, split, n, data=None, level=None):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
-    The first 10 of 1,000 are the 10. val and test hold no question twice; train begins again, reshuffled.
+    A shorter list begins a longer one. val and test hold no question twice; train begins again, reshuffled.
     `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..." of a dataset.
     ValueError for an unknown task, split or level and a refused dataset; TooFew if there are fewer than n.
     """

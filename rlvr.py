@@ -52,7 +52,7 @@ def meet(collective, *args, **options):
     try:
         if WORLD > 1:
             collective(*args, **options)
-    except RuntimeError as error:  # gloo and nccl have no kind of their own for this
+    except RuntimeError as error:  # gloo's only kind; nccl's is a subclass of it
         raise ConnectionError(f"another rank is gone, see what it printed ({brief(error)})") from error
 
 def gather(value):
@@ -253,6 +253,8 @@ def align(policy, router, data, args, start, moments):
     """
     words, reading = align_steps(args)
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
+    if not len(writers):
+        raise ValueError("no expert wrote a word for stage 0: use --align 0, a --cue or a higher --write")
     half = len(data) // 2
     used = sorted({token for column in data.targets for ids in column for token in ids}
                   | {ids[-1] for ids in data.ids})

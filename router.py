@@ -17,8 +17,8 @@ project decides that: no label says which expert is good at what. So one can wat
 
 Trust (B, N) is ours: a linear layer for each state, zero at the start, that says how much the state is worth
 on this problem, for all heads and latents alike. In stage 0 queries and keys learn which latent reads which
-state; whom to believe only rewards can say, and where they move Q and K fast enough, what is read is lost. So
-trust has a rate of its own; at 0, as in the paper, there is none.
+state; only rewards can say whom to believe, and if they moved Q and K fast enough for that, the reading would
+be lost. So trust has a learning rate of its own; at 0, as in the paper, there is none.
 
 One einsum projects all experts at once: a single batched matrix product, with no loop over experts and no
 custom kernel. Padding is harmless: x is zero there, so W's rows beyond a width have no effect, no gradient.
@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 class StateReader(nn.Module):
-    """What a router that reads states begins with: x = (H - mean) / std. widths: see Router."""
+    """The base of routers that read states: x = (H - mean) / std. widths: see Router."""
 
     def __init__(self, widths):
         super().__init__()
@@ -46,11 +46,11 @@ class StateReader(nn.Module):
         """Fix mean and std of every state's dimensions from the states H (n, N, D) of training prompts.
 
         States of a language model share one large mean and a few huge dimensions, equal for every prompt;
-        what differs between prompts is small beside them. Kept with the weights, never trained. The paper is
-        silent.
+        what differs between prompts is small beside them. Kept with the weights, never trained. Not in the
+        paper.
         """
         std, mean = torch.std_mean(H.float(), dim=0)  # (N, D)
-        std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # what hardly varies stays small
+        std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # what hardly varies is not blown up
         self.inv_std.copy_((self.inv_std > 0) / std)
         self.mean.copy_(mean)
 
@@ -65,7 +65,7 @@ class Router(StateReader):
     widths       width of each state, a list of N
     d_policy     d, the width of the policy's embeddings
     latents      L, the number of context tokens; heads and dim: of the attention (8, 8 and 512 in the paper)
-    temperature  divides the attention scores; below 1 a choice among few experts is sharper
+    temperature  divides Q K', not trust; below 1 a choice among few experts is sharper
     init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
                  (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
                  from the start
@@ -100,7 +100,7 @@ class Router(StateReader):
         policy's embeddings, and attention A (B, heads, L, N).
 
         mask (N,) or (B, N): False masks a state out: attention 0, no influence and no gradient. One must
-        stay. attention, broadcast to (B, heads, L, N): used in place of the router's own.
+        stay. attention, broadcast to (B, heads, L, N): used as it is, in place of the router's own.
         """
         x = self.standardize(H, mask)
         E = self.project(x)  # (B, N, dim)

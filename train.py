@@ -77,22 +77,22 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     router_heads: int = arg(8, "its attention heads (paper)")
     router_temperature: float = arg(1.0, "of its attention; below 1 sharpens")
     neutral: Literal["zero", "mean"] = arg("zero", "an empty prefix: zero (paper) or the mean embedding")
-    lora_rank: int = arg(8, "paper")
+    lora_rank: int = arg(8, "of LoRA (paper)")
     lora_alpha: float = arg(16.0, "updates are scaled by alpha / rank; twice the rank is usual")
     # stage 0
     align: int = arg(0, "steps of reading experts' texts aloud (0: no stage 0, the paper's method)")
     align_batch: int = arg(16, "problems a step")
     align_lr: float = arg(4e-4, "of LoRA")
     align_router_lr: float = arg(1e-5, "of the router: it has learned its words already")
-    align_words: int = arg(500, "steps before these: the router learns to write in the policy's vocabulary")
-    align_words_lr: float = arg(1e-3, "of the router in these")
+    align_words: int = arg(500, "steps before --align: the router learns to write in the policy's vocabulary")
+    align_words_lr: float = arg(1e-3, "of the router in --align_words")
     # GRPO
     steps: int = arg(233, "optimizer steps (paper: 233 on GSM8K, an epoch; 500 on Reasoning Gym)")
     batch: int = arg(32, "prompts a step (paper)")
     group: int = arg(8, "completions a prompt (paper)")
     max_new: int = arg(128, "tokens a completion (paper)")
     temperature: float = arg(1.0, "of sampling and loss alike: the policy's own distribution")
-    beta: float = arg(0.04, "weight of the KL to the frozen policy (paper); 0 saves its pass")
+    beta: float = arg(0.04, "weight of the KL to the frozen policy (paper); 0 skips it")
     clip: float = arg(0.2, "how far the ratio may fall; matters with --epochs above 1")
     clip_high: float = arg(0.2, "how far it may rise; above --clip it is DAPO's clip-higher")
     epochs: int = arg(1, "optimizer steps on each rollout (1: on-policy)")
@@ -106,7 +106,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     eval_every: int = arg(25, "steps between validations")
     save_every: int = arg(10, "steps between checkpoints")
     val: int = arg(120, "validation problems")
-    test: int = arg(256, "held-out problems, most likely the paper's number")
+    test: int = arg(256, "held-out problems (probably the paper's)")
     test_skip: int = arg(0, "held-out problems before these, left out")
     seed: int = arg(0, "of weights, order of problems and sampling")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
@@ -136,7 +136,7 @@ def main(args):
         stage = align(policy, router, data["train"], args, state["align"], moments)
         for part, loss, optimizer in bar(stage, "stage 0", state["align"], sum(align_steps(args))):
             state["align"] += 1
-            log_alignment(out, state["align"], part, loss)  # the step itself is made in align
+            log_alignment(out, state["align"], part, loss)  # align has made the step
             keep(out, "align", state["align"], args, policy, router, state, optimizer, generator)
         log_read_back(out, experts, read_back(policy, router, data["val"], args))
         state["aligned"] = True
@@ -199,7 +199,7 @@ def main(args):
             add_gradients(parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
             finite = finite and math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
-            if finite:  # one NaN in a moment of AdamW would end the run
+            if finite:  # one NaN in AdamW's moments would ruin the run
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -276,8 +276,8 @@ def log(args, row, sampled, skipped):
     if row["step"] % 10 == 1 or "val" in row:
         log_samples(args, row, sampled)
     if row["step"] == 3 and row["reward"] == 0:
-        tqdm.write(f"no answer is right yet (most: {next(iter(row['reasons']))}): try an easier --level, "
-                   "--form plain or another --policy")
+        tqdm.write(f"no answer of step 3 is right (most: {next(iter(row['reasons']))}): try an easier "
+                   "--level, --form plain or another --policy")
     if skipped:
         tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
     if skipped >= 5:
@@ -366,7 +366,7 @@ def parse_args(argv):
         if args.collab in ("single", "text") and "align" not in given:
             args.align = 0
         args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-        args.out = gather(args.out)[0]  # clocks differ
+        args.out = gather(args.out)[0]  # rank 0's: clocks differ
         if list(Path(args.out).glob("*.json")):
             raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
     args.device = pick_device(args.device)
