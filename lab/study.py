@@ -46,7 +46,7 @@ RUNS = HERE / "runs" / "study"
 LEVEL = "--level min_terms={},max_terms={},min_digits=1,max_digits={}"
 UNSEEN = "--test 1024 --test_skip 1024"  # problems that nobody looked at while settings were chosen
 REAL = "--test 256 --test_skip 256 --val 64 --max_new 8"
-# whom to believe is to be learned, and what stage 0 taught to read to be kept; after 40 steps trust still rises
+# whom to believe is to be learned (after 40 steps trust still rises), what stage 0 taught to read to be kept
 BELIEVE = "--trust_lr 0.3 --lr 1e-5 --router_lr 1e-6 --warmup 5 --steps 120"
 TASKS = {
     "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
@@ -91,7 +91,7 @@ BLOCKS = {  # block: [(tasks, ways, seeds)]
     "tiny": [(["mix"], ON_MIX, range(5)), (["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5)),
              (["family", "primes"], HEADLINE, range(5)), (["sums hard"], HEADLINE, range(3)),
              (["rates"], RATED, [100])],
-    "real": [(["real sums"], ["soft", "single", "single without stage 0", "prefix", "soft shuffled"], range(5)),
+    "real": [(["real sums"], [*HEADLINE, "single without stage 0"], range(5)),
              (["real sums"], ["soft prompt", "soft wrong", "stage 0"], range(3)),
              (["real sums"], ["soft noise", "soft untrained"], [0]),
              (["real mix"], ["soft", "stage 0"], range(3))],
