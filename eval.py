@@ -75,7 +75,8 @@ def evaluate(policy, router, data, args, rows=None, H=None):
     """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
     N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
     mine = share(list(range(len(data))) if rows is None else rows)
-    size = 128 if policy.embed.is_cuda else 64  # more would need more memory than a rollout
+    # more rows would need more memory than a rollout
+    size = min(128 if policy.embed.is_cuda else 64, args.batch * args.group)
     parts = []
     for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
         batch = data.batch(mine[i:i + size])
@@ -102,30 +103,33 @@ def by_dataset(datasets, values, names=None):
     return means
 
 @torch.no_grad()
-def read_back(policy, router, data, args, n=64):
-    """What stage 0 is judged by, on new problems: [(expert, share of its texts that are read back, the
-    same with the states of another problem, number of texts)]. Greedy."""
-    result = []
+def read_back(out, policy, router, data, args, experts, n=64):
+    """What stage 0 is judged by, on new problems: the share of each expert's texts that is read back, and the
+    same with the states of another problem. Greedy; to align.jsonl and the console."""
     for e, texts in enumerate(data.texts):
         rows = [i for i in range(min(n, len(data))) if texts[i]]
         if not rows:
             continue
         mask = data.reading_mask(e)
         one = (lambda H: router(H, mask)) if router else None
-        shares = []
         expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
+        shares = []
         for H in (data.H, data.H.roll(1, 0)):
             answers = evaluate(policy, one, data, args, rows, H)[1]
             shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
-        result.append((e, *shares, len(rows)))
-    return result
+        read, shuffled = shares
+        row = dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=len(rows))
+        append(out / "align.jsonl", row)
+        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {len(rows)} new texts read back, "
+                   f"{shuffled:.0%} with other problems' states")
 
 def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
     masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
     names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
-    score = lambda verdicts: dict(strict=accuracy(verdicts),
-                                  lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts))
+    score = lambda verdicts: dict(
+        strict=accuracy(verdicts), lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
+        ci95=wilson(strict(verdicts).sum().item(), len(verdicts)))
     with policy.lora_disabled():
         before = evaluate(policy, None, data, args)[0]
     after, _, attention = evaluate(policy, router, data, args)
@@ -143,12 +147,11 @@ def test_report(policy, router, data, args, experts):
     return report
 
 def show(report):
-    """Print the report; adds the intervals to it, as "ci95"."""
     print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     for when in ("before", "after"):
-        right = report[when]["strict"]
-        low, high = report[when]["ci95"] = wilson(right * report["n"], report["n"])
-        print(f"  {when:7} {right:6.1%} [{low:.1%}, {high:.1%}], lenient {report[when]['lenient']:.1%}")
+        low, high = report[when]["ci95"]
+        print(f"  {when:7} {report[when]['strict']:6.1%} [{low:.1%}, {high:.1%}], "
+              f"lenient {report[when]['lenient']:.1%}")
     for dataset, rows in report["by_dataset"].items():
         line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%} of {rows['n']}"
         parts = []
@@ -174,12 +177,6 @@ def log_alignment(out, step, part, loss):
     if step % 25 == 1:
         append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
         tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
-
-def log_read_back(out, experts, rows):
-    for e, read, shuffled, n in rows:
-        append(out / "align.jsonl", dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=n))
-        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {n} new texts read back, {shuffled:.0%} with "
-                   "other problems' states")
 
 def show_gate(policy, experts, data, args, n=64):
     """Before minutes are spent: how many will it be, and is there anything to attend to? What experts say to
@@ -288,8 +285,11 @@ def ask(policy, router, experts, args, question):
     with contextlib.suppress(EOFError):
         while True:
             text = input("question (Ctrl-D ends): ").strip()
-            if text:
-                answer_one(policy, router, experts, args, text)
+            try:
+                if text:
+                    answer_one(policy, router, experts, args, text)
+            except ValueError as error:  # too long; the next one may be shorter
+                print(error)
 
 def answer_one(policy, router, experts, args, text):
     """The answer, a bar for every expert, and what each expert itself would say."""
@@ -310,8 +310,8 @@ def picture(run, report, path):
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     steps = [row["step"] for row in rows]
-    rewards = smooth([row["reward"] for row in rows])
-    axes[0, 0].plot(steps, rewards, label="reward in training, mean of 10 steps", color="0.6")
+    rewards = [row["reward"] for row in rows]
+    axes[0, 0].plot(steps, rewards, label="reward in training", color="0.6", linewidth=1)
     val = {row["step"]: row["val"] for row in rows if "val" in row}
     axes[0, 0].plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
     axes[0, 0].axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
@@ -338,11 +338,6 @@ def picture(run, report, path):
         axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)
     return path
-
-def smooth(values, width=10):
-    """Of each value the mean with those before it, `width` in all."""
-    parts = [values[max(0, i - width + 1):i + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
 
 def heat(axis, datasets, names, values, top, style, title):
     """A labelled matrix, values[dataset][expert]."""

@@ -42,6 +42,9 @@ with contextlib.suppress(AttributeError):  # glibc only: use freed memory again;
     ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
     ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
+transformers.logging.set_verbosity_error()  # what goes wrong is one sentence, see `loading`
+transformers.logging.disable_progress_bar()
+
 FORMAT = "n-musketeers 2"  # part of every fingerprint: states read in another way are never found
 SMALL = 50_000_000  # parameters: below, float32 costs little; above, bfloat16 halves memory and time
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens a batch: keeps the device busy in little memory
@@ -212,8 +215,7 @@ def read_states(experts, texts, progress=True):
     return torch.cat(columns, dim=1)
 
 def write_texts(experts, texts, progress=True):
-    """What every expert would say to every problem: N lists of n one-line strings; "" of one that only
-    reads."""
+    """What every expert would say to every problem: N lists of n lines of text, "" of one that only reads."""
     columns = []
     for expert, prompts in zip(experts, texts):
         if not expert.writes:
@@ -364,13 +366,13 @@ def find_model(source):
 
 def weight_files(folder):
     """The safetensors files of a model. Raises ValueError if there are none."""
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file():
-        names = sorted(set(read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()))
-    if not names or any(Path(name).name != name for name in names):  # ../elsewhere is not this model's
+    files = [folder / "model.safetensors"]
+    if not files[0].is_file():
+        files = sorted(folder.glob("model-*-of-*.safetensors"))
+    if not files:
         raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
                          "(other formats can run code and are never loaded)")
-    return [folder / name for name in names]
+    return files
 
 def count_parameters(path):
     """Numbers stored in a safetensors file, from its header alone."""
@@ -381,8 +383,7 @@ def count_parameters(path):
         raise ValueError(f"{path} is missing or damaged: fetch it again ({brief(error)})") from error
 
 def stop_tokens(folder, config):
-    """Ids that end a text: generation_config.json's, else config.json's. Raises ValueError if there are
-    none."""
+    """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
     config = config.get_text_config()  # of a model that also sees, its language model's
     ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
@@ -406,19 +407,12 @@ def read_json(path):
 
 @contextlib.contextmanager
 def loading(part, source):
-    """Silence transformers' bars and reports, and turn whatever it raises into one sentence."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    """Turn whatever a library raises into one sentence."""
     try:
         yield
     except Exception as error:  # one mistake may come as an OSError, KeyError, RuntimeError, ...
         raise ValueError(f"the {part} of {source} cannot be loaded: fetch it again or name another model "
                          f"({brief(error)})") from error
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()
 
 def brief(error):
     return f"{type(error).__name__}: {error}".split("\n")[0]

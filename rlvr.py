@@ -16,7 +16,7 @@ What is easy to get wrong:
 - The KL term's reference has LoRA off and prefix off; after stage 0, which it would undo, there is no KL.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
-- Stage 0 sees no gold answer and no reward, and reads all experts equally: whom to attend to GRPO learns.
+- Stage 0 sees no gold answer and no reward, and shows all that write equally: whom to attend to GRPO learns.
 """
 import contextlib
 import importlib
@@ -326,7 +326,7 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
     trust = [p.requires_grad_(trust_lr > 0) for name, p in named if name.startswith("trust")]
     rest = [p for name, p in named if not name.startswith("trust")]
     groups = [dict(params=params, lr=rate, base_lr=rate) for params, rate in (
-        (list(policy.parameters()), lr), (rest, router_lr), (trust, trust_lr))]
+        (list(policy.parameters()), lr), (rest, router_lr), (trust if trust_lr else [], trust_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
     optimizer.load_state_dict(dict(state=moments or {}, param_groups=optimizer.state_dict()["param_groups"]))
     return optimizer
@@ -433,9 +433,8 @@ def load_checkpoint(path, policy, router, generator=None):
     return json.loads(bytes(tensors["state"].tolist())), moments
 
 def checkpoints(out):
-    """Those of a run, the newest first."""
-    return [path for stage in ("step", "aligned", "align")
-            for path in sorted(out.glob(f"{stage}-*"), reverse=True)]
+    """Those of a run, the newest first: step-..., before them aligned-..., before it align-..."""
+    return sorted(out.glob("*.safetensors"), reverse=True)
 
 def load_newest(out, policy, router, generator=None):
     """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is

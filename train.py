@@ -34,9 +34,8 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from eval import (accuracy, append, bar, by_dataset, damaged, drop_rows, evaluate, log_alignment,
-                  log_read_back, one_process, one_sentence, out_of_memory, read_back, read_config, show_gate,
-                  show_report, test_report)
+from eval import (accuracy, append, bar, by_dataset, damaged, drop_rows, evaluate, log_alignment, one_process,
+                  one_sentence, out_of_memory, read_back, read_config, show_gate, show_report, test_report)
 from experts import pick_device, write_atomic
 from rewards import SPLITS, known
 from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
@@ -64,7 +63,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
                               "the prompt; single: LoRA alone")
     control: Literal["none", "shuffled", "noise", "untrained", "wrong", "partly"] = arg(
-        "none", "wrong: the last expert's states are another problem's; partly: so on the last dataset alone")
+        "none", "wrong: the last expert reads another problem; partly: so on the last dataset alone")
     read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
     layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
     positions: int = arg(1, "states of this many last tokens (1: paper)")
@@ -138,7 +137,7 @@ def main(args):
             state["align"] += 1
             log_alignment(out, state["align"], part, loss)  # align has made the step
             keep(out, "align", state["align"], args, policy, router, state, optimizer, generator)
-        log_read_back(out, experts, read_back(policy, router, data["val"], args))
+        read_back(out, policy, router, data["val"], args, experts)
         state["aligned"] = True
         save_checkpoint(out / "aligned-", policy, router, state, None, generator)
         moments = {}
@@ -354,9 +353,10 @@ def parse_args(argv):
         changed = sorted(given.keys() - {"resume", "steps", "micro_batch", "device"})
         if changed:
             raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would change it")
-        if args.control in ("shuffled", "noise") and given.get("steps", args.steps) != args.steps:
-            raise ValueError(f"--control {args.control} draws states for all steps at once, so --steps stays "
-                             f"{args.steps}: start anew with more")
+        aligning = args.align and not list(Path(given["resume"]).glob("aligned-*"))
+        drawn_at_once = aligning or args.control in ("shuffled", "noise")
+        if drawn_at_once and given.get("steps", args.steps) != args.steps:
+            raise ValueError(f"--steps stays {args.steps}, as this run draws for all at once: leave it out")
         args = replace(args, **(given | dict(out=given["resume"])))
     else:
         preset = given.get("preset") or pick_preset(given)

@@ -515,8 +515,9 @@ def report(figures):
                  table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
     return "\n".join(text)
 
-BENCHES = dict(verify=bench_verify, router=bench_router, start=bench_start, head=bench_head,
-               rollout=bench_rollout, gradient=bench_gradient, growth=bench_growth, peers=bench_peers)
+# peers first: TRL needs 11 GB, and later this process holds as much
+BENCHES = dict(peers=bench_peers, verify=bench_verify, router=bench_router, start=bench_start,
+               head=bench_head, rollout=bench_rollout, gradient=bench_gradient, growth=bench_growth)
 CHILDREN = dict(step=measure_step,
                 head=lambda **options: peak(head(**options), options["device"]),
                 scoring=lambda **options: peak(scoring(**options), options["device"]))

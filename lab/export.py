@@ -5,14 +5,13 @@ Give a run away: its LoRA in PEFT's format, its router, and a model card. No mod
 
     adapter_config.json, adapter_model.safetensors  LoRA: PeftModel.from_pretrained(model, DIR) loads it
     router.json, router.safetensors                 how to build the router; its weights, its prefix's place
-    export.json, README.md                          settings and checksums; the model card
+    export.json, README.md                          settings; the model card
 
 PEFT alone gives the policy with its LoRA, which attends to nobody. The policy of the run reads
-[neutral + std * C ; prompt], C = Router(**router.json["router"])(H)[0] of the experts' states H (B, N, D);
-neutral and std are prefix.neutral and prefix.std in router.safetensors.
+[neutral + std * C ; prompt], C = ROUTERS[collab](**router)(H)[0] of the experts' states H (B, N, D), with
+collab and router of router.json; neutral and std are prefix.neutral and prefix.std in router.safetensors.
 """
 import argparse
-import hashlib
 import json
 import re
 import sys
@@ -27,7 +26,6 @@ from experts import find_model, write_atomic  # noqa: E402
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"
-ABOUT = "an export of n-Musketeers"
 PARTS = {  # our fused layers: the names of their parts, in the order in which model.py stacks them
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
@@ -51,11 +49,10 @@ def lora_tensors(policy):
     return tensors
 
 def write_export(run, folder):
-    """The run of the folder `run` as an export in `folder`. Raises ValueError if something else lies
-    there."""
+    """The run of the folder `run` as an export in `folder`. Raises ValueError if something lies there."""
     run, folder = Path(run), Path(folder)
-    if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there and is no export: choose another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already: choose another folder")
     args, policy, experts, router = open_run(run, "cpu")
     base, _, commit = portable(args.policy).partition("@")
     files = {}
@@ -77,20 +74,12 @@ def write_export(run, folder):
             positions=args.positions, own_text=args.own_text, write=args.write, cue=args.cue))
     settings = vars(args) | dict(policy=portable(args.policy), data="", out="", resume="",
                                  experts=[portable(source) for source in args.experts])
-    sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     path = run / "eval.json"  # train.py --resume deletes it, so it is never of fewer steps
     report = json.loads(path.read_text()) if path.is_file() else None
     files["README.md"] = model_card(settings, report).encode()
-    files["export.json"] = to_json(dict(about=ABOUT, sha256=sums, args=settings))
-    for name in (LORA, LORA_CONFIG, ROUTER, ROUTER_CONFIG):  # of an export that lay here before
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
-    for name, data in files.items():  # export.json last: half an export is not taken for one
+    files["export.json"] = to_json(dict(args=settings))
+    for name, data in files.items():
         write_atomic(folder / name, data)
-
-def is_export(folder):
-    marker = folder / "export.json"
-    return marker.is_file() and ABOUT in marker.read_text(errors="replace")
 
 def to_json(value):
     return (json.dumps(value, indent=1) + "\n").encode()
@@ -100,8 +89,7 @@ def to_bytes(tensors):
     return save(tensors, metadata={"format": "pt"})
 
 def portable(source):
-    """Where another machine finds a model: of the embedded pool its place in this repository, else as
-    given."""
+    """Where another machine finds a model: of the embedded pool its place in here, else as given."""
     path, root = Path(source), Path(__file__).resolve().parents[1]
     if path.is_dir() and path.resolve().is_relative_to(root / "tiny"):
         return path.resolve().relative_to(root).as_posix()

@@ -1,7 +1,6 @@
 """
-The pictures of the study, drawn from rows and curves alone: no model is loaded, nothing is measured again.
-
-    python lab/figures.py                 results/figures/*.png anew
+The pictures of the study, drawn by `python lab/study.py --report` from rows and curves alone: no model is
+loaded, nothing is measured again.
 
 A band, and an error bar where nothing else is stated, is one population standard deviation over the seeds on
 either side of their mean. Colours are Okabe and Ito's, at most five curves in one picture.
@@ -18,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import RESULTS, finished, interval, names_of, rho, runs_by_seed  # noqa: E402
-from eval import heat, one_sentence  # noqa: E402
+from eval import heat  # noqa: E402
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
@@ -161,32 +160,6 @@ def specialization(rows):
     heat(axes[1], datasets, names, lost, 100, "{:z.0f}", "Points lost when an expert is masked out")
     return figure
 
-def right_and_wrong(rows):
-    """Attention on problems answered right and wrong: soft on the mix."""
-    runs = [run for run in runs_by_seed(rows, "mix", "soft").values() if run.get("attended")]
-    if not runs:
-        return None
-    datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
-    figure, axes = panels(len(datasets))
-    for axis, dataset in zip(axes, datasets):
-        for right, label, hatch in ((0, "answered wrong", "//"), (1, "answered right", "")):
-            means, count = [], 0
-            for run in runs:
-                chosen = (np.array(run["datasets"]) == dataset) & (np.array(run["right"]) == right)
-                count += chosen.sum()
-                means += [np.array(run["attended"])[chosen].mean(0)] if chosen.any() else []
-            if means:
-                places = np.arange(len(names)) + 0.4 * right - 0.2
-                axis.bar(places, np.mean(means, 0), 0.38, yerr=np.std(means, 0), color=COLOURS[1 - right],
-                         hatch=hatch, edgecolor="white", capsize=2, label=label)
-                axis.text(0.98, 0.96 - 0.08 * right, f"{label[9:]}: n = {count}", transform=axis.transAxes,
-                          ha="right", va="top", fontsize=8)
-        axis.set_xticks(range(len(names)), names)
-        axis.set(ylim=(0, 1.25), yticks=np.arange(0, 1.01, 0.25), title=dataset, xlabel="expert")
-        axis.set_ylabel("attention share" if axis.get_subplotspec().is_first_col() else "")
-    legend_beside(figure, axes)
-    return figure
-
 def ablations(rows):
     """What replacing attention or states at test time costs soft: 95% intervals."""
     tasks = [task for task in TASKS
@@ -213,8 +186,7 @@ def ablations(rows):
     legend_beside(figure, [axis])
     return figure
 
-PICTURES = (learning, ways, attention, attention_real_mix, entropy, specialization, right_and_wrong,
-            ablations)
+PICTURES = (learning, ways, attention, attention_real_mix, entropy, specialization, ablations)
 
 def draw_all(results=RESULTS):
     """Draw all pictures that the rows allow; returns their files."""
@@ -229,10 +201,3 @@ def draw_all(results=RESULTS):
             figure.savefig(files[-1], dpi=110)
             plt.close(figure)
     return files
-
-def main(argv=None):
-    for path in draw_all():
-        print(path)
-
-if __name__ == "__main__":
-    sys.exit(one_sentence("figures.py", main))

@@ -24,7 +24,7 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from eval import evaluate, one_sentence, open_run, read_config, read_lines, smooth  # noqa: E402
+from eval import evaluate, one_sentence, open_run, read_config, read_lines  # noqa: E402
 from experts import write_atomic  # noqa: E402
 from rewards import next_of_dataset  # noqa: E402
 from rlvr import Dataset, advantages, load_problems  # noqa: E402
@@ -38,8 +38,9 @@ def of_files(folder):
     """All about a run that its files tell: a dictionary for JSON."""
     args = read_config(folder)["args"]
     metrics, alignment = read_lines(folder / "metrics.jsonl"), read_lines(folder / "align.jsonl")
-    curve = [dict(step=row["step"], reward=reward, val=row.get("val"))
-             for row, reward in zip(metrics, smooth([row["reward"] for row in metrics]))]
+    rewards = [row["reward"] for row in metrics]  # shown: of each the mean with the nine before it
+    curve = [dict(step=row["step"], reward=float(np.mean(rewards[max(0, i - 9):i + 1])), val=row.get("val"))
+             for i, row in enumerate(metrics)]
     attended = [row for row in metrics if "attention_map" in row]
     kept = np.unique(np.linspace(0, len(attended) - 1, SNAPSHOTS).round().astype(int)) if attended else ()
     maps = [dict(step=row["step"], entropy=row["attention_entropy"], by_dataset=row["attention_by_dataset"],

@@ -10,7 +10,6 @@ KINDS are some of static, uniform, shuffle and zero, see `ablate`.
 --states and --ablate also write RUN/states.json and RUN/ablate.json.
 """
 import argparse
-import itertools
 import json
 import sys
 import textwrap
@@ -20,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from claims import interval, mcnemar  # noqa: E402
+from claims import interval  # noqa: E402
 from eval import evaluate, one_sentence, open_run  # noqa: E402
 from experts import Expert, read_states, write_atomic, write_texts  # noqa: E402
 from rewards import next_of_dataset, number, verify  # noqa: E402
@@ -97,8 +97,7 @@ def mean_attention(policy, experts, router, args):
     return total / len(data)
 
 def knows(data):
-    """[n][experts]: 1 where an expert's own text is the right answer; [] for a run that asked for no
-    texts."""
+    """[n][experts]: 1 where an expert's own text is right; [] for a run that asked for no texts."""
     columns = [[int(verify(text, problem, "plain").strict) for text, problem in zip(texts, data.problems)]
                for texts in data.texts]
     return [list(row) for row in zip(*columns)]
@@ -106,16 +105,16 @@ def knows(data):
 def paired(a, b):
     """How b does against a, right or wrong on the same problems."""
     return dict(n=len(a), trained=sum(a) / len(a), replaced=sum(b) / len(b),
-                difference=(sum(b) - sum(a)) / len(a), ci95=interval(np.subtract(b, a)), p=mcnemar(a, b))
+                difference=(sum(b) - sum(a)) / len(a), ci95=interval(np.subtract(b, a)))
 
 def ablation_table(result):
-    lines = ["| replaced | problems | n | as trained | replaced | change, 95% | McNemar p |",
-             "|---" * 7 + "|"]
+    lines = ["| replaced | problems | n | as trained | replaced | change, 95% |",
+             "|---" * 6 + "|"]
     for kind, row in result["kinds"].items():
         parts = {"all": row} | (row["by_dataset"] if len(row["by_dataset"]) > 1 else {})
         for dataset, x in parts.items():
             lines.append(f"| {kind} | {dataset} | {x['n']} | {x['trained']:.1%} | {x['replaced']:.1%} | "
-                         f"{points(x['difference'], x['ci95'])} | {x['p']:.2g} |")
+                         f"{points(x['difference'], x['ci95'])} |")
     return "\n".join(lines)
 
 def points(difference, ci95):
@@ -212,8 +211,9 @@ def states_table(rows):
 # -- The first part of stage 0 alone, by what is read
 
 def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
-    """Rows: what share of new texts of the first expert that writes a fresh router spells right, whole, after
-    `steps` of words (see rlvr.align): by layers, number of last tokens, without and with its own text read.
+    """Yields rows: what share of new texts of the first expert that writes a fresh router spells right,
+    whole, after `steps` of words (see rlvr.align): by layers read, without and with its own text behind the
+    prompt; `spelled` is {number of last tokens read: share}.
     """
     expert = next((expert for expert in experts if expert.writes), None)
     if expert is None:
@@ -221,45 +221,49 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     known, new = load_problems(args, "train", n_train), load_problems(args, "val", n_val)
     prompts = [expert.prompt(problem) for problem in known + new]
     targets = [answer_ids(policy, text, args.form) for text in write_texts([expert], [prompts])[0]]
-    used = sorted({token for ids in targets for token in ids})
-    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), as a prefix
     middle, last = round(2 / 3 * expert.n_layers), expert.n_layers
-    rows = []
     for own_text in (False, True):
         reader = Expert(expert.source, "last", [middle, last], 4, own_text, tokens=args.write, cue=args.cue,
                         device=expert.device, untrained=expert.untrained)
         H = read_states([reader], [prompts]).float().to(policy.embed.device)  # (n, 2 * 4, width), by layer
-        for layers, positions in itertools.product(((middle,), (last,), (middle, last)), (1, 2, 4)):
-            entries = [4 * (layer == last) + back for layer in layers for back in range(positions)]
-            torch.manual_seed(args.seed)
-            router = Router([expert.width] * len(entries), policy.config.hidden_size, args.latents,
-                            args.router_heads, args.router_dim).to(policy.embed.device)
-            router.fit_standardization(H[:256, entries])
-            optimizer = torch.optim.AdamW(router.parameters(), args.align_words_lr, weight_decay=0.0)
-            for _ in range(steps):
-                at = torch.randint(n_train, (256,)).tolist()
-                context, _ = router(H[at][:, entries])
-                loss, count = words_loss(policy, context, [targets[i] for i in at], used)
-                (loss / count).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            with torch.no_grad():
-                nearest = (router(H[n_train:, entries])[0] @ embeddings.T).argmax(-1)  # (n_val, L)
-            right = [[used[i] for i in row[:len(ids)]] == ids[:args.latents]
-                     for row, ids in zip(nearest.tolist(), targets[n_train:]) if ids]  # []: it said nothing
-            rows.append(dict(own_text=own_text, layers=layers, positions=positions,
-                             spelled=sum(right) / max(1, len(right))))
-    return rows
+        for layers in ((middle,), (last,), (middle, last)):
+            row = dict(own_text=own_text, layers=layers, spelled={})
+            for positions in (1, 2, 4):
+                entries = [4 * (layer == last) + back for layer in layers for back in range(positions)]
+                share = spelled(policy, args, H[:, entries], targets, n_train, steps)
+                row["spelled"][positions] = share
+            yield row
 
-def spell_table(rows):
-    """Markdown: a line for what is read, a column for each number of last tokens."""
-    lines = ["| read behind | layers | 1 token | 2 tokens | 4 tokens |", "|---" * 5 + "|"]
-    for place in range(0, len(rows), 3):
-        row = rows[place]
-        cells = ["its own text" if row["own_text"] else "the prompt", " and ".join(map(str, row["layers"]))]
-        cells += [f"{row['spelled']:.0%}" for row in rows[place:place + 3]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def spelled(policy, args, H, targets, n_train, steps):
+    """Train a fresh router for `steps` on the first n_train of the states H (n, N, width); returns the share
+    of the other texts that it spells right. targets: tokens of each text."""
+    used = sorted({token for ids in targets for token in ids})
+    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), as a prefix
+    torch.manual_seed(args.seed)
+    router = Router([H.shape[2]] * H.shape[1], policy.config.hidden_size, args.latents, args.router_heads,
+                    args.router_dim).to(policy.embed.device)
+    router.fit_standardization(H[:256])
+    optimizer = torch.optim.AdamW(router.parameters(), args.align_words_lr, weight_decay=0.0)
+    for _ in tqdm(range(steps), desc="words", leave=False):
+        at = torch.randint(n_train, (256,)).tolist()
+        context, _ = router(H[at])
+        loss, count = words_loss(policy, context, [targets[i] for i in at], used)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        nearest = (router(H[n_train:])[0] @ embeddings.T).argmax(-1)  # (n_val, L)
+    right = [[used[i] for i in row[:len(ids)]] == ids[:args.latents]
+             for row, ids in zip(nearest.tolist(), targets[n_train:]) if ids]  # []: it said nothing
+    return sum(right) / max(1, len(right))
+
+SPELL_HEAD = "| read behind | layers | 1 token | 2 tokens | 4 tokens |\n" + "|---" * 5 + "|"
+
+def spell_line(row):
+    """A line of Markdown below SPELL_HEAD."""
+    cells = ["its own text" if row["own_text"] else "the prompt", " and ".join(map(str, row["layers"]))]
+    cells += [f"{share:.0%}" for share in row["spelled"].values()]
+    return f"| {' | '.join(cells)} |"
 
 # -- One problem from text to reward
 
@@ -321,7 +325,10 @@ def main(argv=None):
     if options.walk:
         return print(walk(policy, experts, router, args))
     if options.spell:
-        return print(spell_table(spell(policy, experts, args)))
+        print(SPELL_HEAD, flush=True)
+        for row in spell(policy, experts, args):
+            print(spell_line(row), flush=True)
+        return None
     if options.states:
         name, result = "states", probe_states(args, experts)
         print(states_table(result))

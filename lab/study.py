@@ -119,8 +119,7 @@ class Run:
         return RUNS / (Run(self.block, self.task, "soft", self.seed).id if self.way == "stage 0" else self.id)
 
 def plan(block):
-    """The runs of a block, seed by seed, so that an early stop leaves whole comparisons; stage 0 when soft is
-    done."""
+    """A block's runs, seed by seed, so that an early stop leaves whole comparisons; stage 0 after soft."""
     runs = [Run("real" if block == "real" else "tiny", task, way, seed)
             for tasks, ways, seeds in BLOCKS[block]
             for seed in seeds for task in tasks for way in ways]
@@ -268,12 +267,11 @@ def collect(run):
     row = {key: args[key] for key in ("collab", "control", "read", "cue", "align", "lr", "router_lr")}
     row |= dict(steps=len(metrics), before=report["before"]["strict"], after=report["after"]["strict"],
                 n=report["n"], lenient=report["after"]["lenient"], val=val[-1] if val else None,
-                trainable=trainable(out), seconds=round(seconds))
+                trainable=trainable(out, args), seconds=round(seconds))
     curve = dict(id=run.id, task=run.task, way=run.way, seed=run.seed,
                  experts=[dict(name=Path(name.partition("@")[0]).name) for name in args["experts"]],
-                 curve=condense(metrics), read_back=read_back(out))
-    if metrics and "attention_map" in metrics[-1]:
-        curve["attention_map"] = metrics[-1]["attention_map"]
+                 curve=condense(metrics), read_back={
+                     row.pop("expert"): row for row in read_lines(out / "align.jsonl") if "expert" in row})
     kept = ("attention_by_dataset", "by_dataset", "masked", "right", "swap")
     curve |= {key: report[key] for key in kept if key in report}
     if not aligned and (out / "ablate.json").exists():
@@ -281,26 +279,23 @@ def collect(run):
         curve |= {key: ablate.pop(key) for key in ("datasets", "attended", "knows")} | dict(ablate=ablate)
     return row, curve
 
-def trainable(out):
-    """Trained parameters, counted in the newest checkpoint; the router's statistics of the states are not
-    trained."""
+def trainable(out, args):
+    """Trained parameters, counted in the newest checkpoint: not the router's statistics of the states, nor
+    trust at rate 0."""
     path = max(out.glob("*.safetensors"))
     with safe_open(path, framework="pt") as tensors:
         names = [name for name in tensors.keys() if name.startswith(("policy.", "router."))]
-        names = [name for name in names if name not in ("router.mean", "router.inv_std")]
+        fixed = ["router.mean", "router.inv_std"]
+        if not args["trust_lr"]:
+            fixed += ["router.trust", "router.trust_bias"]
+        names = [name for name in names if name not in fixed]
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-
-def read_back(out):
-    """{expert: what share of its texts the policy reads back after stage 0, also with another problem's
-    states}."""
-    return {row.pop("expert"): row for row in read_lines(out / "align.jsonl") if "expert" in row}
 
 CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length", "grad_norm",
               "attention_entropy", "attention", "attention_by_dataset", "reward_by_dataset")
 
 def condense(metrics, points=50):
-    """The rows of metrics.jsonl as at most `points` rows: means over stretches, each named by its last
-    step."""
+    """The rows of metrics.jsonl as at most `points`: means over stretches, each named by its last step."""
     rows = []
     for stretch in np.array_split(np.arange(len(metrics)), points):
         if len(stretch):
@@ -317,18 +312,16 @@ def mean(values):
 
 # -- The report
 
-def with_parts(text, parts):
-    """A Markdown text with what stands between the markers <!-- NAME:begin --> and <!-- NAME:end --> made
-    anew."""
-    for name, made in parts.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(f"results/STUDY.md lacks {begin.strip()} or {end.strip()}: put them back")
-        text = text[:text.index(begin)] + begin + made + text[text.index(end):]
-    return text
+BEGIN, END = "<!-- study:begin -->\n", "\n<!-- study:end -->"
 
-def report_parts():
-    """{name of the marker: Markdown} for results/STUDY.md."""
+def with_report(text, report):
+    """STUDY.md with what stands between the two markers made anew."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"results/STUDY.md lacks {BEGIN.strip()} or {END.strip()}: put them back")
+    return text[:text.index(BEGIN)] + BEGIN + report + text[text.index(END):]
+
+def made_report():
+    """Markdown, of rows and curves, for results/STUDY.md."""
     rows = claims.finished(results=RESULTS)
     pictures = [f"![{path.stem.replace('_', ' ')}](figures/{path.name})"
                 for path in sorted((RESULTS / "figures").glob("*.png"))]
@@ -339,7 +332,7 @@ def report_parts():
         text += "\n\n" + "\n\n".join(pictures)
     if failed:
         text += "\n\nRuns that failed:\n\n" + "\n".join(failed)
-    return {"study": text}
+    return text
 
 def write_report():
     import figures  # matplotlib takes a second
@@ -348,7 +341,7 @@ def write_report():
     path = RESULTS / "STUDY.md"
     if not path.exists():
         raise ValueError(f"{path} is not there: fetch it from the repository, its tables are made in place")
-    write_atomic(path, with_parts(path.read_text(), report_parts()).encode())
+    write_atomic(path, with_report(path.read_text(), made_report()).encode())
     print(f"{path} and {RESULTS / 'figures'} are made anew")
 
 def main(argv=None):
