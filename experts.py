@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load, save
 from tqdm import tqdm
 
@@ -75,22 +75,30 @@ class Expert:
         repo = source.partition("@")[0]
         self.name = Path(repo).name if self.revision else self.folder.resolve().name
         self.pinned = f"{repo}@{self.revision}" if self.revision else source  # finds the same weights again
-        self.params = sum(count_parameters(path) for path in weight_files(self.folder))
+        files = weight_files(self.folder)
+        with loading("header, config or tokenizer", source):
+            self.params = sum(count_parameters(path) for path in files)
+            self.config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            text = self.config.get_text_config()  # of a model that also sees, its language model's
+            self.width, self.n_layers = text.hidden_size, text.num_hidden_layers
+            usual = 1 <= self.width <= 65_536 and 1 <= self.n_layers <= 1_000
+            if self.config.is_encoder_decoder or not usual:
+                raise ValueError(f"no causal model or encoder: width {self.width}, {self.n_layers} layers")
+            # what tokenizer.json says: AutoTokenizer goes by the model's type, as Qwen for any qwen2
+            fast = (self.folder / "tokenizer.json").is_file()
+            kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
+            self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
+            # the smaller of two: RoBERTa's config counts two positions that it cannot use
+            window = getattr(text, "max_position_embeddings", None) or math.inf
+            self.window = min(window, self.tokenizer.model_max_length)
         self.dtype = torch.float32 if self.params < SMALL else torch.bfloat16
-        self.config = read_json(self.folder / "config.json")
-        self.width, self.n_layers, self.window = self.sizes()
         if any(not -self.n_layers - 1 <= layer <= self.n_layers for layer in layers):
             raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last), not "
                              f"{' '.join(map(str, layers))}: choose another --layer")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
         self.entries = len(self.layers) * (positions if read == "last" else 1)  # K: states that a text gives
-        with loading("tokenizer", source):
-            # what tokenizer.json says: AutoTokenizer goes by the model's type, as Qwen for any qwen2
-            fast = (self.folder / "tokenizer.json").is_file()
-            kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-            self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
         self.template = "chat" if self.tokenizer.chat_template else "plain"
-        heads = self.config.get("architectures") or []  # an encoder's predicts no next token: it only reads
+        heads = self.config.architectures or []  # an encoder's predicts no next token: it only reads
         ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
         self.writes = any(head.endswith(ends) for head in heads)
         self.own_text = own_text and self.writes
@@ -98,24 +106,6 @@ class Expert:
     def prompt(self, problem):
         """The text that it reads: the problem, without an instruction for its answer's form, and the cue."""
         return prompt(problem, self.template, self.tokenizer, ask=False) + self.cue
-
-    def sizes(self):
-        """(width, layers, window in tokens) from config.json, without importing a model class."""
-        text = self.config.get("text_config")  # a model that also sees keeps its language model in here
-        text = text if isinstance(text, dict) else self.config
-
-        def first(*keys):
-            return next((text[key] for key in keys if isinstance(text.get(key), int)), 0)
-
-        width = first("hidden_size", "d_model", "n_embd", "dim")
-        layers = first("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-        if self.config.get("is_encoder_decoder") or not (1 <= width <= 65_536 and 1 <= layers <= 1_000):
-            raise ValueError(f"{self.source} needs the config.json of a causal model or an encoder (found "
-                             f"width {width}, {layers} layers): fetch it again or name another model")
-        # the smaller of two: RoBERTa's config counts two positions that it cannot use
-        stated = read_json(self.folder / "tokenizer_config.json").get("model_max_length")
-        window = first("max_position_embeddings", "n_positions", "max_seq_len") or math.inf
-        return width, layers, min(window, stated or math.inf)
 
     def fingerprint(self, kind):
         """sha256 (hex) over all that decides a row but the text: the name of its folder in the cache."""
@@ -149,10 +139,9 @@ class Expert:
         auto = transformers.AutoModel if kind == STATES else transformers.AutoModelForCausalLM
         with loading("model", self.source):
             if self.untrained:
-                config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
-                    model = auto.from_config(config, dtype=self.dtype, trust_remote_code=False)
+                    model = auto.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
             else:
                 model, report = auto.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
                                                      trust_remote_code=False, output_loading_info=True)
@@ -376,11 +365,8 @@ def weight_files(folder):
 
 def count_parameters(path):
     """Numbers stored in a safetensors file, from its header alone."""
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is missing or damaged: fetch it again ({brief(error)})") from error
+    with safe_open(path, framework="pt") as tensors:
+        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
 
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""

@@ -292,7 +292,7 @@ EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken ou
            "<answer>26</answer>")
 
 def prompt(problem, template="plain", tokenizer=None, ask=True):
-    """The text a model reads. ValueError for a chat where the tokenizer has no template.
+    """The text a model reads.
 
     plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template; unless `ask`
     is False, as for experts, behind a solved example and asking for answer tags.
@@ -300,8 +300,6 @@ def prompt(problem, template="plain", tokenizer=None, ask=True):
     question = problem.question.strip()
     if template == "plain":
         return question if question.endswith("=") else question + "\nAnswer:"
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("this tokenizer has no chat template: use plain")
     texts = [EXAMPLE[0] + INSTRUCTION, EXAMPLE[1], question + INSTRUCTION] if ask else [question]
     turns = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), texts)]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
