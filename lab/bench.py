@@ -511,7 +511,7 @@ def report(figures):
                  f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
                  "135M in bf16, tiny in fp32. MB above the libraries, then shares, then what `lab/plan.py` "
                  "says, divided by what was measured (three constants of its forecast of time are fitted to "
-                 f"these rows); {made_by['growth']}.\n",
+                 f"such rows of commit 2d49382, on another processor); {made_by['growth']}.\n",
                  table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
     return "\n".join(text)
 

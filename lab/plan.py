@@ -32,7 +32,7 @@ from train import parse_args  # noqa: E402
 
 # Beside the products a layer does what costs as much as so many additions: of its hidden states for a token
 # of the rollout, of hidden states and of attention scores in a gradient pass. Fitted to the steps of
-# results/SPEED.md; GPUs differ.
+# results/SPEED.md at commit 2d49382; other processors differ, GPUs more so.
 ADDITIONS = dict(rollout=370, hidden=85, scores=260)
 IMPORTED, LIBRARIES = 200 << 20, 280 << 20  # bytes, before the first step and with what it leaves
 
