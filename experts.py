@@ -19,6 +19,7 @@ What is easy to get wrong:
 """
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -119,8 +120,7 @@ class Expert:
         if self.revision is None:  # a commit names its weights; those of a folder are looked at
             files += weight_files(self.folder)
         for path in sorted(files):
-            with open(path, "rb") as file:
-                parts.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+            parts.append(f"{path.name} {file_digest(path, path.stat().st_mtime_ns)}")
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     def tokenize(self, texts, room=0):
@@ -308,6 +308,12 @@ def read_tensors(path):
     if not path.stem.endswith(checksum(data)):
         raise ValueError(f"{path} is damaged, its checksum does not match")
     return load(data)
+
+@functools.cache
+def file_digest(path, modified):
+    """sha256 (hex) of a file as it was at that time: weights are gigabytes, and asked for at each split."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def checksum(data):
     return hashlib.sha256(data).hexdigest()[:16]
