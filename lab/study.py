@@ -91,9 +91,8 @@ BLOCKS = {  # block: [(tasks, ways, seeds)]
     "tiny": [(["mix"], ON_MIX, range(5)), (["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5)),
              (["family", "primes"], HEADLINE, range(5)), (["sums hard"], HEADLINE, range(3)),
              (["rates"], RATED, [100])],
-    "real": [(["real sums"], [*HEADLINE, "single without stage 0"], range(5)),
+    "real": [(["real sums"], [*HEADLINE, "single without stage 0", "soft noise", "soft untrained"], range(5)),
              (["real sums"], ["soft prompt", "soft wrong", "stage 0"], range(3)),
-             (["real sums"], ["soft noise", "soft untrained"], [0]),
              (["real mix"], ["soft", "stage 0"], range(3))],
     "quick": [(["mix"], HEADLINE, range(2))],
 }
