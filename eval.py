@@ -195,6 +195,10 @@ def show_gate(policy, experts, data, args, n=64):
         gains += [own[dataset] - alone[dataset] for dataset in own]
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
+    for e, expert in enumerate(experts if data["val"].H.numel() else ()):
+        H = data["val"].H[:, data["val"].owner == e].float()  # (n, K, D)
+        if len(H) > 1 and (H - H[0]).abs().mean() < 0.01 * H.abs().mean():
+            print(f"  warning    {expert.name}'s states are the same for all problems: nothing to read")
     if gains and max(gains) < 0.15:
         print("  warning    no expert's words beat the policy by 15 points anywhere: little to attend to")
 

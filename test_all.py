@@ -897,6 +897,13 @@ def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
     [row] = [row for row in rows(out, "align.jsonl") if "read_back" in row]
     assert row["read_back"] > row["shuffled"] + 0.3 and row["n"] > 40
 
+def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
+    """Every sum begins with the same word, so the state of the first token is the same for all of them."""
+    for read, named in (("first", True), ("last", False)):
+        train.run([*"--preset tiny --task arithmetic --experts tiny/arithmetic --align 0 --steps 1 --batch 2 "
+                    "--val 8 --test 1 --read".split(), read, "--out", str(tmp_path / read)])
+        assert ("arithmetic's states are the same for all problems" in capsys.readouterr().out) == named
+
 def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     """With wrong gold answers: the same weights after it, to the bit. GRPO does see them."""
     monkeypatch.setattr(rlvr, "problems", lambda *a: [replace(p, answer="7000") for p in remembered(*a)])
