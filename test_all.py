@@ -767,10 +767,12 @@ def test_a_policys_tensors_have_the_shape_and_type_that_its_config_implies(plain
     path = tmp_path / "p" / "model.safetensors"
     shutil.copytree(plain_policy, path.parent)
     tensors = load_file(path)
-    for name, wrong in (("norm.weight", torch.ones(16, 2)), ("norm.weight", torch.ones(32).int()),
-                        ("layers.0.self_attn.q_proj.bias", torch.ones(32))):
+    for name, wrong, message in (
+            ("norm.weight", torch.ones(16, 2), r"model.norm.weight .* \(32,\) floating-point"),
+            ("norm.weight", torch.ones(32).int(), r"model.norm.weight .* \(32,\) floating-point"),
+            ("layers.0.self_attn.q_proj.bias", torch.ones(32), "q_proj.bias .* None .*not there")):
         save_file(tensors | {f"model.{name}": wrong}, path)
-        with pytest.raises(ValueError, match=f"{name} .* floating-point"):
+        with pytest.raises(ValueError, match=message):
             Policy.from_pretrained(path.parent)
 
 # -- rlvr.py
@@ -1102,12 +1104,21 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(finished, tmp
         assert "another --out" in refused(capsys, "--resume", tmp_path / "run")
     assert len(rows(tmp_path / "run")) == 6
 
-def test_a_checkpoint_of_other_models_is_refused(finished):
-    """And leaves the weights as they were."""
+def test_every_bit_of_a_checkpoint_counts(finished, tmp_path):
+    """A flipped bit or a cut is found wherever it is; one of other models leaves the weights as they were."""
+    path = train.checkpoints(finished)[0]
+    data, copied = path.read_bytes(), tmp_path / path.name
+    header = int.from_bytes(data[:8], "little")
+    for at in (0, 9, header // 2, header + 4, header + 8, len(data) // 2, len(data) - 1):
+        flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+        for damaged in (flipped, data[:at]):
+            copied.write_bytes(damaged)
+            with pytest.raises(ValueError, match="damaged"):
+                experts.read_tensors(copied)
     policy, router = Policy.from_pretrained(TINY["policy"]), make_router()
     before = [p.detach().clone() for p in (*policy.parameters(), *router.parameters())]
     with pytest.raises(ValueError, match="other models"):
-        rlvr.load_checkpoint(train.checkpoints(finished)[0], policy, router)
+        rlvr.load_checkpoint(path, policy, router)
     assert all(torch.equal(a, b) for a, b in zip(before, (*policy.parameters(), *router.parameters())))
 
 def test_a_full_disk_loses_only_what_was_not_saved(finished, tmp_path, monkeypatch, capsys):
@@ -1201,7 +1212,7 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     assert command(out, "--ask", "How many primes?", program=evaluation) == 0
     assert ("logic" in capsys.readouterr().out.split("rewarded")[1]) == (collab in ("soft", "hard"))
     if control in ("shuffled", "noise"):
-        assert "draws for all" in refused(capsys, "--resume", out, "--steps", "3")
+        assert "start anew with more" in refused(capsys, "--resume", out, "--steps", "3")
 
 def as_rank(rank, port, out, argv):
     """A run alone (rank None) or as one of two, which then go on with it until rank 1 is lost in step 3."""
@@ -1256,19 +1267,20 @@ def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, ca
         row["reward"] for row in rows(tmp_path / "two")][:2]
 
 BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentence)
-    ("--group 1", "--group"), ("--lr nan", "--lr"), ("--batch 0", "--batch"), ("--level terms=3", "level"),
+    ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
+    ("--temperature 0", "--temperature"), ("--steps 0", "--steps"), ("--level terms=3", "level"),
     ("--level tiny --task gcd", "--level easy"), ("--level impossible", "easy, default, hard"),
     ("--task chain_sum --level min_terms=two", "int"),
     ("--task chain_sum --level min_terms=9", "cannot be built"), ("--task logic+nope", "nope"),
     ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"), ("--align 5 --collab text", "align"),
-    ("--beta 0.04", "--beta 0"), ("--collab louder", "louder"), ("--experts nowhere/at/all", "nowhere"),
-    ("--experts tiny", "tiny"), ("--policy nowhere", "nowhere"), ("--layer 9", "layer"),
-    ("--collab prefix --control noise --align 0", "control"),
+    ("--beta 0.04", "--beta 0"), ("--collab louder", "louder"), ("--align -1", "--align"),
+    ("--experts nowhere/at/all", "nowhere"), ("--experts tiny", "tiny"), ("--policy nowhere", "nowhere"),
+    ("--layer 9", "layer"), ("--layer -9", "layer"), ("--collab prefix --control noise --align 0", "control"),
     ("--collab single --align 0 --lora_rank 0", "lora_rank"), ("--max_new 600", "window"),
-    ("--form tagged", "chat template"), ("--device cuda:7", "--device"), ("--router_heads 3", "router_heads"),
-    ("--write 300", "room"), ("--task gsm8k --data nowhere", "nowhere"),
-    ("--task gsm8k --data EMPTY", "pass a larger file"), ("--experts ENCODER", "writes|text"),
-    ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")]
+    ("--form tagged", "chat template"), ("--device cuda:7", "--device"), ("--device gpu", "--device"),
+    ("--router_heads 3", "router_heads"), ("--write 300", "room"), ("--positions 0", "--positions"),
+    ("--task gsm8k --data nowhere", "nowhere"), ("--task gsm8k --data EMPTY", "pass a larger file"),
+    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")]
 
 @pytest.mark.parametrize("arguments, word", BAD_INPUT)
 def test_bad_input_is_one_sentence(quick, tmp_path, capsys, arguments, word):

@@ -356,7 +356,7 @@ def parse_args(argv):
         aligning = args.align and not list(Path(given["resume"]).glob("aligned-*"))
         drawn_at_once = aligning or args.control in ("shuffled", "noise")
         if drawn_at_once and given.get("steps", args.steps) != args.steps:
-            raise ValueError(f"--steps stays {args.steps}, as this run draws for all at once: leave it out")
+            raise ValueError(f"--steps stays {args.steps}, as the run draws for all: start anew with more")
         args = replace(args, **(given | dict(out=given["resume"])))
     else:
         preset = given.get("preset") or pick_preset(given)
