@@ -2,7 +2,7 @@
 What was learned: accuracy on held-out problems, who is attended to, and whether that matters.
 
 $ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
-$ python eval.py runs/NAME --samples 8                   # and pass@k, majority@k
+$ python eval.py runs/NAME --samples 8                   # and pass@k
 $ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
 $ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from experts import pick_device, write_atomic
-from rewards import Problem, extract, next_of_dataset, number, verify
+from rewards import Problem, extract, next_of_dataset, verify
 from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
 from router import by_expert, masked_router
 
@@ -44,7 +44,7 @@ def main(argv=None):
     if router and data.H.numel() and len(data) > len({problem.dataset for problem in found}):
         report["swap"] = swap_test(policy, router, data, args)
     if options.samples:
-        report["pass_at"], report["majority_at"] = sample_pass(policy, router, data, args, options.samples)
+        report["pass_at"] = sample_pass(policy, router, data, args, options.samples)
     show(report)
     name = "aligned" if options.aligned else "run"
     write_atomic(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -166,7 +166,7 @@ def show(report):
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
               f"{swap['n']} answers are what the expert attended to would say to the other problem")
     for k, passed in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {passed:.1%}, majority@{k} {report['majority_at'][k]:.1%}")
+        print(f"  pass@{k} {passed:.1%}")
 
 # -- What train.py shows and writes down
 
@@ -256,26 +256,19 @@ def swap_test(policy, router, data, args):
 
 @torch.no_grad()
 def sample_pass(policy, router, data, args, samples):
-    """({k: mean pass@k}, {k: share with a right majority among the first k}) from `samples` completions of
-    each problem at the training temperature. pass@k is 1 - C(n - c, k) / C(n, k) (2107.03374, equation 1)."""
+    """{k: mean pass@k} from `samples` completions of each problem at the training temperature: is one of k
+    right? pass@k is 1 - C(n - c, k) / C(n, k) of n completions with c right (2107.03374, equation 1)."""
     generator = torch.Generator(policy.embed.device).manual_seed(args.seed)
     ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    passed, majority = Counter(), Counter()
+    passed = Counter()
     size = max(1, 64 // samples)
     for start in range(0, len(data), size):
         batch = data.batch(range(start, min(start + size, len(data))))
         out = rollout(policy, router, batch, args, samples, args.temperature, generator)
-        for texts, verdicts in zip(out.texts, out.verdicts):
-            right = [verdict.strict for verdict in verdicts]
-            answers = [extract(text, args.form, False)[0].strip() for text in texts]
-            values = [number(answer) for answer in answers]  # 18 and $18.00 are one answer
-            answers = [a.casefold() if value is None else value for a, value in zip(answers, values)]
+        for right in out.rewards.sum(1).int().tolist():
             for k in ks:
-                passed[k] += 1 - math.comb(samples - sum(right), k) / math.comb(samples, k)
-                counts = Counter(pair for pair in zip(answers[:k], right) if pair[0] != "")
-                if counts:
-                    majority[k] += counts.most_common(1)[0][0][1]
-    return {k: passed[k] / len(data) for k in ks}, {k: majority[k] / len(data) for k in ks}
+                passed[k] += 1 - math.comb(samples - right, k) / math.comb(samples, k)
+    return {k: passed[k] / len(data) for k in ks}
 
 def ask(policy, router, experts, args, question):
     """One question, or a prompt that stays open until Ctrl-D."""

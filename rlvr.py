@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from experts import Expert, brief, line_ends, read_states, read_tensors, write_tensors, write_texts
 from model import Policy, bucket
-from rewards import TooFew, next_of_dataset, problems, prompt, verify
+from rewards import next_of_dataset, problems, prompt, verify
 from router import ROUTERS, reads_states
 
 # -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
@@ -68,11 +68,12 @@ def total(numbers):
     return sums.tolist()  # of a single one, a float
 
 def add_gradients(parameters):
-    """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
+    """Every gradient becomes the sum over the ranks, in one all-reduce; where there is none, it is zero."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if WORLD == 1:
         return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([p.grad.flatten() for p in parameters])
     meet(dist.all_reduce, flat)
     for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = new.view_as(p)
@@ -133,11 +134,10 @@ def load_problems(args, split, n=None):
     if split != "train":
         skipped = args.test_skip if split == "test" else 0
         n = skipped + (n or getattr(args, split))
-        try:
-            return problems(args.task, split, n, args.data, args.level)[skipped:]
-        except TooFew as few:
-            n = max(few.available, skipped + WORLD)  # too few for the ranks: said below
-            return problems(args.task, split, n, args.data, args.level)[skipped:]
+        found = problems(args.task, split, n, args.data, args.level, fewer=True)
+        if len(found) < skipped + WORLD:  # too few for the ranks: raises
+            problems(args.task, split, skipped + WORLD, args.data, args.level)
+        return found[skipped:]
     n = n or max(args.steps * args.batch, 2000 if args.align else 32)
     block = max(256, 8 * args.batch)
     found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)

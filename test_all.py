@@ -40,7 +40,7 @@ import rlvr
 import train
 from experts import Expert, read_states, write_texts
 from model import Policy, SwiGLU, TokenLogprob, sample
-from rewards import EXAMPLE, INSTRUCTION, Problem, TooFew, number, problems, prompt, verify
+from rewards import EXAMPLE, INSTRUCTION, Problem, number, problems, prompt, verify
 from rlvr import Dataset, advantages, grpo_loss, kl_estimate
 from router import ROUTERS, Router
 
@@ -120,55 +120,42 @@ def test_an_answer_stands_between_tags_or_on_the_first_line():
         verify("18", GOLD18, "json")
 
 def test_gold_is_right_and_hostile_answers_are_not(tmp_path):
-    """Of every dataset: nothing is executed, no scorer raises, and a megabyte of anything earns nothing."""
-    slow = {"sokoban", "futoshiki", "zebra_puzzles", "rearc", "arc_agi", "acre", "jugs",
-            "polynomial_equations"}  # to make
+    """Of every dataset: nothing is executed, nothing raises, and a megabyte of anything earns nothing."""
+    slow = {"futoshiki", "zebra_puzzles", "rearc", "arc_agi", "acre", "polynomial_equations"}  # to make
     code = f"__import__('os').system('touch {tmp_path / 'canary'}')"
     hostile = [code, f"[{code}]", f"open('{tmp_path / 'canary'}','w')", "9**9**9**9", "1e999999999", "-1",
                "9" * 5000, "9" * 64, "(" * 2000, "[" * 60, '{"a":' * 5000, "nan", "[NaN]", "inf", "\x00",
-               "\ud800", "None", "[]", "{}", "[[1]]", '{"a": 1}', '["fill Z"]', "aa is a aa, " * 9,
-               "A=1, " * 9, "R999999999", "hello world", "a" * 60, "Move disk 99 from Peg 99 to Peg 98",
-               "not " * 2000 + "P", "(P ∨ Q)"]
+               "\ud800", "None", "[]", "{}", "[[1]]", '{"a": 1}', "aa is a aa, " * 9, "A=1, " * 9,
+               "R999999999", "hello world", "a" * 60, "not " * 2000 + "P", "(P ∨ Q)"]
     for name in set(rewards.registry()) - set(rewards.REFUSED) - slow:
         for item in problems(name, "train", 2):
             for text in (item.answer, f" {item.answer} ", f"\n{item.answer}\n"):
                 assert verify(f"<answer>{text}</answer>", item).strict, name
             for text in hostile:
                 verdict = verify(f"<answer>{text}</answer>", item)
-                assert verdict.reason in rewards.REASONS and verdict.reason != "scorer_raised", (name, text)
+                assert verdict.reason in rewards.REASONS, (name, text)
                 assert not verdict.strict or number(text) == number(item.answer) is not None, (name, text)
-    assert not (tmp_path / "canary").exists() and set(rewards.SCORERS) < set(rewards.registry())
+    assert not (tmp_path / "canary").exists() and set(rewards.REFUSED) < set(rewards.registry())
     for unit in ("9", "<answer>", "</answer>", "(", "\\boxed{", "####", "</think>", "\n", "1,", "0.", " "):
         text = unit * (10**6 // len(unit))
         for form, completion in (("plain", text), ("tagged", text), ("tagged", f"<answer>{text}</answer>")):
             assert not verify(completion, GOLD18, form).strict
 
-ZOEY = "Zoey is a hero, and Al is a knave."
-PAID = [  # (dataset, metadata, gold, another way to write it or another right answer)
-    ("chain_sum", {}, "1156", "+1,156.00"), ("family_relationships", {}, "aunt", "Aunt"),
-    ("number_sorting", {}, "['1', '3.0']", "[1, 3]"),
-    ("complex_arithmetic", {}, "-1.0 + 2.0i", MINUS + "1+2i"),
-    ("n_queens", {"valid_answers": ["Q _", "_ Q"]}, "Q _", "_ Q"), ("gsm_symbolic", {}, "18", "$18"),
-    ("knights_knaves", {}, ZOEY, "Al is a knave and Zoey is a hero"),
-    ("game_of_life", {}, "[[0,1]]", "[[0, 1]]"),
-    ("jugs", {"puzzle": {"jug_capacities": [3, 5], "target": 3}}, '["fill A"]', '["fill B", "pour B->A"]')]
+PAID = [  # (dataset, gold, another way to write it)
+    ("chain_sum", "1156", "+1,156.00"), ("family_relationships", "aunt", "Aunt"),
+    ("number_sorting", "['1', '3.0']", "[1, 3]"), ("complex_arithmetic", "-1.0 + 2.0i", MINUS + "1+2i"),
+    ("gsm_symbolic", "18", "$18"), ("game_of_life", "[[0,1]]", "[[0, 1]]")]
 UNPAID = [  # the same, but an answer that the dataset's own scorer would pay for, or run
-    ("time_intervals", {}, "03:22:03", "03:22:00"), ("word_sorting", {}, "a, b", "a, b, c"),
-    ("game_of_life_halting", {}, "True", "False"), ("number_sorting", {}, "[1, 3]", "[2, 2]"),
-    ("gsm_symbolic", {}, "18", "18 19"), ("chain_sum", {}, "156", "1,5,6"),
-    ("complex_arithmetic", {}, "1.0", "nan"), ("fraction_simplification", {}, "1/2", "2/4"),
-    ("knights_knaves", {}, ZOEY, "Zoey is a dog, Zoey is a hero, Al is a knave"),
-    ("quantum_lock", {}, "A → B", "A quick cab")]
+    ("time_intervals", "03:22:03", "03:22:00"), ("word_sorting", "a, b", "a, b, c"),
+    ("game_of_life_halting", "True", "False"), ("number_sorting", "[1, 3]", "[2, 2]"),
+    ("gsm_symbolic", "18", "18 19"), ("chain_sum", "156", "1,5,6"), ("complex_arithmetic", "1.0", "nan"),
+    ("fraction_simplification", "1/2", "2/4"), ("knights_knaves", "Al is a cat", "Al is a dog, Al is a cat")]
 
 def test_which_answers_are_paid():
-    """Where several answers are right all are paid, and no more; a scorer that raises pays nothing."""
     for paid, table in ((True, PAID), (False, UNPAID)):
-        for dataset, metadata, gold, answer in table:
-            entry = {"question": "q", "answer": gold, "metadata": metadata}
-            item = Problem("q", gold, dataset, dataset, entry=entry)
+        for dataset, gold, answer in table:
+            item = Problem("q", gold, dataset, dataset)
             assert verify(f"<answer>{answer}</answer>", item).strict == paid, (dataset, answer)
-    item = Problem("q", "A → B", "quantum_lock", "quantum_lock")  # without the record that its scorer needs
-    assert verify("<answer>B → A</answer>", item).reason == "scorer_raised"
 
 @pytest.mark.parametrize("task", ["chain_sum", "gcd", "aiw", "lcm", "arithmetic+algorithmic"])
 def test_splits_share_no_question(task):
@@ -182,10 +169,10 @@ def test_splits_share_no_question(task):
 
 def test_a_small_space_says_how_many_there_are():
     level = "min_terms=2,max_terms=2,min_digits=1,max_digits=1,allow_negation=false"
-    with pytest.raises(TooFew, match="ask for at most") as error:
-        problems("chain_sum", "val", 10**6, level=level)
-    available = error.value.available
-    assert len(problems("chain_sum", "val", available, level=level)) == available < 100
+    found = problems("chain_sum", "val", 10**6, level=level, fewer=True)
+    assert problems("chain_sum", "val", len(found), level=level) == found and len(found) < 100
+    with pytest.raises(ValueError, match=f"ask for at most {len(found)},"):
+        problems("chain_sum", "val", len(found) + 1, level=level)
 
 def test_a_mix_takes_turns():
     items = problems("arithmetic+logic+algorithmic", "train", 9, level="tiny")
@@ -193,7 +180,7 @@ def test_a_mix_takes_turns():
     assert len({item.question for item in problems("chain_sum+arithmetic", "val", 60)}) == 60
 
 def test_items_do_not_depend_on_the_hash_seed():
-    tasks = ("chain_sum", "family_relationships", "group_anagrams")
+    tasks = ("chain_sum", "family_relationships", "base_conversion")
     code = f"import rewards; print([p.question for t in {tasks} for p in rewards.problems(t, 'train', 5)])"
     here = [item.question for task in tasks for item in problems(task, "train", 5)]
     other = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
@@ -802,10 +789,10 @@ def test_kl_estimate_is_unbiased_and_never_negative():
     assert (kl_estimate(p, q) >= 0).all()
     torch.testing.assert_close((p.exp() * kl_estimate(p, q)).sum(), (p.exp() * (p - q)).sum())
 
-def remembered(task, split, n, *rest):
+def remembered(task, split, n, *rest, **options):
     """problems(), made once, and 256 at most: thousands of them take seconds."""
     if (task, split, n, rest) not in MADE:
-        MADE[task, split, n, rest] = problems(task, split, min(n, 256), *rest)
+        MADE[task, split, n, rest] = problems(task, split, min(n, 256), *rest, **options)
     return list(MADE[task, split, n, rest])
 
 MADE = {}
@@ -908,21 +895,24 @@ def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
 
 def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
     """With wrong gold answers: the same weights after it, to the bit. GRPO does see them."""
-    monkeypatch.setattr(rlvr, "problems", lambda *a: [replace(p, answer="7000") for p in remembered(*a)])
+    monkeypatch.setattr(rlvr, "problems", lambda *a, **b: [
+        replace(p, answer="7000") for p in remembered(*a, **b)])
     train.run([*quick, "--out", str(tmp_path / "run")])
     one, two = (load_file(next(out.glob("aligned*"))) for out in (finished, tmp_path / "run"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not all(row["reward"] == 0 for row in rows(finished)) and {
         row["reward"] for row in rows(tmp_path / "run")} == {0}
 
-def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("beta", [0.04, 0.0])
+def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, beta):
     """Each gradient of three steps of two epochs, at temperature 0.7, all prompts at once; the rates of the
-    parts; the problems in their order."""
+    parts; the problems in their order. The loop skips groups of equal rewards where there is no KL."""
     draw, keep, steps, rates, old = train.rollout, train.keep, [], [], {}
 
     def drawn(policy, router, batch, args, group, temperature, generator):
         out = draw(policy, router, batch, args, group, temperature, generator)
         out.rewards = ((torch.arange(6)[:, None] + torch.arange(4)) % 3 == 0).float()
+        out.rewards[2] = 1.0
         assert temperature == 0.7
         steps.append((policy, router, batch, args, out))
         return out
@@ -933,7 +923,7 @@ def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch):
             policy.prefill(batch.tokens, batch.lengths, context), out.tokens, out.mask, 0.7)[0]
         logp = score(router(batch.H)[0])
         with torch.no_grad(), policy.lora_disabled():
-            ref = score(None)
+            ref = score(None) if beta else None
         first = old.setdefault(len(steps), logp.detach())  # of the policy that sampled
         loss = grpo_loss(logp, first, ref, advantages(out.rewards), out.mask, args) / out.mask.sum()
         naive = dict(enumerate(torch.autograd.grad(loss, parameters)))
@@ -946,8 +936,8 @@ def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "rollout", drawn)
     monkeypatch.setattr(train, "add_gradients", compared)
     monkeypatch.setattr(train, "keep", kept)
-    train.run([*quick, *"--steps 3 --epochs 2 --temperature 0.7 --align 0 --beta 0.04 --lr 1e-2 "
-                "--router_lr 2e-3 --out".split(), str(tmp_path / "run")])
+    train.run([*quick, *f"--steps 3 --epochs 2 --temperature 0.7 --align 0 --beta {beta} --lr 1e-2 "
+                "--router_lr 2e-3 --micro_batch 1 --out".split(), str(tmp_path / "run")])
     expected = torch.tensor([[0.5], [1], [1]]) * torch.tensor([1e-2, 2e-3, 0.1])  # warm-up of 2 steps
     torch.testing.assert_close(torch.tensor(rates), expected)
     assert sum((step[2].problems for step in steps), []) == train.load_problems(steps[0][3], "train")[:18]
@@ -1270,7 +1260,7 @@ BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentenc
     ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
     ("--temperature 0", "--temperature"), ("--steps 0", "--steps"), ("--level terms=3", "level"),
     ("--level tiny --task gcd", "--level easy"), ("--level impossible", "easy, default, hard"),
-    ("--task chain_sum --level min_terms=two", "int"),
+    ("--task chain_sum --level min_terms=two", "max_terms"),
     ("--task chain_sum --level min_terms=9", "cannot be built"), ("--task logic+nope", "nope"),
     ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"), ("--align 5 --collab text", "align"),
     ("--beta 0.04", "--beta 0"), ("--collab louder", "louder"), ("--align -1", "--align"),
@@ -1343,19 +1333,13 @@ def loaded(out):
     rlvr.load_newest(out, policy, router)
     return policy, router, Dataset(train.load_problems(args, "test"), policy, pool, args), args
 
-def test_pass_at_k_and_majority_by_hand(finished, monkeypatch):
-    """Two of four right: pass@1 1/2, pass@2 5/6, pass@4 1. Majority: the commonest, the first on a tie."""
+def test_pass_at_k_by_hand(finished, monkeypatch):
+    """Two of four right: of one drawn 1/2 are, among two 5/6 hold one that is, among four all."""
     policy, router, data, args = loaded(finished)
-    texts = [" 5 apples", " 5", " 5.0", " eight"]  # the first is not in the asked form
-
-    def four(policy, router, batch, *rest):
-        gold = [replace(problem, answer="5") for problem in batch.problems]
-        return types.SimpleNamespace(texts=[texts] * len(gold), verdicts=[
-            [rewards.verify(text, problem, "plain") for text in texts] for problem in gold])
-
-    monkeypatch.setattr(evaluation, "rollout", four)
-    passed, majority = evaluation.sample_pass(policy, router, data, args, 4)
-    assert passed == pytest.approx({1: 1 / 2, 2: 5 / 6, 4: 1}) and majority == {1: 0, 2: 0, 4: 1}
+    rewards = lambda batch: torch.tensor([[1.0, 0.0, 1.0, 0.0]] * len(batch.problems))
+    monkeypatch.setattr(evaluation, "rollout", lambda policy, router, batch, *rest: types.SimpleNamespace(
+        rewards=rewards(batch)))
+    assert evaluation.sample_pass(policy, router, data, args, 4) == pytest.approx({1: 1 / 2, 2: 5 / 6, 4: 1})
 
 def test_swap_counts_who_follows_the_states(finished, monkeypatch):
     """Who says what the states' expert says follows always; who goes by the question never does."""

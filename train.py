@@ -166,6 +166,9 @@ def main(args):
             i, sums = 0, Counter()
             while i < len(batch.problems):
                 part = slice(i, i + args.micro_batch)
+                if i and not (args.beta or advantage[part].any()):  # equal rewards, no KL: its gradient is 0
+                    i += args.micro_batch  # the first part is run for all that: it would show a NaN
+                    continue
                 micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
                 try:
                     context, _ = router(micro.H) if router else (None, None)
@@ -190,8 +193,9 @@ def main(args):
                     i, sums = 0, Counter()
                     continue
                 sums["loss"] += loss.item()
-                sums["entropy"] += entropy.sum().item() / n_tokens
-                sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item() / n_tokens
+                sums["tokens"] += mask.sum().item()
+                sums["entropy"] += entropy.sum().item()
+                sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item()
                 i += args.micro_batch
 
             # 4. Step.
@@ -252,11 +256,11 @@ def summarize(sampled, owner, experts, sums):
     datasets = [problem.dataset for part in parts for problem in part[1]]
     verdicts = [verdict for part in parts for group in part[2] for verdict in group]
     rewards = step["rewards"]  # (B, G)
-    loss, kl, entropy = total([sums["loss"], sums["kl"], sums["entropy"]])
+    loss, kl, entropy, tokens = total([sums[name] for name in ("loss", "kl", "entropy", "tokens")])
     row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=step["length"].mean().item(),
                truncated=step["truncated"].mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-               loss=loss, kl=kl, entropy=entropy, rollout_seconds=sampled.seconds,
+               loss=loss, kl=kl / tokens, entropy=entropy / tokens, rollout_seconds=sampled.seconds,
                tokens_per_second=step["length"].sum().item() / sampled.seconds,
                reward_by_dataset=by_dataset(datasets, rewards.mean(1)),
                reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
