@@ -15,6 +15,7 @@ What is easy to get wrong:
 - The loss is normalised by the tokens of the whole step, so that micro-batches change nothing.
 - The KL term's reference has LoRA off and prefix off; after stage 0, which it would undo, there is no KL.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
+  Without KL its gradient is zero, so train.py skips its pass.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
 - Stage 0 sees no gold answer and no reward, and shows all that write equally: whom to attend to GRPO learns.
 """

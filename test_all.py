@@ -958,7 +958,7 @@ def test_an_answer_ends_with_its_stop_token_or_is_cut_by_the_limit(finished, mon
     assert ended.any() and not ended.all()
 
 def test_a_longer_run_begins_alike_and_skipped_problems_are_left_out(monkeypatch):
-    monkeypatch.setattr(rlvr, "problems", lambda task, split, n, *rest: [
+    monkeypatch.setattr(rlvr, "problems", lambda task, split, n, *rest, **_: [
         Problem(f"{split} {i}", "") for i in range(n)])
     args = argparse.Namespace(task="", data="", level="", seed=1, batch=32, align=0, steps=10, test=5,
                               test_skip=7)

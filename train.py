@@ -4,14 +4,12 @@ n-Musketeers, end to end: a policy learns by reinforcement to read the hidden st
 $ python train.py                                    # three tiny experts in this repository: no GPU
 $ python train.py --task gsm8k                       # the paper's setting, on one GPU
 $ python train.py --collab single                    # the same policy without experts: the first control
-$ python train.py --resume runs/NAME --steps 400     # go on with a run
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 """
 import os
 import signal
 
-# Before torch is imported. Threads that wait without spinning are kind to busy neighbours; a little spinning
-# is kept, as sleeping between the thousand small operations of a token would cost half of a decode step.
+# Before torch is imported: threads that hardly spin while they wait are kind to busy neighbours.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if __name__ == "__main__":
@@ -217,8 +215,7 @@ def main(args):
         keep(out, "step", step, args, policy, router, state, optimizer, generator)
 
     on_stop(signal.default_int_handler)  # there is nothing left to save
-    report = test_report(policy, router, data["test"], args, experts)
-    show_report(args, report)
+    show_report(args, test_report(policy, router, data["test"], args, experts))
 
 # -- What is said and written down
 
@@ -330,7 +327,6 @@ def keep(out, name, done, args, *saved):
 # -- The command line
 
 TINY = str(Path(__file__).resolve().parent / "tiny")
-
 PRESETS = {
     "paper": {},
     "small": dict(  # one consumer GPU, or a patient CPU: a policy of 135 million parameters

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from claims import RESULTS, finished, interval, names_of, rho, runs_by_seed  # noqa: E402
-from eval import heat  # noqa: E402
+from eval import heat, read_lines  # noqa: E402
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
@@ -186,7 +186,17 @@ def ablations(rows):
     legend_beside(figure, [axis])
     return figure
 
-PICTURES = (learning, ways, attention, attention_real_mix, entropy, specialization, ablations)
+def gsm8k(rows):
+    """Rewards in training on GSM8K, one run each, from their metrics.jsonl: the study has no row of them."""
+    figure, (axis,) = panels(1)
+    for way, colour in zip(("soft", "single"), COLOURS):
+        points = read_lines(RESULTS / "real" / f"gsm8k-{way}-metrics.jsonl")
+        band(axis, [{point["step"]: point["reward"] for point in points}], way, colour, smooth=10)
+    axis.set(ylim=(0, None), ylabel="share of 64 answers right", title="GSM8K, mean of 10 steps")
+    legend_beside(figure, [axis])
+    return figure
+
+PICTURES = (learning, ways, attention, attention_real_mix, entropy, specialization, ablations, gsm8k)
 
 def draw_all(results=RESULTS):
     """Draw all pictures that the rows allow; returns their files."""

@@ -116,7 +116,8 @@ def pretend_device():
 
 def run_on_a_device(out, *quick):
     watch, operations, library = pretend_device()
-    rlvr.problems = lambda task, split, n, *rest: remembered(task, split, min(n, 16), *rest)
+    rlvr.problems = lambda task, split, n, *rest, **options: remembered(
+        task, split, min(n, 16), *rest, **options)
     with watch:
         train.run([*quick, *"--align 2 --align_words 2 --steps 1 --epochs 2 --val 4 --test 4".split(),
                    *"--group 2 --max_new 2 --out".split(), out])
