@@ -203,9 +203,9 @@ def show_gate(policy, experts, data, args, n=64):
         print("  warning    no expert's words beat the policy by 15 points anywhere: little to attend to")
 
 def show_time(policy, data, args, n_experts):
-    """A forecast from one rollout. A gradient pass takes 2.5 times as long, 3.3 with the reference, less where
-    equal rewards are skipped. Where no prompt is shared, a greedy answer takes 3 times a sampled one, reading
-    1.5 times the rollout's time."""
+    """A forecast from one rollout. A gradient pass takes 2.5 times as long, 3.3 with the reference (less
+    where equal rewards are skipped). Where no prompt is shared, a greedy answer takes 3 times a sampled one,
+    reading 1.5 times the rollout's time."""
     batch, generator = data["train"].batch(share(range(args.batch))), torch.Generator(policy.embed.device)
     seconds = rollout(policy, None, batch, args, args.group, args.temperature, generator).seconds
     reading = args.align * seconds * 1.5 * args.align_batch / args.batch

@@ -17,7 +17,7 @@ What is easy to get wrong:
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
   Without KL its gradient is zero, so train.py skips its pass.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
-- Stage 0 sees no gold answer and no reward, and shows all that write equally: whom to attend to GRPO learns.
+- Stage 0 sees no gold answer and no reward, and all writers equally often: GRPO learns whom to attend to.
 """
 import contextlib
 import importlib
@@ -45,7 +45,7 @@ from router import ROUTERS, reads_states
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def share(items):
-    """This rank's part of a list; the parts in a row are the list, and differ in length by one at most."""
+    """This rank's part of a list: contiguous, in the order of the ranks, lengths differ by one at most."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
 
 def meet(collective, *args, **options):
@@ -122,7 +122,7 @@ def build(args):
     args.experts = [expert.pinned for expert in experts]
     if args.collab not in ROUTERS:
         return policy, experts, None
-    # a fresh prefix does no harm: half as large as an embedding, or hardly different from the mean embedding
+    # a fresh prefix: close to the mean embedding, or, measured from zero, half as large as an embedding
     init_scale = 0.02 if args.neutral == "mean" else 0.5
     router = ROUTERS[args.collab]([expert.width for expert in experts for _ in range(expert.entries)],
                                   policy.config.hidden_size, args.latents, args.router_heads, args.router_dim,
@@ -130,8 +130,8 @@ def build(args):
     return policy, experts, router.to(args.device)
 
 def load_problems(args, split, n=None):
-    """The problems of a split. For training in the seed's order, shuffled in blocks, so that GRPO of a longer
-    run begins alike; a small dataset gives as many held-out ones as it has."""
+    """The problems of a split. Training problems are shuffled by seed within fixed blocks, so that a longer
+    run begins with the same ones. A small dataset gives as many held-out ones as it has."""
     if split != "train":
         skipped = args.test_skip if split == "test" else 0
         n = skipped + (n or getattr(args, split))
@@ -215,7 +215,7 @@ class Dataset:
         return len(self.problems)
 
     def reading_mask(self, chosen):
-        """(N,), or (B, N) of chosen (B, 1): the states of that expert, and of those without texts."""
+        """True for a state of expert `chosen` or of one without texts: (N,); (B, N) for chosen (B, 1)."""
         silent = torch.tensor([not any(self.texts[e]) for e in self.owner.tolist()], dtype=torch.bool)
         return ((self.owner == chosen) | silent).to(self.policy.embed.device)
 
@@ -247,10 +247,10 @@ def align(policy, router, data, args, start, moments):
     reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
              slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
 
-    Words use the second half of the problems, reading the second quarter, GRPO begins with the first: on
-    states that the router knows by heart the policy would learn blind trust. A step draws problems, by seed
-    and step alone, and for each an expert that writes; other writers are masked out, encoders stay, to be
-    ignored. Yields (part, loss per token, optimizer) after each step.
+    Words use the second half of the problems, reading the second quarter; GRPO begins with the first.
+    Why apart: on states that the router knows by heart, a policy learns to trust it blindly. A step draws
+    problems, by seed and step alone, and for each an expert that writes; other writers are masked out,
+    encoders stay, to be ignored. Yields (part, loss per token, optimizer) after each step.
     """
     words, reading = align_steps(args)
     writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
@@ -263,7 +263,7 @@ def align(policy, router, data, args, start, moments):
         spelling = step < words
         size = WORDS_BATCH if spelling else args.align_batch
         first, last = (half, len(data)) if spelling else (half // 2, half)
-        if step in (start, words):
+        if step in (start, words):  # an optimizer for each part; moments are of a part that goes on
             rates = (0.0, args.align_words_lr) if spelling else (args.align_lr, args.align_router_lr)
             optimizer = make_optimizer(policy, router, *rates, moments=moments if step != words else None)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -296,10 +296,10 @@ def align_steps(args):
 
 def words_loss(policy, context, targets, used):
     """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
-    products, plus a little of the squared distance, which also fixes the length. context (B, L, d), targets
+    products, plus a little of the squared distance, which also fixes the norm. context (B, L, d), targets
     [B][tokens]. Returns the sum over the texts' tokens, as far as the L places reach, and their number."""
     B, L, d = context.shape
-    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), as a prefix
+    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), in prefix units
     index = {token: i for i, token in enumerate(used)}
     target = torch.tensor([[index[token] for token in ids[:L]] + [-1] * (L - len(ids)) for ids in targets])
     target = target.to(context.device)  # (B, L)
@@ -434,7 +434,7 @@ def load_checkpoint(path, policy, router, generator=None):
     return json.loads(bytes(tensors["state"].tolist())), moments
 
 def checkpoints(out):
-    """Those of a run, the newest first: step-..., before them aligned-..., before it align-..."""
+    """The checkpoints of a run, newest first: step-..., then aligned-..., then align-..."""
     return sorted(out.glob("*.safetensors"), reverse=True)
 
 def load_newest(out, policy, router, generator=None):

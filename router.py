@@ -51,13 +51,13 @@ class StateReader(nn.Module):
         """
         std, mean = torch.std_mean(H.float(), dim=0)  # (N, D)
         std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))  # what hardly varies is not blown up
-        self.inv_std.copy_((self.inv_std > 0) / std)
+        self.inv_std.copy_((self.inv_std > 0) / std)  # stays 0 in the padding
         self.mean.copy_(mean)
 
     def standardize(self, H, mask=None):
         x = ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)  # (B, N, D)
         if mask is not None:  # a state that is masked out may hold anything, NaN too
-            x = x.masked_fill(~mask.expand(H.shape[:2])[..., None], 0.0)
+            x = x.masked_fill(~mask[..., None], 0.0)
         return x
 
 class Router(StateReader):
@@ -66,9 +66,9 @@ class Router(StateReader):
     d_policy     d, the width of the policy's embeddings
     latents      L, the number of context tokens; heads and dim: of the attention (8, 8 and 512 in the paper)
     temperature  divides Q K', not trust; below 1 a choice among few experts is sharper
-    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings. Near zero
-                 (paper), so that a fresh prefix does no harm; not zero, so that every part has a gradient
-                 from the start
+    init_scale   size of fresh context tokens in standard deviations of the policy's embeddings: small (near
+                 zero in the paper), so that a fresh prefix does little harm; not zero, so that every part
+                 has a gradient from the start
     Raises ValueError when dim is no multiple of heads.
     """
 
@@ -79,7 +79,7 @@ class Router(StateReader):
         self.heads, self.scale = heads, (dim / heads) ** -0.5 / temperature
         N, D = self.mean.shape
         self.register_buffer("widths", torch.tensor(widths), persistent=False)
-        fan_in = self.widths[:, None, None]
+        fan_in = self.widths[:, None, None]  # W is 0 in the padding: inv_std is 0 there, 1 elsewhere
         self.W = nn.Parameter(torch.randn(N, D, dim) * self.inv_std[..., None] / fan_in.sqrt())
         self.expert_embed = nn.Parameter(torch.randn(N, dim) * 0.02)  # whose state it is, whatever it holds
         self.trust, self.trust_bias = nn.Parameter(torch.zeros(N, D)), nn.Parameter(torch.zeros(N))
@@ -111,7 +111,7 @@ class Router(StateReader):
         trust = torch.einsum("bnd,nd->bn", x, self.trust) / self.widths + self.trust_bias  # (B, N)
         scores = q @ k.transpose(-1, -2) * self.scale + trust[:, None, None]  # (B, h, L, N)
         if mask is not None:
-            scores = scores.masked_fill(~mask.expand(H.shape[:2])[:, None, None], -torch.inf)
+            scores = scores.masked_fill(~mask[..., None, None, :], -torch.inf)
         A = scores.float().softmax(-1) if attention is None else attention.expand_as(scores)
         y = (A.to(v.dtype) @ v).transpose(-3, -2).flatten(-2)  # (B, L, dim)
 
@@ -140,7 +140,7 @@ class HardRouter(Router):
         """As Router.forward; the attention is 1 for the chosen state and 0 for the others."""
         scores = self.choice(self.standardize(H, mask).flatten(1))  # (B, N)
         if mask is not None:
-            scores = scores.masked_fill(~mask.expand(scores.shape), -torch.inf)
+            scores = scores.masked_fill(~mask, -torch.inf)
         p = scores.float().softmax(-1)
         chosen = F.one_hot(p.argmax(-1), p.shape[-1]).float()
         straight_through = chosen + p - p.detach()

@@ -93,7 +93,7 @@ class Args:  # the defaults are the paper's where it names them; PRESETS below h
     clip: float = arg(0.2, "how far the ratio may fall; matters with --epochs above 1")
     clip_high: float = arg(0.2, "how far it may rise; above --clip it is DAPO's clip-higher")
     epochs: int = arg(1, "optimizer steps on each rollout (1: on-policy)")
-    micro_batch: int = arg(4, "prompts in one backward pass: bounds memory, changes nothing else")
+    micro_batch: int = arg(4, "prompts in one backward pass: bounds memory, changes nothing that is learned")
     lr: float = arg(1e-4, "of LoRA (paper)")
     router_lr: float = arg(1e-4, "of the router (paper)")
     trust_lr: float = arg(0.0, "of its trust in each expert (0: it has none, the paper's method)")
@@ -165,7 +165,7 @@ def main(args):
             while i < len(batch.problems):
                 part = slice(i, i + args.micro_batch)
                 if i and not (args.beta or advantage[part].any()):  # equal rewards, no KL: its gradient is 0
-                    i += args.micro_batch  # the first part is run for all that: it would show a NaN
+                    i += args.micro_batch  # the first part always runs, so that a NaN is seen
                     continue
                 micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
                 try:
@@ -244,7 +244,7 @@ def introduce(args, policy, router, experts, data, state):
     print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
 
 def summarize(sampled, owner, experts, sums):
-    """A row of metrics.jsonl, of all ranks: shares are 0 to 1, lengths in tokens, times in seconds."""
+    """A row of metrics.jsonl, of all ranks. Lengths are in tokens; entropy leaves skipped groups out."""
     mine = dict(rewards=sampled.rewards, length=sampled.mask.sum(-1), truncated=sampled.truncated)
     if sampled.attention is not None:
         mine["attention"] = by_expert(sampled.attention, owner)
@@ -354,7 +354,7 @@ def parse_args(argv):
         if changed:
             raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would change it")
         aligning = args.align and not list(Path(given["resume"]).glob("aligned-*"))
-        drawn_at_once = aligning or args.control in ("shuffled", "noise")
+        drawn_at_once = aligning or args.control in ("shuffled", "noise")  # more problems give other draws
         if drawn_at_once and given.get("steps", args.steps) != args.steps:
             raise ValueError(f"--steps stays {args.steps}, as the run draws for all: start anew with more")
         args = replace(args, **(given | dict(out=given["resume"])))
@@ -379,6 +379,8 @@ def parse_args(argv):
 def saved_run(folder):
     """The settings of the run in `folder`, checked."""
     config = read_config(folder)
+    if config["ranks"] != WORLD:
+        raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
     try:
         args = Args(**config["args"])
         check(args)
@@ -386,8 +388,6 @@ def saved_run(folder):
             raise ValueError("settings are missing")
     except (ValueError, TypeError) as error:
         raise damaged(folder, error) from error
-    if config["ranks"] != WORLD:
-        raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
     return args
 
 def pick_preset(given):

@@ -65,14 +65,13 @@ def spearman_without_trend(steps, x, y, degree):
 
 # -- Rows
 
-def read_rows(path=None):
+def read_rows(path=RESULTS / "study.jsonl"):
     """The rows of study.jsonl, the last one of every id."""
-    rows = read_lines(path or RESULTS / "study.jsonl")
+    rows = read_lines(path)
     return list({row["id"]: row for row in rows}.values())
 
-def finished(results=None):
+def finished(results=RESULTS):
     """Finished runs, each row with its curve."""
-    results = results or RESULTS
     return [json.loads((results / "curves" / f"{row['id']}.json").read_text()) | row
             for row in read_rows(results / "study.jsonl") if row["after"] is not None]
 
@@ -198,19 +197,16 @@ def test_time(rows, task, replaced, kind="more"):
     """A run as trained against the same run with something replaced at test time (probe.py --ablate)."""
     label = {"static": "static attention", "shuffle": "shuffled states at test"}[replaced]
     found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if row.get("ablate")]
-    n = min((len(ablate["right"]) for ablate in found), default=0)  # the first of more are the same problems
-    trained = 100.0 * np.array([ablate["right"][:n] for ablate in found])
-    other = 100.0 * np.array([ablate["kinds"][replaced]["right"][:n] for ablate in found])
+    trained = 100.0 * np.array([ablate["right"] for ablate in found])
+    other = 100.0 * np.array([ablate["kinds"][replaced]["right"] for ablate in found])
     return [compare(f"{task}, as trained - {label}", trained, other, kind=kind)]
 
 def gain_is_gone(rows, task):
     """Soft with the states of other problems at test time must be no better than single."""
     soft, single = runs_by_seed(rows, task, "soft"), runs_by_seed(rows, task, "single")
     seeds = sorted(seed for seed in soft.keys() & single.keys() if soft[seed].get("ablate"))
-    shuffled = [soft[seed]["ablate"]["kinds"]["shuffle"]["right"] for seed in seeds]
-    n = min(map(len, shuffled), default=0)
-    alone = 100.0 * np.array([single[seed]["right"][:n] for seed in seeds])
-    other = 100.0 * np.array([right[:n] for right in shuffled])
+    alone = 100.0 * np.array([single[seed]["right"] for seed in seeds])
+    other = 100.0 * np.array([soft[seed]["ablate"]["kinds"]["shuffle"]["right"] for seed in seeds])
     return [compare(f"{task}, single - soft with shuffled states at test", alone, other, kind="no less")]
 
 def specialist_share(row):

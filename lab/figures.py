@@ -170,11 +170,9 @@ def ablations(rows):
     kinds = {}
     for i, (task, colour) in enumerate(zip(tasks, COLOURS)):
         runs = [run for run in runs_by_seed(rows, task, "soft").values() if run.get("ablate")]
-        n = min(len(run["ablate"]["right"]) for run in runs)
         label = f"{task}, {seeds_of(runs)}"
         for kind in runs[0]["ablate"]["kinds"]:
-            D = [np.subtract(run["ablate"]["kinds"][kind]["right"][:n], run["ablate"]["right"][:n])
-                 for run in runs]
+            D = [np.subtract(run["ablate"]["kinds"][kind]["right"], run["ablate"]["right"]) for run in runs]
             low, high = interval(D)
             place = kinds.setdefault(kind, len(kinds)) + (i + 0.5) * 0.8 / len(tasks) - 0.4
             axis.bar(place, 100 * np.mean(D), 0.75 / len(tasks), color=colour, label=label, capsize=3,

@@ -1,58 +1,47 @@
 """
 What a finished run can still be asked.
 
-    python lab/probe.py RUN --states          what a linear map reads off each expert's states
     python lab/probe.py RUN --ablate KINDS    what replacing attention or states at test time costs
     python lab/probe.py RUN --walk            one problem from text to reward, in numbers
     python lab/probe.py RUN --spell           what a router alone reads of an expert's text, by what is read
 
-KINDS are some of static, uniform, shuffle and zero, see `ablate`.
---states and --ablate also write RUN/states.json and RUN/ablate.json.
+KINDS are some of static, uniform, shuffle and zero, see `ablate`; also written to RUN/ablate.json.
 """
 import argparse
 import json
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from claims import interval  # noqa: E402
+from claims import shown  # noqa: E402
 from eval import evaluate, one_sentence, open_run  # noqa: E402
 from experts import Expert, read_states, write_atomic, write_texts  # noqa: E402
-from rewards import next_of_dataset, number, verify  # noqa: E402
+from rewards import next_of_dataset, verify  # noqa: E402
 from rlvr import Dataset, advantages, answer_ids, load_problems, rollout, words_loss  # noqa: E402
 from router import Router, by_expert  # noqa: E402
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
-def places_by_dataset(problems):
-    """{dataset: places of its problems}, in the order of first appearance."""
-    places = {}
-    for place, problem in enumerate(problems):
-        places.setdefault(problem.dataset, []).append(place)
-    return places
-
 # -- Replaced at test time
 
-def ablate(policy, experts, router, args, kinds, n=None):
+def ablate(policy, experts, router, args, kinds):
     """What each kind of replacement costs on the run's test problems.
 
     static   attention is its mean over training problems, by head and latent, whatever the problem
     uniform  every state is attended to alike
     shuffle  the states are those of another test problem of the same dataset
     zero     the context tokens are neutral: a prefix that says nothing
-    Returns a dictionary for JSON: `right` by problem as trained, `kinds` with the same and its statistics for
-    each kind, and by problem the dataset, each expert's attention share, and whether its own text is right.
+    Returns a dictionary for JSON: `right` by problem as trained, `kinds` with the same for each kind, and by
+    problem the dataset, each expert's attention share, and whether its own text is right.
     """
     check_kinds(args, kinds)
-    data = Dataset(load_problems(args, "test", n), policy, experts, args)
+    data = Dataset(load_problems(args, "test"), policy, experts, args)
     verdicts, _, attention = evaluate(policy, router, data, args)
     right = [int(verdict.strict) for verdict in verdicts]
     result = dict(right=right, kinds={})
@@ -68,10 +57,7 @@ def ablate(policy, experts, router, args, kinds, n=None):
         if kind == "zero":
             replaced = lambda H: (torch.zeros_like(router(H)[0]), None)
         other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
-        places = places_by_dataset(data.problems)
-        parts = {dataset: paired([right[i] for i in at], [other[i] for i in at])
-                 for dataset, at in places.items()}
-        result["kinds"][kind] = dict(right=other, **paired(right, other), by_dataset=parts)
+        result["kinds"][kind] = dict(right=other)
     result["datasets"] = [problem.dataset for problem in data.problems]
     shares = [] if attention is None else by_expert(attention, data.owner).mean((1, 2)).tolist()
     result["attended"] = [[round(share, 3) for share in row] for row in shares]
@@ -102,111 +88,15 @@ def knows(data):
                for texts in data.texts]
     return [list(row) for row in zip(*columns)]
 
-def paired(a, b):
-    """How b does against a, right or wrong on the same problems."""
-    return dict(n=len(a), trained=sum(a) / len(a), replaced=sum(b) / len(b),
-                difference=(sum(b) - sum(a)) / len(a), ci95=interval(np.subtract(b, a)))
-
 def ablation_table(result):
-    lines = ["| replaced | problems | n | as trained | replaced | change, 95% |",
-             "|---" * 6 + "|"]
+    """Markdown: as trained, replaced, and the paired difference with its 95% interval."""
+    right = result["right"]
+    lines = ["| replaced | n | as trained | replaced | change, 95% |", "|---" * 5 + "|"]
     for kind, row in result["kinds"].items():
-        parts = {"all": row} | (row["by_dataset"] if len(row["by_dataset"]) > 1 else {})
-        for dataset, x in parts.items():
-            lines.append(f"| {kind} | {dataset} | {x['n']} | {x['trained']:.1%} | {x['replaced']:.1%} | "
-                         f"{points(x['difference'], x['ci95'])} |")
+        change = shown(100.0 * np.subtract(row["right"], right))
+        lines.append(f"| {kind} | {len(right)} | {np.mean(right):.1%} | {np.mean(row['right']):.1%} | "
+                     f"{change} |")
     return "\n".join(lines)
-
-def points(difference, ci95):
-    return f"{100 * difference:+z.1f} [{100 * ci95[0]:+z.1f}, {100 * ci95[1]:+z.1f}]"
-
-# -- What a state tells
-
-def targets_of(answers, common=10):
-    """What is asked about answers: of whole numbers both digits and the sign, else which of the `common` most
-    frequent answers it is (None: another). {name: a class for each answer}."""
-    values = [number(answer) for answer in answers]
-    if any(value is None or value.denominator != 1 for value in values):
-        usual = {answer for answer, _ in Counter(answers).most_common(common)}
-        return {"answer": [answer if answer in usual else None for answer in answers]}
-    targets = {"ones digit": [abs(value) % 10 for value in values],
-               "tens digit": [abs(value) // 10 % 10 for value in values],
-               "sign": [value < 0 for value in values]}
-    return {name: classes for name, classes in targets.items() if len(set(classes)) > 1}
-
-def linear_probe(X, y, X_new, y_new):
-    """Share right on X (n, D) of classes y (n,), and on X_new of y_new, of a ridge regression on the classes'
-    indicators fitted to X; its strength is chosen on the last fifth of X."""
-    std, mean = torch.std_mean(X, dim=0, correction=0)
-    std = std.clamp(min=1e-6 + 0.01 * std.max())  # a dimension that hardly varies stays small
-    X, X_new = (X - mean) / std, (X_new - mean) / std
-    Y = F.one_hot(y).float()
-    cut = len(X) * 4 // 5
-    strengths = [10.0**k for k in range(-1, 6)]
-    tried = [share_right(fit, X[cut:], y[cut:]) for fit in ridge(X[:cut], Y[:cut], strengths)]
-    fit = ridge(X, Y, [strengths[tried.index(max(tried))]])[0]
-    return share_right(fit, X, y), share_right(fit, X_new, y_new)
-
-def ridge(X, Y, strengths):
-    """(weights, bias) for every strength, of one decomposition."""
-    U, S, V = torch.linalg.svd(X, full_matrices=False)
-    return [((V.T * (S / (S * S + k))) @ (U.T @ (Y - Y.mean(0))), Y.mean(0)) for k in strengths]
-
-def share_right(fit, X, y):
-    return ((X @ fit[0] + fit[1]).argmax(-1) == y).float().mean().item()
-
-def probe_states(args, experts, n_train=900, n_val=200):
-    """Rows of a table: dataset, target, expert, layer (and `layers`, how many there are), read, the shares
-    right on training and validation problems, chance (the commonest training class on these), and their
-    number. At most `n_train` and `n_val` problems a dataset."""
-    if not experts:
-        raise ValueError(f"a run with --collab {args.collab} has no experts: ask --states of a soft one")
-    known = load_problems(args, "train", n_train * args.task.count("+") + n_train)
-    known = list({problem.question: problem for problem in known}.values())
-    new = load_problems(args, "val", n_val * args.task.count("+") + n_val)
-    old_places, new_places = places_by_dataset(known), places_by_dataset(new)
-    rows = []
-    for dataset, places in new_places.items():
-        old = [known[i] for i in old_places[dataset][:n_train]]
-        problems = old + [new[i] for i in places[:n_val]]
-        targets = {name: classes for name, classes in targets_of([p.answer for p in problems]).items()
-                   if any(kind is not None for kind in classes[len(old):])}  # else there is nothing to test
-        for expert in experts:
-            layers = sorted({round(expert.n_layers * quarter / 4) for quarter in range(5)})
-            for how_read in ("last", "first", "mean"):
-                reader = Expert(expert.source, how_read, layers, cue=expert.cue, device=expert.device,
-                                untrained=expert.untrained)
-                H = read_states([reader], [[reader.prompt(p) for p in problems]]).float()  # (n, layers, D)
-                for name, classes in targets.items():
-                    for k, layer in enumerate(layers):
-                        row = dict(dataset=dataset, target=name, expert=expert.name, layer=layer,
-                                   layers=expert.n_layers, read=how_read)
-                        rows.append(row | probe_one(H[:, k], classes, len(old)))
-    return rows
-
-def probe_one(X, classes, n_old):
-    """One probe: the first n_old rows of X (n, D) are fitted. A class of None is left out."""
-    index = {name: i for i, name in enumerate(sorted(set(classes) - {None}))}
-    old = [i for i in range(n_old) if classes[i] is not None]
-    new = [i for i in range(n_old, len(X)) if classes[i] is not None]
-    y = torch.tensor([index.get(name, -1) for name in classes])
-    train, val = linear_probe(X[old], y[old], X[new], y[new])
-    chance = (y[new] == y[old].mode().values).float().mean().item()
-    return dict(train=train, val=val, chance=chance, n=len(new))
-
-def states_table(rows):
-    """Markdown: held-out accuracy, that on training problems in brackets."""
-    columns, cells = {}, {}
-    for row in rows:
-        column = f"{row['dataset']}, {row['target']}"
-        columns[column] = f"{row['chance']:.0%}, n = {row['n']}"
-        key = (row["expert"], f"{row['layer']} of {row['layers']}", row["read"])
-        cells.setdefault(key, {})[column] = f"{row['val']:.0%} ({row['train']:.0%})"
-    lines = [["expert", "layer", "read", *columns], ["---"] * (3 + len(columns))]
-    lines += [[*key, *(values[column] for column in columns)] for key, values in cells.items()]
-    lines += [["most frequent class", "", "", *columns.values()]]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return table + "\n\nLinear probe: share right on held-out problems (on training problems)."
 
 # -- The first part of stage 0 alone, by what is read
 
@@ -313,11 +203,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--states", action="store_true")
     what.add_argument("--ablate", nargs="+", choices=KINDS)
     what.add_argument("--walk", action="store_true")
     what.add_argument("--spell", action="store_true")
-    parser.add_argument("--n", type=int, help="test problems of --ablate (default: as trained with)")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
     folder = Path(options.run)
@@ -329,13 +217,9 @@ def main(argv=None):
         for row in spell(policy, experts, args):
             print(spell_line(row), flush=True)
         return None
-    if options.states:
-        name, result = "states", probe_states(args, experts)
-        print(states_table(result))
-    else:
-        name, result = "ablate", ablate(policy, experts, router, args, options.ablate, options.n)
-        print(ablation_table(result))
-    write_atomic(folder / f"{name}.json", (json.dumps(result) + "\n").encode())
+    result = ablate(policy, experts, router, args, options.ablate)
+    print(ablation_table(result))
+    write_atomic(folder / "ablate.json", (json.dumps(result) + "\n").encode())
     return None
 
 if __name__ == "__main__":

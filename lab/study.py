@@ -14,7 +14,6 @@ the row to try again) and results/curves/ID.json. claims.py judges from these tw
 import argparse
 import fcntl
 import json
-import math
 import os
 import shlex
 import signal
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -281,14 +280,12 @@ def collect(run):
 def trainable(out, args):
     """Trained parameters, counted in the newest checkpoint: not the router's statistics of the states, nor
     trust at rate 0."""
-    path = max(out.glob("*.safetensors"))
-    with safe_open(path, framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.startswith(("policy.", "router."))]
-        fixed = ["router.mean", "router.inv_std"]
-        if not args["trust_lr"]:
-            fixed += ["router.trust", "router.trust_bias"]
-        names = [name for name in names if name not in fixed]
-        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    fixed = ["router.mean", "router.inv_std"]
+    if not args["trust_lr"]:
+        fixed += ["router.trust", "router.trust_bias"]
+    tensors = load_file(max(out.glob("*.safetensors")))
+    return sum(tensor.numel() for name, tensor in tensors.items()
+               if name.startswith(("policy.", "router.")) and name not in fixed)
 
 CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length", "grad_norm",
               "attention_entropy", "attention", "attention_by_dataset", "reward_by_dataset")
