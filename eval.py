@@ -164,7 +164,7 @@ def show(report):
     if "swap" in report:
         swap = report["swap"]
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
-              f"{swap['n']} answers are what the expert attended to would say to the other problem")
+              f"{swap['n']} answers are the other problem's (an expert's text for it or, without, its gold)")
     for k, passed in report.get("pass_at", {}).items():
         print(f"  pass@{k} {passed:.1%}")
 
@@ -225,7 +225,7 @@ def show_report(args, report):
     show(report)
     out = shlex.quote(args.out)
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask")
-    if args.control not in ("shuffled", "noise"):  # their states are drawn for all steps at once
+    if args.control not in ("shuffled", "noise"):  # with more steps these would draw other states
         print(f"  python train.py --resume {out} --steps {2 * args.steps}")
 
 # -- What only this file measures
@@ -238,16 +238,16 @@ def wilson(right, n, z=1.96):
     return max(0.0, center - half), min(1.0, center + half)
 
 def swap_test(policy, router, data, args):
-    """Every question with the states of the next one of its dataset: {"strict": share still right, "follows":
-    share answered as the expert attended to most would answer the OTHER question, "n": where that is wrong}.
-    A policy that reads follows the states. One problem alone of its dataset is left out."""
+    """Every question with the states of the next one of its dataset: {"strict": share still right, "n": how
+    many questions have another gold answer than what the expert attended to most says to that next one,
+    "follows": share of these n answered so}. One problem alone of its dataset is left out."""
     partner = next_of_dataset(data.problems)
     rows = [i for i, j in enumerate(partner) if i != j]
     verdicts, texts, attention = evaluate(policy, router, data, args, rows, H=data.H[partner])
     follows = []
     for row, i in enumerate(rows):
         j = partner[i]
-        told = data.problems[j].answer  # where there are no texts: what an expert that knows would say
+        told = data.problems[j].answer  # without texts or attention: what an expert that knows would say
         if data.texts and attention is not None:
             told = data.texts[int(by_expert(attention[row], data.owner).mean((0, 1)).argmax())][j]
         if told and told != data.problems[i].answer:

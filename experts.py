@@ -64,8 +64,8 @@ class Expert:
     tokens     the most tokens that it may write
     cue        text behind every prompt, such as "The answer is "
     untrained  the same architecture with random weights, always the same ones (a control)
-    A text gives K = len(layers) * positions states of width `width`. Raises ValueError, one sentence with the
-    mend, for a model that is missing, damaged or of a kind that cannot be read.
+    A text gives K = `entries` states of width `width`: `positions` a layer with "last", else one. Raises
+    ValueError, one sentence with the mend, for a model that is missing, damaged or of an unreadable kind.
     """
 
     def __init__(self, source, read="last", layers=(-1,), positions=1, own_text=False, tokens=16, cue="",
@@ -80,12 +80,12 @@ class Expert:
         with loading("header, config or tokenizer", source):
             self.params = sum(count_parameters(path) for path in files)
             self.config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            text = self.config.get_text_config()  # of a model that also sees, its language model's
+            text = self.config.get_text_config()  # of a vision-language model: its language model's config
             self.width, self.n_layers = text.hidden_size, text.num_hidden_layers
             usual = 1 <= self.width <= 65_536 and 1 <= self.n_layers <= 1_000
             if self.config.is_encoder_decoder or not usual:
                 raise ValueError(f"no causal model or encoder: width {self.width}, {self.n_layers} layers")
-            # what tokenizer.json says: AutoTokenizer goes by the model's type, as Qwen for any qwen2
+            # tokenizer.json as it is: AutoTokenizer takes the class of the model's type, Qwen's for any qwen2
             fast = (self.folder / "tokenizer.json").is_file()
             kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
             self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
@@ -247,12 +247,12 @@ def fill_cache(expert, kind, missing, folder, progress):
     compute = expert.states_of if kind == STATES else expert.texts_of
     room = expert.tokens if kind == TEXTS else 0
     keys, ids = list(missing), expert.tokenize(missing.values(), room)
-    if kind == STATES and expert.own_text:  # what is too long for its texts is refused there
+    if kind == STATES and expert.own_text:  # a prompt that leaves no room for its own text: ValueError here
         own = cached_rows(expert, TEXTS, list(missing.values()), progress)
         ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
     model, rows, fresh, since = None, {}, {}, time.monotonic()
     verb = "reads" if kind == STATES else "writes"
-    quiet = None if progress else True  # None: no bar in a log file either
+    quiet = None if progress else True  # None: tqdm shows the bar on a terminal, not in a log file
     try:
         model = expert.load(kind)
         with tqdm(total=len(keys), desc=f"{expert.name} {verb}", unit="text", disable=quiet) as bar:
@@ -376,7 +376,7 @@ def count_parameters(path):
 
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
-    config = config.get_text_config()  # of a model that also sees, its language model's
+    config = config.get_text_config()  # of a vision-language model: its language model's config
     ids = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = config.eos_token_id if ids is None else ids
     ids = ids if isinstance(ids, list) else [ids]

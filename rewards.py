@@ -188,7 +188,7 @@ def problems(task, split, n, data=None, level=None, fewer=False):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
     A shorter list begins a longer one. val and test hold no question twice; train begins again, reshuffled.
-    `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..." of a dataset.
+    `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..."; gsm8k ignores it.
     ValueError for an unknown task, split or level, a refused dataset and, unless `fewer` are fine, where
     there are fewer than n.
     """
@@ -204,7 +204,7 @@ def problems(task, split, n, data=None, level=None, fewer=False):
     return found
 
 def next_of_dataset(problems):
-    """For each problem the place of the next one of its dataset, the last one's is the first."""
+    """For each problem the index of the next one of its dataset; for the last one, of the first."""
     partner = [0] * len(problems)
     for dataset in {problem.dataset for problem in problems}:
         places = [i for i, problem in enumerate(problems) if problem.dataset == dataset]
@@ -258,8 +258,8 @@ def read_rows(path):
 def gsm8k(data=None):
     """{split: [(question, answer)]}: test is test.jsonl, val the last 256 of train.jsonl, train the others.
 
-    `data`: a folder with both, or one file, which is split as generated questions are unless it is one of the
-    two and lies beside the other. Without `data` the official files are downloaded once.
+    `data`: a folder with both files, or one file, whose questions split_of divides. train.jsonl or test.jsonl
+    with the other beside it stands for the folder. Without `data` the official files are downloaded once.
     """
     data = Path(data).expanduser() if data else None
     if data and data.name in SHA256 and all((data.parent / name).is_file() for name in SHA256):
@@ -283,8 +283,8 @@ EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken ou
 def prompt(problem, template="plain", tokenizer=None, ask=True):
     """The text a model reads.
 
-    plain: the question, and "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template; unless `ask`
-    is False, as for experts, behind a solved example and asking for answer tags.
+    plain: the question, then "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template around a
+    solved example and the question, both asking for answer tags; if not `ask` (experts) the question alone.
     """
     question = problem.question.strip()
     if template == "plain":
@@ -341,6 +341,8 @@ def grade(text, problem, units):
     if not is_number:
         return "right" if fold(text) == fold(gold) else "wrong"
     value = number(text, units)
+    if problem.dataset != "gsm8k" and re.search(r"/|[0-9][eE]", text):  # may be the question, or hexadecimal
+        value = None
     if value is None:
         return "not_a_number"
     return "right" if value == number(gold) else "wrong"
@@ -364,8 +366,8 @@ NOT_UNITS = frozenset(  # words that would change the number they follow: "18 th
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds "
     "thousand thousands million millions billion billions trillion trillions dozen dozens half halves "
-    "third thirds fifth fifths tenth tenths k or to not plus minus times over point squared cubed e "
-    "x".split())
+    "third thirds quarter fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths hundredth "
+    "hundredths thousandth thousandths k or to not plus minus times over point squared cubed e x".split())
 
 def number(text, units=True):
     """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.
@@ -386,7 +388,7 @@ def number(text, units=True):
             *rest, word = text.rsplit(maxsplit=1) or [""]
             if not rest or not (word.isascii() and word.isalpha()) or word.lower() in NOT_UNITS:
                 break
-            text, units = rest[0], False
+            text, units = rest[0], False  # units come off in one round of `while` alone
     match = NUMBER.fullmatch(text)
     return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["value"])) if match else None
 

@@ -81,7 +81,7 @@ NO_NUMBER = [
     "1000,000", "0,018", f"1,000{THIN}000", "1 000", "--18", "- 18", "1/0", "1/2/3", "1.5/2", "36/-2",
     "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan", "eighteen",
     "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "about 18", "18:00", "[18]", "18\x00",
-    "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18"]
+    "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18", "3 fourths"]
 
 def test_what_is_one_number_and_what_is_none():
     """Marks, units, groups of thousands and fractions of integers are read; a list or a sum is not."""
@@ -149,6 +149,7 @@ UNPAID = [  # the same, but an answer that the dataset's own scorer would pay fo
     ("time_intervals", "03:22:03", "03:22:00"), ("word_sorting", "a, b", "a, b, c"),
     ("game_of_life_halting", "True", "False"), ("number_sorting", "[1, 3]", "[2, 2]"),
     ("gsm_symbolic", "18", "18 19"), ("chain_sum", "156", "1,5,6"), ("complex_arithmetic", "1.0", "nan"),
+    ("basic_arithmetic", "2", "8 / 4"), ("base_conversion", "100", "1e2"),
     ("fraction_simplification", "1/2", "2/4"), ("knights_knaves", "Al is a cat", "Al is a dog, Al is a cat")]
 
 def test_which_answers_are_paid():
