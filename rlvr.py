@@ -69,12 +69,11 @@ def total(numbers):
     return sums.tolist()  # of a single one, a float
 
 def add_gradients(parameters):
-    """Every gradient becomes the sum over the ranks, in one all-reduce; where there is none, it is zero."""
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
     if WORLD == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
     meet(dist.all_reduce, flat)
     for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = new.view_as(p)
