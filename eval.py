@@ -164,7 +164,7 @@ def show(report):
     if "swap" in report:
         swap = report["swap"]
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
-              f"{swap['n']} answers are the other problem's (an expert's text for it or, without, its gold)")
+              f"{swap['n']} answers are the other problem's")
     for k, passed in report.get("pass_at", {}).items():
         print(f"  pass@{k} {passed:.1%}")
 
