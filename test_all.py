@@ -125,8 +125,9 @@ def test_gold_is_right_and_hostile_answers_are_not(tmp_path):
     code = f"__import__('os').system('touch {tmp_path / 'canary'}')"
     hostile = [code, f"[{code}]", f"open('{tmp_path / 'canary'}','w')", "9**9**9**9", "1e999999999", "-1",
                "9" * 5000, "9" * 64, "(" * 2000, "[" * 60, '{"a":' * 5000, "nan", "[NaN]", "inf", "\x00",
-               "\ud800", "None", "[]", "{}", "[[1]]", '{"a": 1}', "aa is a aa, " * 9, "A=1, " * 9,
-               "R999999999", "hello world", "a" * 60, "not " * 2000 + "P", "(P ∨ Q)"]
+               "\ud800", "None", "[]", "{}", "[[1]]", '{"a": 1}', '["fill Z"]', "aa is a aa, " * 9,
+               "A=1, " * 9, "R999999999", "hello world", "a" * 60, "Move disk 99 from Peg 99 to Peg 98",
+               "not " * 2000 + "P", "(P ∨ Q)"]
     for name in set(rewards.registry()) - set(rewards.REFUSED) - slow:
         for item in problems(name, "train", 2):
             for text in (item.answer, f" {item.answer} ", f"\n{item.answer}\n"):
@@ -150,7 +151,8 @@ UNPAID = [  # the same, but an answer that the dataset's own scorer would pay fo
     ("game_of_life_halting", "True", "False"), ("number_sorting", "[1, 3]", "[2, 2]"),
     ("gsm_symbolic", "18", "18 19"), ("chain_sum", "156", "1,5,6"), ("complex_arithmetic", "1.0", "nan"),
     ("basic_arithmetic", "2", "8 / 4"), ("base_conversion", "100", "1e2"),
-    ("fraction_simplification", "1/2", "2/4"), ("knights_knaves", "Al is a cat", "Al is a dog, Al is a cat")]
+    ("fraction_simplification", "1/2", "2/4"), ("quantum_lock", "A → B", "A quick cab"),
+    ("knights_knaves", "Zoey is a hero, and Al is a knave.", "Zoey is a dog, Zoey is a hero, Al is a knave")]
 
 def test_which_answers_are_paid():
     for paid, table in ((True, PAID), (False, UNPAID)):
@@ -1261,7 +1263,7 @@ BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentenc
     ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
     ("--temperature 0", "--temperature"), ("--steps 0", "--steps"), ("--level terms=3", "level"),
     ("--level tiny --task gcd", "--level easy"), ("--level impossible", "easy, default, hard"),
-    ("--task chain_sum --level min_terms=two", "max_terms"),
+    ("--task chain_sum --level min_terms=two", "int"),
     ("--task chain_sum --level min_terms=9", "cannot be built"), ("--task logic+nope", "nope"),
     ("--task chain_sun", "chain_sum"), ("--task countdown", "refused"), ("--align 5 --collab text", "align"),
     ("--beta 0.04", "--beta 0"), ("--collab louder", "louder"), ("--align -1", "--align"),
@@ -1337,9 +1339,8 @@ def loaded(out):
 def test_pass_at_k_by_hand(finished, monkeypatch):
     """Two of four right: of one drawn 1/2 are, among two 5/6 hold one that is, among four all."""
     policy, router, data, args = loaded(finished)
-    rewards = lambda batch: torch.tensor([[1.0, 0.0, 1.0, 0.0]] * len(batch.problems))
     monkeypatch.setattr(evaluation, "rollout", lambda policy, router, batch, *rest: types.SimpleNamespace(
-        rewards=rewards(batch)))
+        rewards=torch.tensor([[1.0, 0.0, 1.0, 0.0]] * len(batch.problems))))
     assert evaluation.sample_pass(policy, router, data, args, 4) == pytest.approx({1: 1 / 2, 2: 5 / 6, 4: 1})
 
 def test_swap_counts_who_follows_the_states(finished, monkeypatch):
