@@ -2,7 +2,6 @@
 What was learned: accuracy on held-out problems, who is attended to, and whether that matters.
 
 $ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
-$ python eval.py runs/NAME --samples 8                   # and pass@k
 $ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
 $ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
 
@@ -22,7 +21,6 @@ import math
 import shlex
 import sys
 import textwrap
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -43,8 +41,6 @@ def main(argv=None):
     report = test_report(policy, router, data, args, experts)
     if router and data.H.numel() and len(data) > len({problem.dataset for problem in found}):
         report["swap"] = swap_test(policy, router, data, args)
-    if options.samples:
-        report["pass_at"] = sample_pass(policy, router, data, args, options.samples)
     show(report)
     name = "aligned" if options.aligned else "run"
     write_atomic(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
@@ -56,16 +52,15 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run, as train.py --out wrote it")
     parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
-    parser.add_argument("--samples", type=int, default=0, help="completions a problem, for pass@k")
     parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
     parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="a question of yours, or many")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, the last")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    if (options.n is not None and options.n < 1) or options.samples < 0:
-        raise ValueError("--n must be at least 1, and --samples at least 0")
-    if options.ask is not None and (options.n or options.samples or options.json):
-        raise ValueError("--ask answers questions and measures nothing: leave --n, --samples and --json out")
+    if options.n is not None and options.n < 1:
+        raise ValueError("--n must be at least 1")
+    if options.ask is not None and (options.n or options.json):
+        raise ValueError("--ask answers questions and measures nothing: leave --n and --json out")
     return options
 
 # -- Measured the same way in training and here
@@ -165,8 +160,6 @@ def show(report):
         swap = report["swap"]
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
               f"{swap['n']} answers are the other problem's")
-    for k, passed in report.get("pass_at", {}).items():
-        print(f"  pass@{k} {passed:.1%}")
 
 # -- What train.py shows and writes down
 
@@ -254,22 +247,6 @@ def swap_test(policy, router, data, args):
             answer = extract(texts[row], args.form, False)[0]
             follows.append(answer.strip() == told.strip())
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
-
-@torch.no_grad()
-def sample_pass(policy, router, data, args, samples):
-    """{k: mean pass@k} from `samples` completions of each problem at the training temperature: is one of k
-    right? pass@k is 1 - C(n - c, k) / C(n, k) of n completions with c right (2107.03374, equation 1)."""
-    generator = torch.Generator(policy.embed.device).manual_seed(args.seed)
-    ks = sorted({2**i for i in range(samples.bit_length())} | {samples})
-    passed = Counter()
-    size = max(1, 64 // samples)
-    for start in range(0, len(data), size):
-        batch = data.batch(range(start, min(start + size, len(data))))
-        out = rollout(policy, router, batch, args, samples, args.temperature, generator)
-        for right in out.rewards.sum(1).int().tolist():
-            for k in ks:
-                passed[k] += 1 - math.comb(samples - right, k) / math.comb(samples, k)
-    return {k: passed[k] / len(data) for k in ks}
 
 def ask(policy, router, experts, args, question):
     """One question, or a prompt that stays open until Ctrl-D."""

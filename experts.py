@@ -18,7 +18,6 @@ What is easy to get wrong:
 - A model's folder is data: only safetensors are read, and no code in it is run.
 """
 import contextlib
-import ctypes
 import functools
 import hashlib
 import json
@@ -38,10 +37,6 @@ from safetensors.torch import load, save
 from tqdm import tqdm
 
 from rewards import cache_dir, prompt
-
-with contextlib.suppress(AttributeError):  # glibc only: use freed memory again; saves up to 7% of a step
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, the most that it takes
-    ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 transformers.logging.set_verbosity_error()  # what goes wrong is one sentence, see `loading`
 transformers.logging.disable_progress_bar()

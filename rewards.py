@@ -132,23 +132,20 @@ def split_of(question):
 def dataset_problems(task, dataset, split, level):
     """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
     items = source(dataset, level)
-    seen = set()
-    drawn = repeats = 0
-    # ends after so many draws without a new question of any split: no split depends on which is asked for
-    while repeats < max(200, 3 * len(seen)):
+    seen, newest = set(), -1
+    for drawn in range(items.size):
+        # ends after so many draws without a new question of any split: none depends on which is asked for
+        if drawn - newest > max(200, 3 * len(seen)):
+            return
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # bf prints
                 entry = items[drawn]
-        except IndexError:  # only the datasets in SIZES end
-            return
         except Exception as error:
             raise ValueError(f"{dataset} fails at item {drawn} ({error!r}): choose another level") from error
-        drawn += 1
-        repeats += 1
         question = entry["question"]
         if question not in seen and entry["answer"] != "":  # an empty answer cannot be given
             seen.add(question)
-            repeats = 0
+            newest = drawn
             if split_of(question) == split:
                 yield Problem(question, str(entry["answer"]), task, dataset, split)
 
@@ -186,20 +183,20 @@ def task_problems(task, split, data, level):
         parts = {name: epochs(items, name) for name, items in parts.items()}
     return take_turns(parts.values())
 
-def problems(task, split, n, data=None, level=None, fewer=False):
+def problems(task, split, n, data=None, level=None, least=None):
     """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
 
     A shorter list begins a longer one. val and test hold no question twice; train begins again, reshuffled.
     `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..."; gsm8k ignores it.
-    ValueError for an unknown task, split or level, a refused dataset and, unless `fewer` are fine, where
-    there are fewer than n.
+    ValueError for an unknown task, split or level, a refused dataset, and where there are fewer than n, or
+    than `least`.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
     names = [known(name.strip()) for name in task.split("+")]
     parts = [task_problems(name, split, data, level or "default") for name in names]
     found = list(itertools.islice(take_turns(parts), n))
-    if len(found) < n and not (found and fewer):
+    if len(found) < (n if least is None else least):
         mend = "pass a larger file as --data" if "gsm8k" in names else "choose another --level"
         few = f"only {len(found)} distinct {split} questions: ask for at most {len(found)}, or {mend}"
         raise ValueError(f"{task} has {few if found else f'no {split} question: {mend}'}")

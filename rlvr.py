@@ -134,10 +134,7 @@ def load_problems(args, split, n=None):
     if split != "train":
         skipped = args.test_skip if split == "test" else 0
         n = skipped + (n or getattr(args, split))
-        found = problems(args.task, split, n, args.data, args.level, fewer=True)
-        if len(found) < skipped + WORLD:  # too few for the ranks: raises
-            problems(args.task, split, skipped + WORLD, args.data, args.level)
-        return found[skipped:]
+        return problems(args.task, split, n, args.data, args.level, least=skipped + WORLD)[skipped:]
     n = n or max(args.steps * args.batch, 2000 if args.align else 32)
     block = max(256, 8 * args.batch)
     found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)

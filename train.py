@@ -409,10 +409,10 @@ def check(args):
                    "clip_high", "trust_lr", "warmup", "seed", "test_skip")
     for name, default in asdict(Args()).items():
         value = getattr(args, name)
-        fine = isinstance(value, (int, float) if isinstance(default, float) else type(default))
-        if fine and isinstance(value, list):
-            fine = all(isinstance(item, type(default[0])) for item in value)
-        if fine and not isinstance(value, (bool, list, str)):
+        fine = type(value) is type(default)
+        if fine and type(value) is list:
+            fine = {type(item) for item in value} <= {type(default[0])}
+        if fine and type(value) in (int, float):
             fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
         if not fine:
             raise ValueError(f"--{name} is {value!r}: see train.py --help for what it may be")

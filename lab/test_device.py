@@ -121,7 +121,7 @@ def run_on_a_device(out, *quick):
     with watch:
         train.run([*quick, *"--align 2 --align_words 2 --steps 1 --epochs 2 --val 4 --test 4".split(),
                    *"--group 2 --max_new 2 --out".split(), out])
-        evaluation.main([out, "--samples", "2"])
+        evaluation.main([out])
         train.run(["--resume", out, "--steps", "2"])
         drawn = {}
         for device in ("cpu", "npu:0"):
