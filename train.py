@@ -164,9 +164,9 @@ def main(args):
             i, sums = 0, Counter()
             while i < len(batch.problems):
                 part = slice(i, i + args.micro_batch)
-                if i and not (args.beta or advantage[part].any()):  # equal rewards, no KL: its gradient is 0
-                    i += args.micro_batch  # the first part always runs, so that a NaN is seen
-                    continue
+                i += args.micro_batch
+                if part.start and not (args.beta or advantage[part].any()):
+                    continue  # equal rewards, no KL: its gradient is 0; the first always runs, to see a NaN
                 micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
                 try:
                     context, _ = router(micro.H) if router else (None, None)
@@ -181,20 +181,18 @@ def main(args):
                             ref, _ = policy.logprobs(cache, tokens, mask, args.temperature)
                     loss = grpo_loss(logp, old[part], ref, advantage[part], mask, args) / n_tokens
                     loss.backward()
+                    sums["loss"] += loss.item()
+                    sums["tokens"] += mask.sum().item()
+                    sums["entropy"] += entropy.sum().item()
+                    sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item()
                 except (RuntimeError, MemoryError) as error:
                     if args.micro_batch == 1 or not out_of_memory(error):
                         raise
                     args.micro_batch //= 2
                     tqdm.write(f"out of memory: from now on {args.micro_batch} prompts in a gradient pass")
                     context = cache = logp = entropy = ref = loss = None  # makes room
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
                     i, sums = 0, Counter()
-                    continue
-                sums["loss"] += loss.item()
-                sums["tokens"] += mask.sum().item()
-                sums["entropy"] += entropy.sum().item()
-                sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item()
-                i += args.micro_batch
 
             # 4. Step.
             add_gradients(parameters)
@@ -202,7 +200,7 @@ def main(args):
             finite = finite and math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
             if finite:  # one NaN in AdamW's moments would ruin the run
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
         # 5. Look at the reward, and at the attention by dataset.
         state["step"] = step
