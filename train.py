@@ -243,24 +243,22 @@ def introduce(args, policy, router, experts, data, state):
 
 def summarize(sampled, owner, experts, sums):
     """A row of metrics.jsonl, of all ranks. Lengths are in tokens; entropy leaves skipped groups out."""
-    mine = dict(rewards=sampled.rewards, length=sampled.mask.sum(-1), truncated=sampled.truncated)
-    if sampled.attention is not None:
-        mine["attention"] = by_expert(sampled.attention, owner)
-    parts = gather(({key: t.cpu() for key, t in mine.items()}, sampled.problems, sampled.verdicts))
-    step = {key: torch.cat([part[0][key] for part in parts]).float() for key in mine}
-    datasets = [problem.dataset for part in parts for problem in part[1]]
-    verdicts = [verdict for part in parts for group in part[2] for verdict in group]
-    rewards = step["rewards"]  # (B, G)
+    of_all = lambda values: torch.cat(gather(values.cpu())).float()
+    rewards = of_all(sampled.rewards)  # (B, G)
+    length = of_all(sampled.mask.sum(-1))
+    datasets = [problem.dataset for problems in gather(sampled.problems) for problem in problems]
+    verdicts = [verdict for groups in gather(sampled.verdicts) for group in groups for verdict in group]
     loss, kl, entropy, tokens = total([sums[name] for name in ("loss", "kl", "entropy", "tokens")])
-    row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=step["length"].mean().item(),
-               truncated=step["truncated"].mean().item(),
+    row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=length.mean().item(),
+               truncated=of_all(sampled.truncated).mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
                loss=loss, kl=kl / tokens, entropy=entropy / tokens, rollout_seconds=sampled.seconds,
-               tokens_per_second=step["length"].sum().item() / sampled.seconds,
+               tokens_per_second=length.sum().item() / sampled.seconds,
                reward_by_dataset=by_dataset(datasets, rewards.mean(1)),
                reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
     if sampled.attention is not None:
-        attention, names = step["attention"], [expert.name for expert in experts]  # (B, heads, L, experts)
+        attention = of_all(by_expert(sampled.attention, owner))  # (B, heads, L, experts)
+        names = [expert.name for expert in experts]
         row["attention"] = dict(zip(names, attention.mean((0, 1, 2)).tolist()))
         row["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
         row["attention_entropy"] = torch.special.entr(attention).sum(-1).mean().item()
