@@ -303,9 +303,8 @@ def on_stop(handler):
         signal.signal(number, handler)
 
 def ask_to_stop(number, frame):
-    if stop_signals:  # the second time, at once
-        raise KeyboardInterrupt
     stop_signals.append(number)
+    on_stop(signal.default_int_handler)  # the second time, at once
 
 def keep(out, name, done, args, *saved):
     """Write a checkpoint every --save_every steps, after the last one and when asked to stop; the newest two
