@@ -354,9 +354,9 @@ def parse_args(argv):
             raise ValueError(f"--steps stays {args.steps}, as the run draws for all: start anew with more")
         args = replace(args, **(given | dict(out=given["resume"])))
     else:
-        preset = given.get("preset") or pick_preset(given)
         if "policy" in given and "preset" not in given:  # small's settings, but none of its models
-            given = dict(experts=[], cue="") | given
+            given = dict(preset="small", experts=[], cue="") | given
+        preset = given.get("preset") or pick_preset(given)
         args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
         if args.collab in ("single", "text") and "align" not in given:
             args.align = 0
@@ -386,9 +386,7 @@ def saved_run(folder):
     return args
 
 def pick_preset(given):
-    """Without --preset: small's settings for a policy of the user's; else what task and device ask for."""
-    if "policy" in given:
-        return "small"
+    """The preset that task and device ask for. Raises ValueError where there is none."""
     tasks = [known(task.strip()) for task in given.get("task", PRESETS["tiny"]["task"]).split("+")]
     gpu = torch.cuda.is_available() and given.get("device") != "cpu"
     if "task" in given and gpu and torch.cuda.get_device_properties(0).total_memory > 22e9:
