@@ -270,7 +270,19 @@ def log(args, row, sampled, skipped):
     steps in a row whose gradient was not finite. Raises ValueError at the fifth."""
     append(Path(args.out) / "metrics.jsonl", row)
     if row["step"] % 10 == 1 or "val" in row:
-        log_samples(args, row, sampled)
+        parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
+        if "val" in row:
+            said, right = sampled.texts[0][0].strip()[:30], sampled.problems[0].answer
+            parts += [f"val {row['val']:.1%}", f"says {said!r}, right is {right!r}"]
+        for dataset, shares in row.get("attention_by_dataset", {}).items():
+            most = max(shares, key=shares.get)
+            parts.append(f"{dataset}: {most} {shares[most]:.2f}")
+        tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
+        for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
+            for text, verdict in zip(texts, verdicts):
+                append(Path(args.out) / "samples.jsonl", dict(
+                    step=row["step"], question=problem.question, answer=problem.answer, completion=text,
+                    reason=verdict.reason, reward=verdict.reward))
     if row["step"] == 3 and row["reward"] == 0:
         tqdm.write(f"no answer of step 3 is right (most: {next(iter(row['reasons']))}): try an easier "
                    "--level, --form plain or another --policy")
@@ -278,21 +290,6 @@ def log(args, row, sampled, skipped):
         tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
     if skipped >= 5:
         raise ValueError("5 steps in a row were skipped: start anew with a lower --lr and --router_lr")
-
-def log_samples(args, row, sampled):
-    parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
-    if "val" in row:
-        parts += [f"val {row['val']:.1%}", f"says {sampled.texts[0][0].strip()[:30]!r}, right is "
-                  f"{sampled.problems[0].answer!r}"]
-    for dataset, shares in row.get("attention_by_dataset", {}).items():
-        most = max(shares, key=shares.get)
-        parts.append(f"{dataset}: {most} {shares[most]:.2f}")
-    tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
-    for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
-        for text, verdict in zip(texts, verdicts):
-            append(Path(args.out) / "samples.jsonl", dict(
-                step=row["step"], question=problem.question, answer=problem.answer, completion=text,
-                reason=verdict.reason, reward=verdict.reward))
 
 # -- Stopping and going on
 
