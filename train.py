@@ -159,7 +159,6 @@ def main(args):
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum().item())  # of the whole step: micro-batches, ranks change nothing
         old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # log-probabilities in epoch 0
-        finite = True
         for epoch in range(args.epochs):
             i, sums = 0, Counter()
             while i < len(batch.problems):
@@ -197,7 +196,7 @@ def main(args):
             # 4. Step.
             add_gradients(parameters)
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
-            finite = finite and math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
+            finite = math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
             if finite:  # one NaN in AdamW's moments would ruin the run
                 optimizer.step()
             optimizer.zero_grad()
