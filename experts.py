@@ -192,9 +192,8 @@ def read_states(experts, texts, progress=True):
     cache is read. Narrower states are padded with zeros; the dtype is the experts' own, float32 if theirs
     differ.
     """
-    dtype = experts[0].dtype if len({expert.dtype for expert in experts}) == 1 else torch.float32
     D = max(expert.width for expert in experts)
-    columns = [F.pad(cached_rows(expert, STATES, prompts, progress).to(dtype), (0, D - expert.width))
+    columns = [F.pad(cached_rows(expert, STATES, prompts, progress), (0, D - expert.width))
                for expert, prompts in zip(experts, texts)]
     return torch.cat(columns, dim=1)
 
