@@ -269,13 +269,10 @@ def fill_cache(expert, kind, missing, folder, progress):
 def batches(ids, window, device):
     """(places in `ids`, padded length, number of rows) of each batch: texts of about one length together,
     the longest first, so that what does not fit fails at once."""
-    by_length = {}
-    for place, row in enumerate(ids):
-        length = min(math.ceil(len(row) / 16) * 16, window)
-        by_length.setdefault(length, []).append(place)
-    for length in sorted(by_length, reverse=True):
+    lengths = [min(math.ceil(len(row) / 16) * 16, window) for row in ids]
+    for length in sorted(set(lengths), reverse=True):
         size = max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"]) // length)
-        places = by_length[length]
+        places = [place for place, padded in enumerate(lengths) if padded == length]
         for start in range(0, len(places), size):
             yield places[start:start + size], length, size
 
