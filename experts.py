@@ -352,9 +352,7 @@ def find_model(source):
 
 def weight_files(folder):
     """The safetensors files of a model. Raises ValueError if there are none."""
-    files = [folder / "model.safetensors"]
-    if not files[0].is_file():
-        files = sorted(folder.glob("model-*-of-*.safetensors"))
+    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
                          "(other formats can run code and are never loaded)")
