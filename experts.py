@@ -201,11 +201,10 @@ def write_texts(experts, texts, progress=True):
     """What every expert would say to every problem: N lists of n lines of text, "" of one that only reads."""
     columns = []
     for expert, prompts in zip(experts, texts):
-        if not expert.writes:
-            columns.append([""] * len(prompts))
-            continue
-        rows = [row[row >= 0].tolist() for row in cached_rows(expert, TEXTS, prompts, progress)]
-        written = expert.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        written = [""] * len(prompts)
+        if expert.writes:
+            rows = [row[row >= 0].tolist() for row in cached_rows(expert, TEXTS, prompts, progress)]
+            written = expert.tokenizer.batch_decode(rows, skip_special_tokens=True)
         columns.append([" ".join(text.split()) for text in written])
     return columns
 
