@@ -220,6 +220,7 @@ def cached_rows(expert, kind, texts, progress=True):
     missing = {key: text for key, text in zip(keys, texts) if key not in rows}
     if missing:
         rows |= fill_cache(expert, kind, missing, folder, progress)
+        torch.cuda.empty_cache()  # the weights' memory; without a GPU nothing happens
     return torch.stack([rows[key] for key in keys])
 
 def stored_rows(folder):
@@ -243,11 +244,10 @@ def fill_cache(expert, kind, missing, folder, progress):
     if kind == STATES and expert.own_text:  # a prompt that leaves no room for its own text: ValueError here
         own = cached_rows(expert, TEXTS, list(missing.values()), progress)
         ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
-    model, rows, fresh, since = None, {}, {}, time.monotonic()
+    model, rows, fresh, since = expert.load(kind), {}, {}, time.monotonic()
     verb = "reads" if kind == STATES else "writes"
     quiet = None if progress else True  # None: tqdm shows the bar on a terminal, not in a log file
     try:
-        model = expert.load(kind)
         with tqdm(total=len(keys), desc=f"{expert.name} {verb}", unit="text", disable=quiet) as bar:
             for places, length, size in batches(ids, expert.window - room, expert.device.type):
                 batch = [ids[i] for i in places]
@@ -258,9 +258,6 @@ def fill_cache(expert, kind, missing, folder, progress):
                     write_shard(folder, fresh)
                     rows, fresh, since = rows | fresh, {}, time.monotonic()
     finally:
-        del model
-        if expert.device.type == "cuda":
-            torch.cuda.empty_cache()
         if fresh:
             write_shard(folder, fresh)
     return rows | fresh
