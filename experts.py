@@ -31,8 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 from safetensors.torch import load, save
 from tqdm import tqdm
 
@@ -73,7 +72,8 @@ class Expert:
         self.pinned = f"{repo}@{self.revision}" if self.revision else source  # finds the same weights again
         files = weight_files(self.folder)
         with loading("header, config or tokenizer", source):
-            self.params = sum(count_parameters(path) for path in files)
+            headers = [parse_local_safetensors_file_metadata(path) for path in files]
+            self.params = sum(sum(header.parameter_count.values()) for header in headers)
             self.config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
             text = self.config.get_text_config()  # of a vision-language model: its language model's config
             self.width, self.n_layers = text.hidden_size, text.num_hidden_layers
@@ -353,11 +353,6 @@ def weight_files(folder):
         raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
                          "(other formats can run code and are never loaded)")
     return files
-
-def count_parameters(path):
-    """Numbers stored in a safetensors file, from its header alone."""
-    with safe_open(path, framework="pt") as tensors:
-        return sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
 
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
