@@ -94,9 +94,8 @@ class Expert:
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
         self.entries = len(self.layers) * (positions if read == "last" else 1)  # K: states that a text gives
         self.template = "chat" if self.tokenizer.chat_template else "plain"
-        heads = self.config.architectures or []  # an encoder's predicts no next token: it only reads
-        ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
-        self.writes = any(head.endswith(ends) for head in heads)
+        ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # an encoder's head only reads
+        self.writes = any(head.endswith(ends) for head in self.config.architectures or [])
         self.own_text = own_text and self.writes
 
     def prompt(self, problem):
@@ -105,8 +104,8 @@ class Expert:
 
     def fingerprint(self, kind):
         """sha256 (hex) over all that decides a row but the text: the name of its folder in the cache."""
-        how = (self.read, self.layers, self.positions) if kind == STATES else (self.tokens,)
-        if kind == STATES and self.own_text:
+        how = (self.read, self.layers, self.positions) if kind == STATES else ()
+        if kind == TEXTS or self.own_text:
             how += (self.tokens,)
         if self.device.type != "cpu":  # another processor rounds in other ways
             how += (self.device.type,)
@@ -114,15 +113,13 @@ class Expert:
         files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
         if self.revision is None:  # a commit names its weights; those of a folder are looked at
             files += weight_files(self.folder)
-        for path in sorted(files):
-            parts.append(f"{path.name} {file_digest(path, path.stat().st_mtime_ns)}")
+        parts += [f"{path.name} {file_digest(path, path.stat().st_mtime_ns)}" for path in sorted(files)]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     def tokenize(self, texts, room=0):
         """Token ids of each text. Raises ValueError for one that is empty or longer than the window less
         `room`. A chat text holds its special tokens already; a plain one is given the tokenizer's own."""
-        plain = self.template == "plain"
-        ids = self.tokenizer(list(texts), add_special_tokens=plain, verbose=False)["input_ids"]
+        ids = self.tokenizer(list(texts), add_special_tokens=self.template == "plain")["input_ids"]
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
                 raise ValueError(f"a prompt has {len(row)} tokens for {self.name}, which has room for 1 to "
