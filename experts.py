@@ -316,8 +316,7 @@ def write_atomic(path, data):
         aside.unlink(missing_ok=True)
 
 def pick_device(name):
-    there = [d for d, yes in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                              ("cpu", True)) if yes]
+    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
     kind, _, index = (there[0] if name == "auto" else name).partition(":")
     index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
     device = f"{kind}:{index}" if index else kind
