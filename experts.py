@@ -20,7 +20,6 @@ What is easy to get wrong:
 import contextlib
 import functools
 import hashlib
-import json
 import math
 import os
 import time
@@ -353,8 +352,11 @@ def weight_files(folder):
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
     config = config.get_text_config()  # of a vision-language model: its language model's config
-    ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = config.eos_token_id if ids is None else ids
+    ids = config.eos_token_id
+    if (folder / "generation_config.json").is_file():
+        with loading("generation_config.json", folder):
+            own = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+        ids = ids if own is None else own
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
         raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no text ends: add it "
@@ -365,13 +367,6 @@ def line_ends(tokenizer):
     """Ids of all tokens that end a line: as is, in byte-level vocabularies, in SentencePiece's."""
     marks = ("\n", "Ċ", "<0x0A>")
     return [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
-
-def read_json(path):
-    """The object in a JSON file, {} if there is no such file. Raises ValueError if it holds anything else."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: fetch this model again ({brief(error)})") from error
 
 @contextlib.contextmanager
 def loading(part, source):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from experts import find_model, loading, read_json, stop_tokens, weight_files
+from experts import find_model, loading, stop_tokens, weight_files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen2.5; Qwen3
 ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change with the length of the text
@@ -405,13 +405,13 @@ class Policy(nn.Module):
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `rotary` (its angles' module) and `stop` filled in.
     Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
-    raw = read_json(folder / "config.json")
     most = {"num_hidden_layers": 1000}  # 2**20 of all else
-    if raw.get("model_type") not in ARCHITECTURES:
-        raise ValueError(f"{folder} is of architecture {raw.get('model_type')!r}, but a policy is one of "
-                         f"{', '.join(ARCHITECTURES)}: name another --policy")
     with loading("config", folder):
         c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if c.model_type not in ARCHITECTURES:
+        raise ValueError(f"{folder} is of architecture {c.model_type!r}, but a policy is one of "
+                         f"{', '.join(ARCHITECTURES)}: name another --policy")
+    with loading("config", folder):
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                  "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings")
