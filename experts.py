@@ -126,7 +126,6 @@ class Expert:
         return ids
 
     def load(self, kind):
-        """The model on its device."""
         auto = transformers.AutoModel if kind == STATES else transformers.AutoModelForCausalLM
         with loading("model", self.source):
             if self.untrained:
@@ -185,8 +184,7 @@ def read_states(experts, texts, progress=True):
     """H, what every expert makes of every problem: (n, N * K, D), D the widest expert's width.
 
     texts: N lists of n strings, texts[e][i] is problem i as expert e is to see it. Only what is not in the
-    cache is read. Narrower states are padded with zeros; the dtype is the experts' own, float32 if theirs
-    differ.
+    cache is read. Narrower states are padded with zeros; their dtype is kept, or float32 if they differ.
     """
     D = max(expert.width for expert in experts)
     columns = [F.pad(cached_rows(expert, STATES, prompts, progress), (0, D - expert.width))
@@ -205,8 +203,7 @@ def write_texts(experts, texts, progress=True):
     return columns
 
 # -- The cache: <cache>/<kind>/<fingerprint>/<checksum>.safetensors, each with `keys` (n, 32) uint8, the
-# sha256 of n texts, and `rows`, one a text. Any number of processes may share it: at worst two read the same
-# text.
+# sha256 of n texts, and `rows`, one a text. Processes may share it: at worst two read the same text.
 
 def cached_rows(expert, kind, texts, progress=True):
     """The row of each text, stacked: from the cache or, where it is not there, from the model now."""
@@ -238,7 +235,7 @@ def fill_cache(expert, kind, missing, folder, progress):
     room = expert.tokens if kind == TEXTS else 0
     keys, ids = list(missing), expert.tokenize(missing.values(), room)
     if kind == STATES and expert.own_text:  # a prompt that leaves no room for its own text: ValueError here
-        own = cached_rows(expert, TEXTS, list(missing.values()), progress)
+        own = cached_rows(expert, TEXTS, missing.values(), progress)
         ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
     model, rows, fresh, since = expert.load(kind), {}, {}, time.monotonic()
     verb = "reads" if kind == STATES else "writes"
@@ -277,8 +274,7 @@ def write_shard(folder, rows):
         warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the "
                       f"disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
 
-# -- Files of ours: complete or not there, and damage shows, as the name of a file ends with its content's
-# checksum
+# -- Files of ours: complete or not there, and damage shows, as a name ends with its content's checksum
 
 def write_tensors(folder, tensors, prefix=""):
     """Write {name: tensor} as <prefix><checksum>.safetensors. Raises OSError."""
