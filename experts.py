@@ -172,8 +172,7 @@ class Expert:
         stop = sorted({*stop_tokens(self.folder, model.config), *line_ends(self.tokenizer)})
         tokens = torch.stack([F.pad(torch.tensor(row), (length - len(row), 0), value=stop[0]) for row in ids])
         real = torch.stack([torch.arange(length) >= length - len(row) for row in ids]).long()
-        greedy = transformers.GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=stop,
-                                               pad_token_id=stop[0])
+        greedy = transformers.GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=stop)
         model.generation_config = greedy  # its own may hold penalties that this one does not mention
         wrote = model.generate(input_ids=tokens.to(self.device), attention_mask=real.to(self.device),
                                generation_config=greedy)[:, length:].cpu()
