@@ -67,21 +67,23 @@ def parse(argv):
 
 @torch.no_grad()
 def evaluate(policy, router, data, args, rows=None, H=None):
-    """Greedy answers to all problems, or to those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
-    N) or None. router: any function of H, or None for no prefix. H (n, N, D): read in place of the data's."""
-    mine = share(list(range(len(data))) if rows is None else rows)
+    """Greedy answers to all problems, or those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
+    experts) or None. router: any function of H; None: no prefix. H (n, N, D): read in place of the data's."""
+    mine = share(range(len(data)) if rows is None else rows)
     # more rows would need more memory than a rollout
     size = min(128 if policy.embed.is_cuda else 64, args.batch * args.group)
-    parts = []
+    verdicts, texts, attention = [], [], []
     for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
         batch = data.batch(mine[i:i + size])
         if H is not None:
             batch.H = H[mine[i:i + size]].to(batch.H)
         out = rollout(policy, router, batch, args, 1, temperature=0)
-        attention = None if out.attention is None else out.attention.cpu()
-        parts.append(([row[0] for row in out.verdicts], [row[0] for row in out.texts], attention))
-    verdicts, texts, attention = zip(*sum(gather(parts), []))
-    return sum(verdicts, []), sum(texts, []), None if attention[0] is None else torch.cat(attention)
+        verdicts += [row[0] for row in out.verdicts]
+        texts += [row[0] for row in out.texts]
+        if out.attention is not None:
+            attention.append(by_expert(out.attention, data.owner).cpu())
+    verdicts, texts, attention = (sum(parts, []) for parts in zip(*gather((verdicts, texts, attention))))
+    return verdicts, texts, torch.cat(attention) if attention else None
 
 def strict(verdicts):
     return torch.tensor([float(verdict.strict) for verdict in verdicts])
@@ -134,7 +136,6 @@ def test_report(policy, router, data, args, experts):
                   control=args.control, align=args.align, before=score(before), after=score(after),
                   by_dataset=rows, right=strict(after).int().tolist(), masked={})
     if attention is not None:
-        attention = by_expert(attention, data.owner)  # (n, heads, L, experts)
         report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
         for e, name in enumerate(names if len(names) > 1 else ()):
             masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
@@ -242,7 +243,7 @@ def swap_test(policy, router, data, args):
         j = partner[i]
         told = data.problems[j].answer  # without texts or attention: what an expert that knows would say
         if data.texts and attention is not None:
-            told = data.texts[int(by_expert(attention[row], data.owner).mean((0, 1)).argmax())][j]
+            told = data.texts[int(attention[row].mean((0, 1)).argmax())][j]
         if told and told != data.problems[i].answer:
             answer = extract(texts[row], args.form, False)[0]
             follows.append(answer.strip() == told.strip())
@@ -273,8 +274,7 @@ def answer_one(policy, router, experts, args, text):
     print(texts[0].strip() or "(an empty answer)")
     if attention is None:
         return
-    shares = by_expert(attention, data.owner).mean((0, 1, 2)).tolist()
-    for e, (expert, attended) in enumerate(zip(experts, shares)):
+    for e, (expert, attended) in enumerate(zip(experts, attention.mean((0, 1, 2)).tolist())):
         words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
         print(f"  {expert.name:28} {'█' * round(40 * attended):40} {attended:.2f}{words}")
 

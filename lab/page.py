@@ -28,7 +28,7 @@ from eval import evaluate, one_sentence, open_run, read_config, read_lines  # no
 from experts import write_atomic  # noqa: E402
 from rewards import next_of_dataset  # noqa: E402
 from rlvr import Dataset, advantages, load_problems  # noqa: E402
-from router import by_expert, masked_router  # noqa: E402
+from router import masked_router  # noqa: E402
 from train import PRESETS, Args  # noqa: E402
 
 SNAPSHOTS = 100  # moments of training that the slider has, at most
@@ -119,7 +119,7 @@ def of_models(folder, n, device):
                    masked={name: texts[i].strip() for name, texts in masked.items()},
                    swapped=swapped[i].strip() if swapped and partner[i] != i else None, attention=None)
         if attention is not None:
-            row["attention"] = np.round(by_expert(attention[i], data.owner).mean(0).numpy(), 3).tolist()
+            row["attention"] = np.round(attention[i].mean(0).numpy(), 3).tolist()
         rows.append(row)
     right, before = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
     return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems: "

@@ -59,7 +59,7 @@ def ablate(policy, experts, router, args, kinds):
         other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
         result["kinds"][kind] = dict(right=other)
     result["datasets"] = [problem.dataset for problem in data.problems]
-    shares = [] if attention is None else by_expert(attention, data.owner).mean((1, 2)).tolist()
+    shares = [] if attention is None else attention.mean((1, 2)).tolist()
     result["attended"] = [[round(share, 3) for share in row] for row in shares]
     result["knows"] = knows(data)
     return result
