@@ -41,9 +41,8 @@ def main(argv=None):
     report = test_report(policy, router, data, args, experts)
     if router and data.H.numel() and len(data) > len({problem.dataset for problem in found}):
         report["swap"] = swap_test(policy, router, data, args)
-    show(report)
     name = "aligned" if options.aligned else "run"
-    write_atomic(options.run / f"eval-{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+    show(report, options.run / f"eval-{name}.json")
     print(f"picture: {picture(options.run, report, options.run / f'{name}.png')}")
     if options.json:
         print(json.dumps(report))
@@ -142,7 +141,10 @@ def test_report(policy, router, data, args, experts):
             report["masked"][name] = by_dataset(datasets, strict(masked))
     return report
 
-def show(report):
+def show(report, path):
+    """Print the report, and keep it as JSON at `path`."""
+    if RANK == 0:
+        write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
     print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     for when in ("before", "after"):
         low, high = report[when]["ci95"]
@@ -213,10 +215,8 @@ def percents(shares):
     return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
 
 def show_report(args, report):
-    """What a run ends with: the report, kept and shown, and what to try next."""
-    if RANK == 0:
-        write_atomic(Path(args.out) / "eval.json", (json.dumps(report, indent=1) + "\n").encode())
-    show(report)
+    """What a run ends with: the report, and what to try next."""
+    show(report, Path(args.out) / "eval.json")
     out = shlex.quote(args.out)
     print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask")
     if args.control not in ("shuffled", "noise"):  # with more steps these would draw other states
