@@ -282,46 +282,44 @@ def picture(run, report, path):
     """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
     from matplotlib.figure import Figure
     rows = read_lines(run / "metrics.jsonl")
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2)
     steps = [row["step"] for row in rows]
-    rewards = [row["reward"] for row in rows]
-    axes[0, 0].plot(steps, rewards, label="reward in training", color="0.6", linewidth=1)
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (learned, attended), (shares, lost) = figure.subplots(2, 2)
+    learned.plot(steps, [row["reward"] for row in rows], label="reward in training", color="0.6", linewidth=1)
     val = {row["step"]: row["val"] for row in rows if "val" in row}
-    axes[0, 0].plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
-    axes[0, 0].axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
-    axes[0, 0].set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
-    axes[0, 0].legend(fontsize=8)
-    shares = report.get("attention_by_dataset")
-    if shares:
-        names = list(next(iter(shares.values())))
-        for dataset in shares:
-            most = max(names, key=shares[dataset].get)
-            curve = [row["attention_by_dataset"].get(dataset, {}).get(most) for row in rows]
-            axes[0, 1].plot(steps, curve, label=f"{dataset}: {most}")
-        axes[0, 1].axhline(1 / len(names), ls=":", color="0.3", label="even")
-        axes[0, 1].set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
-                       title="The expert attended to most at the end")
-        axes[0, 1].legend(fontsize=8)
-        attention = [[shares[dataset][name] for name in names] for dataset in shares]
-        heat(axes[1, 0], list(shares), names, attention, 1, "{:.2f}", "Attention on test problems")
+    learned.plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
+    learned.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
+    learned.set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
+    learned.legend(fontsize=8)
+    attention = report.get("attention_by_dataset", {})
+    for dataset, by_name in attention.items():
+        most = max(by_name, key=by_name.get)
+        curve = [row["attention_by_dataset"].get(dataset, {}).get(most) for row in rows]
+        attended.plot(steps, curve, label=f"{dataset}: {most}")
+    if attention:
+        attended.axhline(1 / len(by_name), ls=":", color="0.3", label="even")
+        attended.set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
+                     title="The expert attended to most at the end")
+        attended.legend(fontsize=8)
+        heat(shares, attention, 1, "{:.2f}", "Attention on test problems")
     if report["masked"]:
-        lost = [[100 * (report["by_dataset"][dataset]["after"] - report["masked"][name][dataset])
-                 for name in names] for dataset in shares]
-        heat(axes[1, 1], list(shares), names, lost, 100, "{:.0f}", "Points lost when it is masked out")
-    for axis in axes.flat:
+        points = {dataset: {name: 100 * (row["after"] - masked[dataset])
+                            for name, masked in report["masked"].items()}
+                  for dataset, row in report["by_dataset"].items()}
+        heat(lost, points, 100, "{:.0f}", "Points lost when it is masked out")
+    for axis in figure.axes:
         axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)
     return path
 
-def heat(axis, datasets, names, values, top, style, title):
-    """A labelled matrix, values[dataset][expert]."""
-    axis.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axis.set_xticks(range(len(names)), names, rotation=20, ha="right")
-    axis.set_yticks(range(len(datasets)), datasets)
+def heat(axis, rows, top, style, title):
+    """A labelled matrix; rows: {dataset: {expert: value}}."""
+    axis.imshow([list(row.values()) for row in rows.values()], cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axis.set_yticks(range(len(rows)), list(rows))
     axis.set_title(title)
-    for i, row in enumerate(values):
-        for j, value in enumerate(row):
+    for i, row in enumerate(rows.values()):
+        axis.set_xticks(range(len(row)), list(row), rotation=20, ha="right")
+        for j, value in enumerate(row.values()):
             axis.text(j, i, style.format(value), ha="center", va="center",
                       color="white" if value > 0.6 * top else "black")
 

@@ -151,13 +151,13 @@ def specialization(rows):
     if not runs:
         return None
     datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
-    shares = [[np.mean([run["attention_by_dataset"][dataset][name] for run in runs]) for name in names]
-              for dataset in datasets]
-    lost = [[100 * np.mean([run["by_dataset"][dataset]["after"] - run["masked"][name][dataset]
-                            for run in runs]) for name in names] for dataset in datasets]
+    shares = {dataset: {name: np.mean([run["attention_by_dataset"][dataset][name] for run in runs])
+                        for name in names} for dataset in datasets}
+    lost = {dataset: {name: 100 * np.mean([run["by_dataset"][dataset]["after"] - run["masked"][name][dataset]
+                                           for run in runs]) for name in names} for dataset in datasets}
     figure, axes = plt.subplots(1, 2, layout="constrained", figsize=(11, 3.2))
-    heat(axes[0], datasets, names, shares, 1, "{:.2f}", f"Attention on test problems, {seeds_of(runs)}")
-    heat(axes[1], datasets, names, lost, 100, "{:z.0f}", "Points lost when an expert is masked out")
+    heat(axes[0], shares, 1, "{:.2f}", f"Attention on test problems, {seeds_of(runs)}")
+    heat(axes[1], lost, 100, "{:z.0f}", "Points lost when an expert is masked out")
     return figure
 
 def ablations(rows):
