@@ -102,22 +102,20 @@ def by_dataset(datasets, values, names=None):
 def read_back(out, policy, router, data, args, experts, n=64):
     """What stage 0 is judged by, on new problems: the share of each expert's texts that is read back, and the
     same with the states of another problem. Greedy; to align.jsonl and the console."""
-    for e, texts in enumerate(data.texts):
-        rows = [i for i in range(min(n, len(data))) if texts[i]]
+    for e, expert in enumerate(experts):
+        rows = [i for i, text in enumerate(data.texts[e][:n]) if text]
         if not rows:
             continue
         mask = data.reading_mask(e)
         one = (lambda H: router(H, mask)) if router else None
         expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
-        shares = []
-        for H in (data.H, data.H.roll(1, 0)):
+        row = dict(expert=expert.name)
+        for states, H in (("read_back", data.H), ("shuffled", data.H.roll(1, 0))):
             answers = evaluate(policy, one, data, args, rows, H)[1]
-            shares.append(sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows))
-        read, shuffled = shares
-        row = dict(expert=experts[e].name, read_back=read, shuffled=shuffled, n=len(rows))
-        append(out / "align.jsonl", row)
-        tqdm.write(f"stage 0: {experts[e].name}: {read:.0%} of {len(rows)} new texts read back, "
-                   f"{shuffled:.0%} with other problems' states")
+            row[states] = sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows)
+        append(out / "align.jsonl", row | dict(n=len(rows)))
+        tqdm.write(f"stage 0: {expert.name}: {row['read_back']:.0%} of {len(rows)} new texts read back, "
+                   f"{row['shuffled']:.0%} with other problems' states")
 
 def test_report(policy, router, data, args, experts):
     """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
