@@ -200,8 +200,8 @@ def show_time(policy, data, args, n_experts):
     """A forecast from one rollout. A gradient pass takes 2.5 times as long, 3.3 with the reference (less
     where equal rewards are skipped). Where no prompt is shared, a greedy answer takes 3 times a sampled one,
     reading 1.5 times the rollout's time."""
-    batch, generator = data["train"].batch(share(range(args.batch))), torch.Generator(policy.embed.device)
-    seconds = rollout(policy, None, batch, args, args.group, args.temperature, generator).seconds
+    batch = data["train"].batch(share(range(args.batch)))
+    seconds = rollout(policy, None, batch, args, args.group, args.temperature).seconds
     reading = args.align * seconds * 1.5 * args.align_batch / args.batch
     grpo = args.steps * seconds * (1 + args.epochs * (3.3 if args.beta else 2.5))
     answers = args.test * (2 + n_experts) + args.val * (args.steps // args.eval_every)
