@@ -270,9 +270,8 @@ def answer_one(policy, router, experts, args, text):
     data = Dataset([Problem(question=text, answer="", split="test")], policy, experts, args, progress=False)
     _, texts, attention = evaluate(policy, router, data, args)
     print(texts[0].strip() or "(an empty answer)")
-    if attention is None:
-        return
-    for e, (expert, attended) in enumerate(zip(experts, attention.mean((0, 1, 2)).tolist())):
+    shares = [] if attention is None else attention.mean((0, 1, 2)).tolist()
+    for e, (expert, attended) in enumerate(zip(experts, shares)):
         words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
         print(f"  {expert.name:28} {'█' * round(40 * attended):40} {attended:.2f}{words}")
 
