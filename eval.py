@@ -39,7 +39,7 @@ def main(argv=None):
     found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
     data = Dataset(found, policy, experts, args)
     report = test_report(policy, router, data, args, experts)
-    if router and data.H.numel() and len(data) > len({problem.dataset for problem in found}):
+    if data.H.numel() and len(data) > len({problem.dataset for problem in found}):
         report["swap"] = swap_test(policy, router, data, args)
     name = "aligned" if options.aligned else "run"
     show(report, options.run / f"eval-{name}.json")
