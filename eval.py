@@ -118,8 +118,7 @@ def read_back(out, policy, router, data, args, experts, n=64):
                    f"{row['shuffled']:.0%} with other problems' states")
 
 def test_report(policy, router, data, args, experts):
-    """Held-out accuracy before (LoRA and prefix off) and after, attention, and accuracy with each expert
-    masked out: attention shows who is attended to, only masking shows that it matters. A dict for JSON."""
+    """Accuracy before and after, attention, and accuracy with each expert masked out: a dict for JSON."""
     names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
     score = lambda verdicts: dict(
         strict=accuracy(verdicts), lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
