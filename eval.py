@@ -174,17 +174,17 @@ def log_alignment(out, step, part, loss):
 def show_gate(policy, experts, data, args, n=64):
     """Before minutes are spent: how many will it be, and is there anything to attend to? What experts say to
     a few problems must be right more often than what the policy says alone, by 15 points on a dataset."""
-    rows = list(range(min(n, len(data["val"]))))
-    problems = [data["val"].problems[i] for i in rows]
+    problems = data["val"].problems[:n]
     datasets = [problem.dataset for problem in problems]
     with policy.lora_disabled():
-        verdicts = evaluate(policy, None, data["val"], args, rows)[0]
+        verdicts = evaluate(policy, None, data["val"], args, range(len(problems)))[0]
     show_time(policy, data, args, len(experts))
     alone = by_dataset(datasets, strict(verdicts))
     print(f"  alone      the policy is right in {percents(alone)}")
     gains = []
     for expert, texts in zip(experts, data["val"].texts):
-        own = by_dataset(datasets, strict([verify(texts[i], problems[i], "plain") for i in rows]))
+        said = [verify(text, problem, "plain") for text, problem in zip(texts, problems)]
+        own = by_dataset(datasets, strict(said))
         gains += [own[dataset] - alone[dataset] for dataset in own]
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
