@@ -318,20 +318,20 @@ def verify(completion, problem, form="tagged", truncated=False):
 def extract(completion, form, truncated):
     """(answer as written, None), or ("", the reason why there is none)."""
     if form == "plain":
-        line, newline, _ = completion.partition("\n")
+        answer, newline, _ = completion.partition("\n")
         for stop in STOPS:
-            line = line.removesuffix(stop)
+            answer = answer.removesuffix(stop)
         if truncated and not newline:
             return "", "truncated"
-        return (line, None) if line.strip() else ("", "no_answer")
-    text = completion.rpartition(THOUGHT)[2]
-    opens, closes = text.count(OPEN), text.count(CLOSE)
-    start, end = text.find(OPEN) + len(OPEN), text.find(CLOSE)
-    if opens == closes == 1 and start <= end:
-        return (text[start:end], None) if text[start:end].strip() else ("", "no_answer")
-    if opens and closes and opens + closes > 2:
-        return "", "several"
-    return "", "truncated" if truncated else "unclosed" if opens else "no_answer"
+    else:
+        text = completion.rpartition(THOUGHT)[2]
+        tags = re.findall(f"{OPEN}|{CLOSE}", text)
+        if len(tags) > 2 and OPEN in tags and CLOSE in tags:
+            return "", "several"
+        if tags != [OPEN, CLOSE]:
+            return "", "truncated" if truncated else "unclosed" if OPEN in tags else "no_answer"
+        answer = text.partition(OPEN)[2].partition(CLOSE)[0]
+    return (answer, None) if answer.strip() else ("", "no_answer")
 
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2: lowest terms may be the task
 
