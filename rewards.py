@@ -366,12 +366,12 @@ NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{RAT
 NUMBER_TOKEN = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN}]*")
 PAIRS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}")]
 PAIRS += [pair for sign in ("\\$", "$", "€", "\\%", "%") for pair in ((sign, ""), ("", sign))]
-NOT_UNITS = frozenset(  # words that would change the number they follow: "18 thousand", "18 or nineteen"
+NOT_UNITS = (  # words that would change the number they follow: "18 thousand", "18 or nineteen"
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds "
-    "thousand thousands million millions billion billions trillion trillions dozen dozens half halves "
-    "third thirds quarter fourth fourths fifth fifths sixth sixths eighth eighths tenth tenths hundredth "
-    "hundredths thousandth thousandths k or to not plus minus times over point squared cubed e x".split())
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
+    "millions? billions? trillions? dozens? half halves thirds? quarter fourths? fifths? sixths? eighths? "
+    "tenths? hundredths? thousandths? k or to not plus minus times over point squared cubed e x")
+UNITS = re.compile(rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b)[A-Za-z]+){{1,3}}\Z")  # 1 to 3 other words
 
 def number(text, units=True):
     """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.
@@ -388,11 +388,9 @@ def number(text, units=True):
                 text = text[len(left):len(text) - len(right)].strip()
         if stop and text.endswith("."):
             text, stop = text[:-1].rstrip(), False
-        for _ in range(3 if units else 0):
-            *rest, word = text.rsplit(maxsplit=1) or [""]
-            if not rest or not (word.isascii() and word.isalpha()) or word.lower() in NOT_UNITS:
-                break
-            text, units = rest[0], False  # units come off in one round of `while` alone
+        if units:
+            text, taken = UNITS.subn("", text)
+            units = not taken  # units come off in one round alone
     match = NUMBER.fullmatch(text)
     return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["value"])) if match else None
 
