@@ -11,7 +11,6 @@ Where problems come from, and how an answer is verified without running anything
 import contextlib
 import dataclasses
 import difflib
-import functools
 import hashlib
 import http.client
 import io
@@ -115,13 +114,16 @@ def parameters(dataset, level):
                              f"parameter=value,... of {choices or 'none'}") from None
     return values
 
-@functools.lru_cache(maxsize=128)
-def source(dataset, level):
-    """The Reasoning Gym dataset, which makes items. ValueError if it cannot be built."""
+def draws(dataset, level):
+    """Yields (question, answer) of a Reasoning Gym dataset. ValueError if it, or an item, cannot be built."""
     make, config = registry()[dataset]
-    values = parameters(dataset, level)
+    values = parameters(dataset, level) | dict(seed=1, size=SIZES.get(dataset, 10**9))
     try:
-        return make(config(**{**values, "seed": 1, "size": SIZES.get(dataset, 10**9)}))
+        found = make(config(**values))
+        for i in range(found.size):
+            with contextlib.redirect_stdout(io.StringIO()):  # bf prints
+                item = found[i]
+            yield item["question"], str(item["answer"])
     except Exception as error:
         raise ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another") from error
 
@@ -131,23 +133,16 @@ def split_of(question):
 
 def dataset_problems(task, dataset, split, level):
     """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
-    items = source(dataset, level)
     seen, newest = set(), -1
-    for drawn in range(items.size):
-        # ends after so many draws without a new question of any split: none depends on which is asked for
-        if drawn - newest > max(200, 3 * len(seen)):
-            return
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # bf prints
-                entry = items[drawn]
-        except Exception as error:
-            raise ValueError(f"{dataset} fails at item {drawn} ({error!r}): choose another level") from error
-        question = entry["question"]
-        if question not in seen and entry["answer"] != "":  # an empty answer cannot be given
+    for drawn, (question, answer) in enumerate(draws(dataset, level)):
+        if question not in seen and answer:  # an empty answer cannot be given
             seen.add(question)
             newest = drawn
             if split_of(question) == split:
-                yield Problem(question, str(entry["answer"]), task, dataset, split)
+                yield Problem(question, answer, task, dataset, split)
+        # ends after so many draws without a new question of any split: none depends on which is asked for
+        if drawn - newest >= max(200, 3 * len(seen)):
+            return
 
 def epochs(items, name):
     """Yields the items in order, then without end one reshuffled epoch of them after another."""
