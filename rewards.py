@@ -338,9 +338,8 @@ def grade(text, problem, units):
     if not is_number:
         return "right" if fold(text) == fold(gold) else "wrong"
     value = number(text, units)
-    # a division may be the question itself, and 1e2 a hexadecimal number
-    other_notation = problem.dataset != "gsm8k" and re.search(r"/|[0-9][eE]", text)
-    if value is None or other_notation:
+    # beyond GSM8K a division may be the question itself, and 1e2 a hexadecimal number
+    if value is None or (problem.dataset != "gsm8k" and re.search(r"/|[0-9][eE]", text)):
         return "not_a_number"
     return "right" if value == number(gold) else "wrong"
 
