@@ -192,8 +192,7 @@ def problems(task, split, n, data=None, level=None, least=None):
     found = list(itertools.islice(take_turns(parts), n))
     if len(found) < (n if least is None else least):
         mend = "pass a larger file as --data" if "gsm8k" in names else "choose another --level"
-        few = f"only {len(found)} distinct {split} questions: ask for at most {len(found)}, or {mend}"
-        raise ValueError(f"{task} has {few if found else f'no {split} question: {mend}'}")
+        raise ValueError(f"{task} has only {len(found)} distinct {split} questions: {mend}, or ask for fewer")
     return found
 
 def next_of_dataset(problems):
