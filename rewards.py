@@ -244,10 +244,9 @@ def read_rows(path):
             row = json.loads(line)
             question = row["question"].strip()
             _, gold = row["answer"].rsplit("####", 1)
-            valid = question and number(gold) is not None
-        except Exception:  # no JSON, or JSON of another shape
-            valid = False
-        if not valid:
+            if not question or number(gold) is None:
+                raise ValueError("an empty question, or no number")
+        except Exception:  # this, or no JSON, or JSON of another shape
             raise ValueError(f'{path}, line {at}: it needs a "question", and an "answer" ending in #### 18')
         rows.setdefault(question, gold.strip().replace(",", ""))
     return rows
