@@ -20,7 +20,6 @@ What is easy to get wrong:
 - Stage 0 sees no gold answer and no reward, and all writers equally often: GRPO learns whom to attend to.
 """
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -81,16 +80,12 @@ def add_gradients(parameters):
 @contextlib.contextmanager
 def ranks():
     """Meet the other ranks, and part at the end. Only rank 0 prints."""
-    if WORLD == 1:
-        yield
-        return
-    importlib.import_module("torch.distributed.nn")  # imported later, it would keep the group's threads alive
     patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     meet(dist.init_process_group, backend, timeout=patience)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
         yield
-    dist.destroy_process_group()
+    meet(dist.destroy_process_group)
 
 # -- What a run is made of
 
