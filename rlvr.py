@@ -61,11 +61,9 @@ def gather(value):
     meet(dist.all_gather_object, values, value)
     return values
 
-def total(numbers):
-    """A number, or each of a list, summed over the ranks."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    meet(dist.all_reduce, sums)
-    return sums.tolist()  # of a single one, a float
+def total(number):
+    """A number summed over the ranks."""
+    return sum(gather(number))
 
 def add_gradients(parameters):
     """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""

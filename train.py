@@ -247,7 +247,7 @@ def summarize(sampled, owner, experts, sums):
     length = of_all(sampled.mask.sum(-1))
     datasets = [problem.dataset for problems in gather(sampled.problems) for problem in problems]
     verdicts = [verdict for groups in gather(sampled.verdicts) for group in groups for verdict in group]
-    loss, kl, entropy, tokens = total([sums[name] for name in ("loss", "kl", "entropy", "tokens")])
+    loss, kl, entropy, tokens = (total(sums[name]) for name in ("loss", "kl", "entropy", "tokens"))
     row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=length.mean().item(),
                truncated=of_all(sampled.truncated).mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
