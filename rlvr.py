@@ -385,11 +385,8 @@ def grpo_loss(logp, old, ref, advantage, mask, args):
 # generators, and as JSON text how far the run is.
 
 def trainable(policy, router):
-    """Name -> tensor of everything that training changes or fixes: LoRA and the router."""
-    named = {f"policy.{name}": p for name, p in policy.named_parameters()}
-    if router:
-        named |= {f"router.{name}": t for name, t in router.state_dict(keep_vars=True).items()}
-    return named
+    """{name: tensor} of everything that training changes or fixes: LoRA and the router."""
+    return torch.nn.ModuleDict(dict(policy=policy, router=router)).state_dict()
 
 def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
     """All ranks call, rank 0 writes. The checksum is added to the name."""
@@ -399,7 +396,7 @@ def save_checkpoint(path, policy, router, state, optimizer=None, generator=None)
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
     tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     if RANK == 0:
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
         write_tensors(path.parent, tensors, path.name)
     total(0)  # the ranks meet: the file is there for all
 
@@ -410,9 +407,8 @@ def load_checkpoint(path, policy, router, generator=None):
     shapes = {name: t.shape for name, t in tensors.items() if name.startswith(("policy.", "router."))}
     if shapes != {name: t.shape for name, t in named.items()}:
         raise ValueError(f"{path} was made for other models: its tensors have other names or shapes")
-    with torch.no_grad():
-        for name, t in named.items():
-            t.copy_(tensors[name])
+    for name, t in named.items():
+        t.copy_(tensors[name])
     if generator:
         generator.set_state(tensors[f"generator.{RANK}"])
     moments = {}
