@@ -161,14 +161,12 @@ class Dataset:
 
     def __init__(self, problems, policy, experts, args, progress=True):
         self.problems, self.policy, plain = problems, policy, args.form == "plain"
-        mine = []
-        for expert in experts:
-            asked = list(problems)
-            if expert is experts[-1] and args.control in ("wrong", "partly"):  # it reads another problem
-                partner, datasets = next_of_dataset(problems), sorted({p.dataset for p in problems})
-                wrong = datasets if args.control == "wrong" else datasets[-1:]
-                asked = [problems[partner[i]] if p.dataset in wrong else p for i, p in enumerate(problems)]
-            mine.append(share([expert.prompt(problem) for problem in asked]))
+        asked = [problems] * len(experts)
+        if args.control in ("wrong", "partly"):  # the last expert reads another problem
+            last = max(p.dataset for p in problems)
+            asked[-1] = [problems[other] if args.control == "wrong" or p.dataset == last else p
+                         for p, other in zip(problems, next_of_dataset(problems))]
+        mine = [share([expert.prompt(p) for p in column]) for expert, column in zip(experts, asked)]
         self.texts = []
         if args.align or args.collab == "text":
             parts = gather(write_texts(experts, mine, progress and RANK == 0))
