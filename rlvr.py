@@ -343,10 +343,9 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
     rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
     seconds = time.perf_counter() - start
     decoded = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    texts, verdicts = [], []
-    for b, (problem, cut) in enumerate(zip(batch.problems, truncated.tolist())):
-        texts.append(decoded[b * group:(b + 1) * group])
-        verdicts.append([verify(text, problem, args.form, truncated=c) for text, c in zip(texts[b], cut)])
+    texts = [decoded[i:i + group] for i in range(0, len(decoded), group)]
+    verdicts = [[verify(text, problem, args.form, truncated=cut) for text, cut in zip(answers, cuts)]
+                for problem, answers, cuts in zip(batch.problems, texts, truncated.tolist())]
     rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
 
