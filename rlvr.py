@@ -314,9 +314,9 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
     trust = [p.requires_grad_(trust_lr > 0) for name, p in named if name.startswith("trust")]
     rest = [p for name, p in named if not name.startswith("trust")]
     groups = [dict(params=params, lr=rate, base_lr=rate) for params, rate in (
-        (list(policy.parameters()), lr), (rest, router_lr), (trust if trust_lr else [], trust_lr))]
+        (policy.parameters(), lr), (rest, router_lr), (trust if trust_lr else [], trust_lr))]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    optimizer.load_state_dict(dict(state=moments or {}, param_groups=optimizer.state_dict()["param_groups"]))
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments or {}))
     return optimizer
 
 @dataclass
