@@ -297,9 +297,8 @@ def words_loss(policy, context, targets, used):
 
 def reading_loss(policy, batch, context, targets):
     """Negative log-likelihood of the texts' tokens behind the prompts, summed, and their number."""
-    T = max(1, max(map(len, targets)))
-    tokens = torch.tensor([ids + [-1] * (T - len(ids)) for ids in targets])[:, None]  # (B, 1, T)
-    tokens = tokens.to(policy.embed.device)
+    T = max(1, *map(len, targets))
+    tokens = torch.tensor([[ids + [-1] * (T - len(ids))] for ids in targets]).to(batch.H.device)  # (B, 1, T)
     cache = policy.prefill(batch.tokens, batch.lengths, context)
     logp, _ = policy.logprobs(cache, tokens.clamp(min=0), tokens >= 0)
     return -logp.sum(), sum(map(len, targets))
