@@ -160,7 +160,7 @@ class Dataset:
     """
 
     def __init__(self, problems, policy, experts, args, progress=True):
-        self.problems, self.policy, plain = problems, policy, args.form == "plain"
+        self.problems, self.device, plain = problems, policy.embed.device, args.form == "plain"
         asked = [problems] * len(experts)
         if args.control in ("wrong", "partly"):  # the last expert reads another problem
             last = max(p.dataset for p in problems)
@@ -186,8 +186,8 @@ class Dataset:
         self.prompts = []
         for i, p in enumerate(problems):
             if args.collab == "text":
-                pairs = [(e.name, texts[i]) for e, texts in zip(experts, self.texts) if e.writes]
-                p = replace(p, question="".join(f"{name}: {text}\n" for name, text in pairs) + p.question)
+                said = [f"{e.name}: {texts[i]}\n" for e, texts in zip(experts, self.texts) if e.writes]
+                p = replace(p, question="".join(said) + p.question)
             self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
         self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
         written = max((len(ids) for column in self.targets for ids in column), default=0)
@@ -204,14 +204,14 @@ class Dataset:
     def reading_mask(self, chosen):
         """True for a state of expert `chosen` or of one without texts: (N,); (B, N) for chosen (B, 1)."""
         silent = torch.tensor([not any(self.texts[e]) for e in self.owner.tolist()], dtype=torch.bool)
-        return ((self.owner == chosen) | silent).to(self.policy.embed.device)
+        return ((self.owner == chosen) | silent).to(self.device)
 
     def batch(self, rows):
-        ids, device = [self.ids[i] for i in rows], self.policy.embed.device
+        ids = [self.ids[i] for i in rows]
         width = bucket(max(map(len, ids)))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(device)
-        lengths = torch.tensor([len(row) for row in ids]).to(device)
-        return Batch([self.problems[i] for i in rows], tokens, lengths, self.H[rows].float().to(device))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(self.device)
+        lengths = torch.tensor([len(row) for row in ids]).to(self.device)
+        return Batch([self.problems[i] for i in rows], tokens, lengths, self.H[rows].float().to(self.device))
 
 def answer_ids(policy, text, form):
     """Tokens of a text as the policy would give it for an answer, stop token included; [] for no text."""
@@ -384,9 +384,9 @@ def trainable(policy, router):
     """{name: tensor} of everything that training changes or fixes: LoRA and the router."""
     return torch.nn.ModuleDict(dict(policy=policy, router=router)).state_dict()
 
-def save_checkpoint(path, policy, router, state, optimizer=None, generator=None):
-    """All ranks call, rank 0 writes. The checksum is added to the name."""
-    generators = gather(generator.get_state()) if generator else []
+def save_checkpoint(path, policy, router, state, optimizer, generator):
+    """All ranks call, rank 0 writes. The checksum is added to the name. optimizer: None for no moments."""
+    generators = gather(generator.get_state())
     tensors = trainable(policy, router) | {f"generator.{rank}": t for rank, t in enumerate(generators)}
     for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
         tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
