@@ -12,10 +12,8 @@ What is easy to get wrong:
 - The stop token is part of the completion and is trained on, else the policy never learns to stop.
 - Loss and sampler share one temperature, without top-k or top-p: else the ratio is not the policy's.
 - The router runs again in the training forward (train.py): the context of the rollout has no gradient.
-- The loss is normalised by the tokens of the whole step, so that micro-batches change nothing.
-- The KL term's reference has LoRA off and prefix off; after stage 0, which it would undo, there is no KL.
+- After stage 0 there is no KL term: its reference, the frozen policy, cannot read, and KL would undo it.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
-  Without KL its gradient is zero, so train.py skips its pass.
 - With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
 - Stage 0 sees no gold answer and no reward, and all writers equally often: GRPO learns whom to attend to.
 """
@@ -88,8 +86,7 @@ def ranks():
 # -- What a run is made of
 
 def build(args):
-    """Policy, experts and router. In args "auto" becomes what was chosen, and hub names get their commits.
-    Also called by eval.py."""
+    """Policy, experts and router. In args "auto" becomes what was chosen, and hub names get their commits."""
     torch.manual_seed(args.seed)
     experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, tokens=args.write,
                       cue=args.cue, device=args.device, untrained=args.control == "untrained")
