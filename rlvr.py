@@ -42,7 +42,7 @@ from router import ROUTERS, reads_states
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def share(items):
-    """This rank's part of a list: contiguous, in the order of the ranks, lengths differ by one at most."""
+    """This rank's part of a list or tensor: contiguous, in rank order, lengths differ by one at most."""
     return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
 
 def meet(collective, *args, **options):
@@ -187,13 +187,12 @@ class Dataset:
                 p = replace(p, question="".join(said) + p.question)
             self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
         self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
-        written = max((len(ids) for column in self.targets for ids in column), default=0)
+        written = max(map(len, sum(self.targets, [])), default=0)
         room = policy.window - max(args.max_new, written) - args.latents
         longest = max(map(len, self.ids))
         if longest > room:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in the policy's window of "
-                             f"{policy.window}: use an easier --level, a lower --max_new (or --write), or "
-                             "another --policy")
+            raise ValueError(f"a prompt of {longest} tokens leaves no room in a window of {policy.window}: "
+                             "use an easier --level, a lower --max_new (or --write), or another --policy")
 
     def __len__(self):
         return len(self.problems)
@@ -253,10 +252,10 @@ def align(policy, router, data, args, start, moments):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
-        chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)].tolist())
-        targets = [data.targets[e][i] for e, i in zip(chosen, rows)]
+        chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)])
+        targets = [data.targets[e][i] for e, i in zip(chosen.tolist(), rows)]
         H = data.H[rows].float().to(policy.embed.device)
-        mask = data.reading_mask(torch.tensor(chosen)[:, None])  # (B, N)
+        mask = data.reading_mask(chosen[:, None])  # (B, N)
         context = router(H, mask)[0] if router else None
         if spelling:
             spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
@@ -281,7 +280,7 @@ def align_steps(args):
 def words_loss(policy, context, targets, used):
     """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
     products, plus a little of the squared distance, which also fixes the norm. context (B, L, d), targets
-    [B][tokens]. Returns the sum over the texts' tokens, as far as the L places reach, and their number."""
+    [B][tokens]. Returns the sum over the first L tokens of the texts, and their number."""
     B, L, d = context.shape
     embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), in prefix units
     index = {token: i for i, token in enumerate(used)}
