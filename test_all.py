@@ -230,37 +230,36 @@ WORDS = [f"w{i}" for i in range(40)]
 TEXTS = [" ".join(WORDS[(7 * i + j) % 40] for j in range(3 + 5 * i % 11)) for i in range(9)]
 SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
              num_key_value_heads=1, max_position_embeddings=64, eos_token_id=1)
-KINDS = dict(llama="Llama", qwen2="Qwen2", neox="GPTNeoX", bert="Bert")
 
-def save_random(folder, kind, seed=0, **sizes):
-    """A random model of a kind; its weights are large, so that every token matters to a state."""
+def random_model(kind, seed=0, **sizes):
+    """A random model of a kind; its weights are large, so that every token matters."""
     torch.manual_seed(seed)
     auto = transformers.AutoModel if kind == "Bert" else transformers.AutoModelForCausalLM
     model = auto.from_config(getattr(transformers, f"{kind}Config")(**SIZES | sizes))
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
-    model.save_pretrained(folder)
+    return model.eval()
 
-def make_expert(folder, kind="llama", seed=0, chat=False, **sizes):
+def make_expert(folder, kind="Llama", seed=0, chat=False, **sizes):
     """A random model with a word-level tokenizer, saved as an ordinary Hugging Face folder; its path."""
     names = ["[PAD]", "[EOS]", "[CLS]", "[SEP]", *WORDS, "\n", "[UNK]"]
     vocabulary = {word: i for i, word in enumerate(names)}
     words = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    if kind == "bert":
+    if kind == "Bert":
         words.post_processor = processors.TemplateProcessing(
             "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
     if chat:
         tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
-    save_random(folder, KINDS[kind], seed, **sizes)
+    random_model(kind, seed, **sizes).save_pretrained(folder)
     return str(folder)
 
 def read_all(expert, texts=TEXTS):
     return read_states([expert], [texts], progress=False)
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "GPTNeoX", "Bert"])
 def test_states_equal_transformers_on_the_text_alone(tmp_path, kind, own_cache):
     """Every layer, each way to read: what the model gives for the one text, without any padding."""
     folder = make_expert(tmp_path / "m", kind)
@@ -276,7 +275,7 @@ def test_states_equal_transformers_on_the_text_alone(tmp_path, kind, own_cache):
         for read_as, expected in dict(last=last, first=hidden[:, 0], mean=hidden.mean(1)).items():
             torch.testing.assert_close(H[read_as][i], expected, atol=1e-5, rtol=1e-5)
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("kind", ["Llama", "Bert"])
 def test_a_state_is_that_of_its_text_to_the_bit(tmp_path, monkeypatch, kind):
     """However the cache was filled: in another order, with other texts, one by one, or partly before."""
     expert, texts = Expert(make_expert(tmp_path / "m", kind)), TEXTS * 20 + [f"w1 {text}" for text in TEXTS]
@@ -304,7 +303,7 @@ def test_own_text_is_read_behind_the_prompt(tmp_path, own_cache):
         torch.testing.assert_close(H[i], alone[0], atol=1e-5, rtol=1e-5)
 
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
-    a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "bert", hidden_size=24))
+    a, b = Expert(make_expert(tmp_path / "a")), Expert(make_expert(tmp_path / "b", "Bert", hidden_size=24))
     H = read_states([a, b], [TEXTS, TEXTS[::-1]], progress=False)
     assert torch.equal(H[:, :1], F.pad(read_all(a), (0, 8)))
     assert torch.equal(H[:, 1:], read_all(b, TEXTS[::-1]))
@@ -366,7 +365,7 @@ def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, m
     """Greedy, until a stop token or a line's end, whatever penalties the model's folder asks for."""
     folder = make_expert(tmp_path / "m", seed=1)
     edit(folder, "generation_config.json", repetition_penalty=5.0)
-    expert, encoder = Expert(folder, tokens=12), Expert(make_expert(tmp_path / "bert", "bert"))
+    expert, encoder = Expert(folder, tokens=12), Expert(make_expert(tmp_path / "bert", "Bert"))
     line_end = expert.tokenizer.convert_tokens_to_ids("\n")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = [" ".join([f"w{i} w{i + 1}"] * (1 + i % 3)) for i in range(0, 30, 2)]
@@ -552,17 +551,14 @@ def test_trust_has_a_rate_of_its_own():
     assert A[torch.arange(32), right].mean() > 0.9 and torch.allclose(router.W, W, atol=1e-6)
 
 # -- model.py
-def make_policy(folder, kind="llama", **settings):
-    """A random Hugging Face model of the given family, saved to `folder`, and the model itself."""
-    name = dict(llama="Llama", qwen2="Qwen2", qwen3="Qwen3")[kind]
-    config = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-                  num_attention_heads=4, num_key_value_heads=2, head_dim=16 if kind == "qwen3" else 8,
-                  max_position_embeddings=128, eos_token_id=1, bos_token_id=0) | settings
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**config)
-    twin = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+def make_policy(folder, kind="Llama", **sizes):
+    """A random policy, saved to `folder`, and the Hugging Face model itself."""
+    policy = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                  num_key_value_heads=2, max_position_embeddings=128)
+    twin = random_model(kind, **policy | sizes)
     for name, p in twin.named_parameters():
-        nn.init.uniform_(p, 0.5, 1.5) if "norm" in name else nn.init.normal_(p, std=0.3)
+        if "norm" in name:
+            nn.init.uniform_(p, 0.5, 1.5)
     twin.save_pretrained(folder)
     return twin
 
@@ -594,13 +590,13 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
 
 @pytest.mark.parametrize("kind, settings", [
-    ("llama", {}), ("llama", dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=LLAMA3)),
-    ("llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
-    ("qwen2", dict(rope_parameters=YARN)), ("qwen3", {})])
+    ("Llama", {}), ("Llama", dict(tie_word_embeddings=True, attention_bias=True, rope_parameters=LLAMA3)),
+    ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
+    ("Qwen2", dict(rope_parameters=YARN)), ("Qwen3", dict(head_dim=16))])
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
     """Padding, prefix, shared prompt, temperature, entropy; LoRA off, and on with it merged into the twin."""
-    neutral = "zero" if kind == "qwen2" else "mean"
+    neutral = "zero" if kind == "Qwen2" else "mean"
     twin, policy = make_policy(tmp_path, kind, **settings), Policy.from_pretrained(tmp_path, neutral=neutral)
     embed = twin.get_input_embeddings()
     tokens, lengths, prefix, answer, mask = example(prefixed)
@@ -815,8 +811,8 @@ def quick(tmp_path_factory):
     for name, kind, width in pool:
         shutil.copytree(TINY[name], folder / name, ignore=shutil.ignore_patterns("model.safetensors"))
         size = len(transformers.PreTrainedTokenizerFast.from_pretrained(folder / name))
-        save_random(folder / name, kind, vocab_size=size, hidden_size=width, num_hidden_layers=1,
-                    eos_token_id=2, max_position_embeddings=256)
+        random_model(kind, vocab_size=size, hidden_size=width, num_hidden_layers=1, eos_token_id=2,
+                     max_position_embeddings=256).save_pretrained(folder / name)
     shutil.copytree(TINY["policy"], folder / "policy")
     return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --positions 1 "
              "--own_text False --align 6 --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 "
