@@ -353,7 +353,7 @@ def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     prints = [Expert(folder, **kind).fingerprint("states") for kind in kinds]
     assert prints[0] == Expert(folder, layers=(3,)).fingerprint("states")  # the same
     prints += [Expert(folder).fingerprint("texts"), Expert(folder, tokens=3).fingerprint("texts")]
-    change_weight(folder, 7.0)
+    edit_weights(folder, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + torch.eye(16)[0]})
     prints.append(Expert(folder).fingerprint("states"))
     template = Path(folder, "chat_template.jinja")
     for change in (lambda: template.write_text("another"), template.unlink):
@@ -383,17 +383,12 @@ def test_texts_are_what_generate_gives_for_the_text_alone(tmp_path, own_cache, m
     monkeypatch.setattr(Expert, "load", lambda self, kind: pytest.fail("it was written before"))
     assert write_texts([expert], [texts[::-1]], progress=False) == [wrote[::-1]]
 
-def drop_layer(folder):
+def edit_weights(folder, change):
+    """Change the {name: tensor} of a model's folder."""
     path = Path(folder, "model.safetensors")
-    save_file({key: value for key, value in load_file(path).items() if "layers.1." not in key}, path)
+    save_file(change(load_file(path)), path, {"format": "pt"})
 
-def change_weight(folder, value):
-    path = Path(folder, "model.safetensors")
-    weights = load_file(path)
-    weights["model.norm.weight"][0] = value
-    save_file(weights, path, {"format": "pt"})
-
-DAMAGES = [  # (what is done to an expert's folder, a word of the sentence)
+@pytest.mark.parametrize("damage, message", [  # what is done to an expert's folder, a word of the sentence
     (lambda f: os.remove(f + "/model.safetensors"), "no safetensors weights"),
     (lambda f: os.truncate(f + "/model.safetensors", 900), "cannot be loaded"),
     (lambda f: os.remove(f + "/config.json"), "config.json"),
@@ -403,9 +398,10 @@ DAMAGES = [  # (what is done to an expert's folder, a word of the sentence)
     (lambda f: edit(f, "config.json", vocab_size=10**12), "cannot be loaded"),
     (lambda f: edit(f, "config.json", model_type="unheard"), "unheard"),
     (lambda f: edit(f, "config.json", model_type="x", auto_map=dict(AutoModel="x.Y")), "loaded"),
-    (drop_layer, "not in its files"), (lambda f: change_weight(f, math.nan), "not finite")]
-
-@pytest.mark.parametrize("damage, message", DAMAGES)
+    (lambda f: edit_weights(f, lambda w: {name: w[name] for name in w if "layers.1." not in name}),
+     "not in its files"),
+    (lambda f: edit_weights(f, lambda w: w | {"model.norm.weight": torch.tensor([math.nan] + 15 * [1.0])}),
+     "not finite")])
 def test_a_damaged_expert_is_one_sentence(tmp_path, own_cache, damage, message):
     folder = make_expert(tmp_path / "m")
     damage(folder)
@@ -720,7 +716,7 @@ def test_sample_at_the_edges():
     damaged = torch.tensor([[0.0, math.nan, 0], [math.nan] * 3, [0, 0, math.inf]])
     assert all(0 <= token < 3 for token in sample(damaged, 1.0, torch.rand(3, 1)).tolist())
 
-ODD = [  # (key of a policy's config.json, value): more than a machine has, senseless, or of another type
+@pytest.mark.parametrize("key, value", [  # more than a machine has, senseless, or of another type
     ("model_type", "gpt2"), ("model_type", ["x"]), ("hidden_act", "gelu"), ("hidden_size", 10**9),
     ("hidden_size", 16), ("hidden_size", math.nan), ("num_hidden_layers", 10**6), ("num_hidden_layers", 4),
     ("num_hidden_layers", "3"), ("num_attention_heads", 0), ("num_key_value_heads", 3),
@@ -728,35 +724,25 @@ ODD = [  # (key of a policy's config.json, value): more than a machine has, sens
     ("max_position_embeddings", math.inf), ("tie_word_embeddings", "false"), ("eos_token_id", None),
     ("eos_token_id", 300), ("rope_parameters", dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
     ("rope_parameters", dict(rope_theta="x")),
-    ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0))]
-
-@pytest.fixture(scope="module")
-def plain_policy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plain")
-    make_policy(folder)
-    (folder / "generation_config.json").unlink()
-    return folder
-
-@pytest.mark.parametrize("key, value", ODD)
-def test_a_policy_that_cannot_run_is_refused(plain_policy, tmp_path, key, value):
+    ("rope_parameters", dict(rope_type="linear", rope_theta=1e4, factor=0.0))])
+def test_a_policy_that_cannot_run_is_refused(tmp_path, key, value):
     """Unknown kinds, absurd numbers: one sentence, before anything of that size is made."""
-    shutil.copytree(plain_policy, tmp_path / "p")
-    edit(tmp_path / "p", "config.json", **{key: value})
+    make_policy(tmp_path)
+    (tmp_path / "generation_config.json").unlink()  # its eos_token_id would go before the config's
+    edit(tmp_path, "config.json", **{key: value})
     with pytest.raises(ValueError) as error:
-        Policy.from_pretrained(tmp_path / "p")
+        Policy.from_pretrained(tmp_path)
     assert "\n" not in str(error.value)
 
-def test_a_policys_tensors_have_the_shape_and_type_that_its_config_implies(plain_policy, tmp_path):
-    path = tmp_path / "p" / "model.safetensors"
-    shutil.copytree(plain_policy, path.parent)
-    tensors = load_file(path)
+def test_a_policys_tensors_have_the_shape_and_type_that_its_config_implies(tmp_path):
     for name, wrong, message in (
             ("norm.weight", torch.ones(16, 2), r"model.norm.weight .* \(32,\) floating-point"),
             ("norm.weight", torch.ones(32).int(), r"model.norm.weight .* \(32,\) floating-point"),
             ("layers.0.self_attn.q_proj.bias", torch.ones(32), "q_proj.bias .* None .*not there")):
-        save_file(tensors | {f"model.{name}": wrong}, path)
+        make_policy(tmp_path)
+        edit_weights(tmp_path, lambda weights: weights | {f"model.{name}": wrong})
         with pytest.raises(ValueError, match=message):
-            Policy.from_pretrained(path.parent)
+            Policy.from_pretrained(tmp_path)
 
 # -- rlvr.py
 def test_advantages_by_hand():
