@@ -9,10 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import argparse
 import atexit
-import contextlib
 import copy
 import json
 import math
+import multiprocessing
 import pickle
 import re
 import shutil
@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -1014,20 +1013,18 @@ def test_three_and_three_steps_equal_six(finished, quick, tmp_path):
     assert same_run(finished, tmp_path / "run")
 
 def forked(run, log):
-    """Call run() in a fork of this process, which has all imported; what it prints is in `log`. Its id."""
-    process = os.fork()
-    if process == 0:
-        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            try:
-                code = run()
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-        os._exit(code or 0)
+    """Call run() in a fork of this process, which has all imported; what it prints is in `log`."""
+    def told():
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)
+        sys.exit(run())
+
+    process = multiprocessing.get_context("fork").Process(target=told)
+    process.start()
     return process
 
 def exit_code(process):
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    process.join()
+    return process.exitcode
 
 def stop_in(signal_number, where, name, moment, counts=lambda *args: True):
     """Sends itself a signal in the `moment`-th call of where.name that counts."""
