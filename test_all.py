@@ -453,10 +453,9 @@ def make_router(kind="soft", widths=WIDTHS, **settings):
         nn.init.normal_(router.trust_bias, std=0.2)
     return router
 
-def gradients(*modules):
-    found = {f"{i}.{name}": p.grad for i, m in enumerate(modules) if m for name, p in m.named_parameters()}
-    for m in filter(None, modules):
-        m.zero_grad()
+def gradients(module):
+    found = {name: p.grad for name, p in module.named_parameters()}
+    module.zero_grad()
     return found
 
 def same_gradients(a, b, tolerance=1e-5):
@@ -842,15 +841,6 @@ def same_run(one, two):
     assert json.loads((one / "eval.json").read_text()) == json.loads((two / "eval.json").read_text())
     return True
 
-def gradient_of_first_step(monkeypatch, out, *argv):
-    """What a step of train.main has gathered before it is clipped; and the row of that step."""
-    with monkeypatch.context() as patch:
-        found = []
-        patch.setattr(train, "add_gradients", lambda parameters: found.append(
-            {str(i): p.grad.clone() for i, p in enumerate(parameters)}))
-        train.run([*argv, "--out", str(out), *"--steps 1 --align 0 --beta 0.04".split()])
-    return found[0], rows(out)[0]
-
 def test_the_reference_is_the_frozen_policy_without_its_prefix(quick, tmp_path):
     """LoRA alone begins at KL 0, as its update is zero; a fresh prefix does not."""
     argv = [*quick, *"--align 0 --beta 0.04 --steps 2 --out".split()]
@@ -1125,9 +1115,8 @@ def test_a_step_that_is_not_finite_is_skipped(finished, tmp_path, monkeypatch, c
 
 def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, capsys):
     """Same samples, same gradient. A prompt that does not fit alone is a sentence; a mistake is raised."""
-    expected, row = gradient_of_first_step(monkeypatch, tmp_path / "a", *quick, "--micro_batch", "6")
-    assert any(g.any() for g in expected.values()) and row["kl"] > 0
-    original, sizes, room = Policy.logprobs, [], 3
+    argv = [*quick, *"--micro_batch 6 --steps 1 --align 0 --beta 0.04 --out".split()]
+    original, gradients_of_step, sizes, room = Policy.logprobs, [], [], 3
     errors = [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError(
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")]
 
@@ -1138,8 +1127,14 @@ def test_out_of_memory_halves_the_micro_batch(quick, tmp_path, monkeypatch, caps
                 raise errors[len(sizes) % 3]
         return original(self, cache, tokens, *rest)
 
+    monkeypatch.setattr(train, "add_gradients", lambda parameters: gradients_of_step.append(
+        {i: p.grad.clone() for i, p in enumerate(parameters)}))
+    train.run([*argv, str(tmp_path / "a")])
     monkeypatch.setattr(Policy, "logprobs", logprobs)
-    found, other = gradient_of_first_step(monkeypatch, tmp_path / "b", *quick, "--micro_batch", "6")
+    train.run([*argv, str(tmp_path / "b")])
+    expected, found = gradients_of_step
+    [row], [other] = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert any(g.any() for g in expected.values()) and row["kl"] > 0
     same_gradients(found, expected, 1e-4)
     assert (other["kl"], other["entropy"]) == pytest.approx((row["kl"], row["entropy"]), rel=1e-4)
     assert sizes == [6, 3, 3, 1, 1, 1, 1, 1, 1]
