@@ -7,9 +7,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["N_MUSKETEERS_CACHE"] = tempfile.mkdtemp(prefix="n-musketeers-test-")  # what is read goes here
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import argparse
 import atexit
 import copy
+import functools
 import json
 import math
 import multiprocessing
@@ -769,23 +769,21 @@ def test_kl_estimate_is_unbiased_and_never_negative():
     assert (kl_estimate(p, q) >= 0).all()
     torch.testing.assert_close((p.exp() * kl_estimate(p, q)).sum(), (p.exp() * (p - q)).sum())
 
+made = functools.cache(problems)
+
 def remembered(task, split, n, *rest, **options):
     """problems(), made once, and 256 at most: thousands of them take seconds."""
-    if (task, split, n, rest) not in MADE:
-        MADE[task, split, n, rest] = problems(task, split, min(n, 256), *rest, **options)
-    return list(MADE[task, split, n, rest])
+    return list(made(task, split, min(n, 256), *rest, **options))
 
-MADE = {}
 rlvr.problems = remembered
 TINY = {name: f"tiny/{name}" for name in ("policy", "arithmetic", "logic", "algorithmic")}
 
 @pytest.fixture(autouse=True)
 def own_signals():
     """train.py takes over Ctrl-C; the next test has it back."""
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 @pytest.fixture(scope="session")
 def quick(tmp_path_factory):
@@ -931,8 +929,8 @@ def test_an_answer_ends_with_its_stop_token_or_is_cut_by_the_limit(finished, mon
 def test_a_longer_run_begins_alike_and_skipped_problems_are_left_out(monkeypatch):
     monkeypatch.setattr(rlvr, "problems", lambda task, split, n, *rest, **_: [
         Problem(f"{split} {i}", "") for i in range(n)])
-    args = argparse.Namespace(task="", data="", level="", seed=1, batch=32, align=0, steps=10, test=5,
-                              test_skip=7)
+    args = types.SimpleNamespace(task="", data="", level="", seed=1, batch=32, align=0, steps=10, test=5,
+                                 test_skip=7)
     short, args.steps = train.load_problems(args, "train"), 100
     first = [Problem(f"train {i}", "") for i in range(256)]
     assert train.load_problems(args, "train")[:320] == short
@@ -1340,7 +1338,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     policy, router, data, args = loaded(finished)
     settings = dict(steps=10, batch=4, group=8, epochs=1, beta=0.0, align=0, test=16, val=8, eval_every=5)
     monkeypatch.setattr(evaluation, "rollout", lambda *_: types.SimpleNamespace(seconds=60.0))
-    evaluation.show_time(policy, {"train": data}, argparse.Namespace(**vars(args) | settings), 0)
+    evaluation.show_time(policy, {"train": data}, types.SimpleNamespace(**vars(args) | settings), 0)
     assert "about 39.5 minutes: reading 0.0, GRPO 35.0, tests 4.5" in capsys.readouterr().out
 
 def test_eval_reports_the_run(finished, capsys):
