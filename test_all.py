@@ -816,12 +816,11 @@ def trained(out, *settings):
 def rows(out, name="metrics.jsonl"):
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
-def command(*argv, program=train):
+def command(*argv, program=train.run):
     """The exit code of a command line, as its last line gives it to sys.exit."""
-    run = train.run if program is train else evaluation.main
-    return train.one_sentence(f"{program.__name__}.py", lambda: run([*map(str, argv)]))
+    return train.one_sentence("program", lambda: program([*map(str, argv)]))
 
-def refused(capsys, *argv, program=train):
+def refused(capsys, *argv, program=train.run):
     """The one sentence with which a command is refused."""
     capsys.readouterr()
     assert command(*argv, program=program) == 2
@@ -1159,12 +1158,12 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     assert ("logic: " in loaded(out)[2].prompts[0]) == (collab == "text")
     assert bool(list(out.glob("aligned*"))) == (align == "6")
     capsys.readouterr()
-    assert command(out, "--json", program=evaluation) == 0
+    assert command(out, "--json", program=evaluation.main) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     kept = json.loads((out / "eval.json").read_text())
     assert all(report[key] == kept[key] for key in kept if key not in ("before", "after"))
     assert report["after"]["strict"] == kept["after"]["strict"] and (out / "run.png").exists()
-    assert command(out, "--ask", "How many primes?", program=evaluation) == 0
+    assert command(out, "--ask", "How many primes?", program=evaluation.main) == 0
     assert ("logic" in capsys.readouterr().out.split("rewarded")[1]) == (collab in ("soft", "hard"))
     if control in ("shuffled", "noise"):
         assert "start anew with more" in refused(capsys, "--resume", out, "--steps", "3")
@@ -1343,7 +1342,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
 
 def test_eval_reports_the_run(finished, capsys):
     """Masked, swap; intervals hold the shares; the JSON line agrees with training's report."""
-    assert command(finished, "--json", program=evaluation) == 0
+    assert command(finished, "--json", program=evaluation.main) == 0
     output = capsys.readouterr().out.splitlines()
     report, kept = json.loads(output[-1]), json.loads((finished / "eval.json").read_text())
     for when in ("before", "after"):
@@ -1353,8 +1352,8 @@ def test_eval_reports_the_run(finished, capsys):
     assert 0 <= report["swap"]["follows"] <= 1
     assert (finished / "run.png").stat().st_size > 10_000
     assert any("attention (masked out): logic" in line for line in output)
-    assert command(finished, "--aligned", program=evaluation) == 0
-    assert command(finished, "--ask", "How many primes are between 1 and 9?", program=evaluation) == 0
+    assert command(finished, "--aligned", program=evaluation.main) == 0
+    assert command(finished, "--ask", "How many primes are between 1 and 9?", program=evaluation.main) == 0
     bars = capsys.readouterr().out.splitlines()[-3:]
     assert [line.split()[0] for line in bars] == ["logic", "algorithmic", "arithmetic"]
     assert sum(float(re.search(r"\d\.\d\d", line).group()) for line in bars) == pytest.approx(1, abs=0.02)
@@ -1370,4 +1369,4 @@ def test_bad_input_of_eval_is_one_sentence(finished, tmp_path, capsys, monkeypat
             (finished, "--ask", "question"), (finished, "--n 0", "--n"),
             (finished, "--device cuda:9", "--device"), (tmp_path, "", "no run"),
             (tmp_path / "run", "", "no checkpoint"), (tmp_path / "run", "--aligned", "stage 0")):
-        assert word in refused(capsys, run, *arguments.split(), program=evaluation)
+        assert word in refused(capsys, run, *arguments.split(), program=evaluation.main)
