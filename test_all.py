@@ -953,8 +953,7 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
 
 def test_controls_are_what_they_say(quick, tmp_path):
     """shuffled: another problem's states; wrong: the last expert's are those of its dataset's next problem;
-    partly: only on the last dataset by name; noise: of their mean and std; untrained: of strangers.
-    """
+    partly: only on the last dataset by name; noise: of their mean and std; untrained: of strangers."""
     H = {}
     for control in ("none", "shuffled", "wrong", "partly", "noise", "untrained"):
         args = train.parse_args([*quick, "--out", str(tmp_path), "--control", control, "--align", "0"])
@@ -1145,10 +1144,9 @@ def test_the_readmes_router_trains_as_it_stands(tmp_path, monkeypatch):
     row = rows(tmp_path / "runs" / "mean")[-1]
     assert list(row["attention"].values()) == pytest.approx([1 / 3] * 3) and row["step"] == 3
 
-MODES = [("hard", "shuffled", "6"), ("soft", "noise", "0"), ("linear", "untrained", "6"),
-         ("prefix", "none", "6"), ("single", "none", "6"), ("text", "none", "0")]
-
-@pytest.mark.parametrize("collab, control, align", MODES)
+@pytest.mark.parametrize("collab, control, align", [
+    ("hard", "shuffled", "6"), ("soft", "noise", "0"), ("linear", "untrained", "6"),
+    ("prefix", "none", "6"), ("single", "none", "6"), ("text", "none", "0")])
 def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, control, align):
     settings = f"--steps 2 --collab {collab} --control {control} --align {align}"
     out = trained(tmp_path / "run", *quick, settings)
@@ -1220,7 +1218,7 @@ def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, ca
     assert [row["reward"] for row in rows(tmp_path / "one")] == [
         row["reward"] for row in rows(tmp_path / "two")][:2]
 
-BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentence)
+@pytest.mark.parametrize("arguments, word", [  # behind those of the small run; a word of the sentence
     ("--group 1", "--group"), ("--lr nan", "--lr"), ("--lr -1", "--lr"), ("--batch 0", "--batch"),
     ("--temperature 0", "--temperature"), ("--steps 0", "--steps"), ("--level terms=3", "level"),
     ("--level tiny --task gcd", "--level easy"), ("--level impossible", "easy, default, hard"),
@@ -1233,16 +1231,11 @@ BAD_INPUT = [  # (arguments behind those of the small run, a word of the sentenc
     ("--collab single --align 0 --lora_rank 0", "lora_rank"), ("--max_new 600", "window"),
     ("--form tagged", "chat template"), ("--device cuda:7", "--device"), ("--device gpu", "--device"),
     ("--router_heads 3", "router_heads"), ("--write 300", "room"), ("--positions 0", "--positions"),
-    ("--task gsm8k --data nowhere", "nowhere"), ("--task gsm8k --data EMPTY", "pass a larger file"),
-    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")]
-
-@pytest.mark.parametrize("arguments, word", BAD_INPUT)
+    ("--task gsm8k --data nowhere", "nowhere"), ("--task gsm8k --data FILE", "pass a larger file"),
+    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")])
 def test_bad_input_is_one_sentence(quick, tmp_path, capsys, arguments, word):
     (tmp_path / "FILE").touch()
-    (tmp_path / "EMPTY").touch()
-    for name, path in dict(FILE=tmp_path / "FILE", EMPTY=tmp_path / "EMPTY", ENCODER=quick[-1]).items():
-        arguments = arguments.replace(name, str(path))
-    argv = arguments.split()
+    argv = arguments.replace("FILE", f"{tmp_path}/FILE").replace("ENCODER", quick[-1]).split()
     if argv[0] != "--resume":
         argv = [*quick, "--out", str(tmp_path / "run"), *argv]
     assert re.search(word, refused(capsys, *argv)) and not list(tmp_path.glob("*/config.json"))
