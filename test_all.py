@@ -597,12 +597,10 @@ def test_logprobs_equal_transformers(tmp_path, kind, settings, prefixed):
     for awake in (False, True):
         if awake:
             wake_lora(policy)
-            for block, layer in zip(policy.blocks, twin.model.layers):
-                a, m = layer.self_attn, layer.mlp
-                for ours, theirs in ((block.qkv, (a.q_proj, a.k_proj, a.v_proj)), (block.o, (a.o_proj,)),
-                                     (block.gate_up, (m.gate_proj, m.up_proj)), (block.down, (m.down_proj,))):
-                    for i, linear in enumerate(theirs):
-                        linear.weight.data += 2.0 * ours.B[i] @ ours.A[i * 8:i * 8 + 8]  # alpha / rank
+            theirs = [module for module in twin.model.layers.modules() if isinstance(module, nn.Linear)]
+            ours = [(A, B) for layer in policy.adapters() for A, B in zip(layer.A.split(8), layer.B)]
+            for linear, (A, B) in zip(theirs, ours, strict=True):  # q, k, v, o, gate, up, down of each layer
+                linear.weight.data += 2.0 * B @ A  # alpha / rank
         with torch.no_grad():
             got, entropy = policy.logprobs(policy.prefill(tokens, lengths, prefix), answer, mask, 0.7)
             for b, g in ((b, g) for b in range(3) for g in range(2)):
