@@ -468,22 +468,21 @@ def test_one_einsum_equals_a_loop_over_experts(widths):
     """Written once more with a loop, unpadded states and torch's attention: values and gradients."""
     router, H = make_router(widths=widths, temperature=0.5), states(widths=widths)
     up = torch.randn(4, 4, 32)
-    fitted = router.standardize(states(64, seed=1, widths=widths))
-    std, mean = torch.std_mean(fitted, 0)
+    std, mean = torch.std_mean(router.standardize(states(64, seed=1, widths=widths)), 0)
     real = torch.arange(max(widths)) < torch.tensor(widths)[:, None]
     torch.testing.assert_close(mean, torch.zeros(real.shape), atol=1e-5, rtol=0)
     torch.testing.assert_close(std, real.float(), atol=1e-4, rtol=0)
     C, A = router(H)
     (C * up).sum().backward()
     fast = gradients(router)
-    x = [(H[:, i, :w] - router.mean[i, :w]) * router.inv_std[i, :w] for i, w in enumerate(widths)]
-    E = [x[i].clamp(-10, 10) @ router.W[i, :w] + router.expert_embed[i] for i, w in enumerate(widths)]
+    x = [((H[:, i, :w] - router.mean[i, :w]) * router.inv_std[i, :w]).clamp(-10, 10)
+         for i, w in enumerate(widths)]
+    E = [x[i] @ router.W[i, :w] + router.expert_embed[i] for i, w in enumerate(widths)]
     k, v = router.to_kv(router.norm_experts(torch.stack(E, 1))).chunk(2, -1)
     q = router.to_q(router.norm_latents(router.latents))
     heads = lambda t: t.unflatten(-1, (2, 8)).transpose(-3, -2)
-    trust = [(x[i].clamp(-10, 10) * router.trust[i, :w]).mean(1) + router.trust_bias[i]
-             for i, w in enumerate(widths)]
-    trust = torch.stack(trust, 1)[:, None, None].expand(-1, 2, 4, -1)
+    trust = torch.stack([(x[i] * router.trust[i, :w]).mean(1) + router.trust_bias[i]
+                         for i, w in enumerate(widths)], 1)[:, None, None].expand(-1, 2, 4, -1)
     y = F.scaled_dot_product_attention(heads(q).expand(4, -1, -1, -1), heads(k), heads(v), trust,
                                        scale=8**-0.5 / 0.5)
     z = router.latents + router.proj(y.transpose(1, 2).flatten(-2))
