@@ -618,7 +618,7 @@ def test_bfloat16_is_float32_but_for_rounding():
     """Log-probabilities of the embedded policy, and the gradient of its prefix."""
     found = []
     for dtype in (torch.bfloat16, torch.float32):
-        policy = Policy.from_pretrained(f"{train.TINY}/policy", dtype=dtype, neutral="mean")
+        policy = Policy.from_pretrained("tiny/policy", dtype=dtype, neutral="mean")
         tokens, lengths, _, answer, mask = example()
         tokens, answer = tokens % len(policy.embed), answer % len(policy.embed)
         C = torch.ones(3, 4, policy.config.hidden_size, requires_grad=True)
@@ -773,7 +773,6 @@ def remembered(task, split, n, *rest, **options):
     return list(made(task, split, min(n, 256), *rest, **options))
 
 rlvr.problems = remembered
-TINY = {name: f"tiny/{name}" for name in ("policy", "arithmetic", "logic", "algorithmic")}
 
 @pytest.fixture(autouse=True)
 def own_signals():
@@ -786,19 +785,18 @@ def own_signals():
 def quick(tmp_path_factory):
     """A small run: the embedded policy, two random experts that write, and an encoder, which only reads."""
     folder = tmp_path_factory.mktemp("pool")
-    pool = (("logic", "Llama", 16), ("algorithmic", "GPTNeoX", 24), ("arithmetic", "Bert", 16))
-    for name, kind, width in pool:
-        shutil.copytree(TINY[name], folder / name, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree("tiny/policy", folder / "policy")
+    for name, kind, width in (
+            ("logic", "Llama", 16), ("algorithmic", "GPTNeoX", 24), ("arithmetic", "Bert", 16)):
+        shutil.copytree(f"tiny/{name}", folder / name, ignore=shutil.ignore_patterns("model.safetensors"))
         size = len(transformers.PreTrainedTokenizerFast.from_pretrained(folder / name))
         random_model(kind, vocab_size=size, hidden_size=width, num_hidden_layers=1, eos_token_id=2,
                      max_position_embeddings=256).save_pretrained(folder / name)
-    shutil.copytree(TINY["policy"], folder / "policy")
-    return [*"--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --positions 1 "
-             "--own_text False --align 6 --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 "
-             "--group 4 --warmup 2 --lr 1e-3 --trust_lr 0.1 --seed 1 --micro_batch 4 --max_new 4 --val 8 "
-             "--test 8 --eval_every 3 --save_every 3 --router_dim 16 --router_heads 2 --policy".split(),
-            str(folder / "policy"),
-            "--experts", *(str(folder / name) for name in ("logic", "algorithmic", "arithmetic"))]
+    return ("--task logic+algorithmic --level tiny --form plain --neutral mean --write 1 --positions 1 "
+            "--own_text False --align 6 --align_words 6 --align_batch 8 --align_lr 5e-4 --steps 6 --batch 6 "
+            "--group 4 --warmup 2 --lr 1e-3 --trust_lr 0.1 --seed 1 --micro_batch 4 --max_new 4 --val 8 "
+            "--test 8 --eval_every 3 --save_every 3 --router_dim 16 --router_heads 2 --policy {0}/policy "
+            "--experts {0}/logic {0}/algorithmic {0}/arithmetic".format(folder)).split()
 
 @pytest.fixture(scope="session")
 def finished(quick, tmp_path_factory):
@@ -1063,7 +1061,7 @@ def test_every_bit_of_a_checkpoint_counts(finished, tmp_path):
             copied.write_bytes(damaged)
             with pytest.raises(ValueError, match="damaged"):
                 experts.read_tensors(copied)
-    policy, router = Policy.from_pretrained(TINY["policy"]), make_router()
+    policy, router = Policy.from_pretrained("tiny/policy"), make_router()
     before = [p.detach().clone() for p in (*policy.parameters(), *router.parameters())]
     with pytest.raises(ValueError, match="other models"):
         rlvr.load_checkpoint(path, policy, router)

@@ -25,7 +25,7 @@ import model as model_file  # noqa: E402
 import rlvr  # noqa: E402
 import train  # noqa: E402
 from model import Policy  # noqa: E402
-from test_all import TINY, quick, remembered, rows  # noqa: E402, F401
+from test_all import quick, remembered, rows  # noqa: E402, F401
 
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero")  # the host waits for a number, or for a size
 
@@ -125,7 +125,7 @@ def run_on_a_device(out, *quick):
         train.run(["--resume", out, "--steps", "2"])
         drawn = {}
         for device in ("cpu", "npu:0"):
-            policy = Policy.from_pretrained(TINY["policy"], device=device)
+            policy = Policy.from_pretrained(f"{train.TINY}/policy", device=device)
             policy.stop_at([1])  # of which it gives none here
             cache = policy.prefill(torch.ones(2, 4, dtype=torch.long, device=device),
                                    torch.full((2,), 4, device=device))
