@@ -88,19 +88,18 @@ def test_what_is_one_number_and_what_is_none():
         assert [number(text) for text in texts] == [value] * len(texts)
     assert not [text for text in NO_NUMBER if number(text) is not None]
 
-TAGGED = [  # (completion, truncated, reason, lenient)
-    ("<answer>18</answer>", False, "right", True),
-    ("<think><answer>17</answer></think>\n<answer> **18** </answer><|im_end|>", False, "right", True),
-    ("<answer>18</answer>, not 19", False, "right", True), ("<answer>18.1</answer>", False, "wrong", False),
-    ("<answer>17 18</answer>", False, "not_a_number", True), ("18", False, "no_answer", True),
-    ("<answer></answer>", False, "no_answer", False), ("<Answer>18</Answer>", False, "no_answer", True),
-    ("<answer>18</answer></think>", False, "no_answer", True), ("<answer>18", False, "unclosed", True),
-    ("<answer>18", True, "truncated", True), ("</answer>18<answer>", False, "unclosed", True),
-    ("<answer>18</answer><answer>18</answer>", False, "several", True),
-    ("<answer><answer>18</answer></answer>", False, "several", True),
-    ("<answer>" + " " * 200 + "18</answer>", False, "too_long", True),
-    ("\\boxed{3} \\boxed{18} 4", False, "no_answer", True), ("\\boxed{18", False, "no_answer", False),
-    ("3 + 15 = 18.\nThat is it.", False, "no_answer", True)]
+TAGGED = [  # (completion, reason, lenient)
+    ("<answer>18</answer>", "right", True), ("<answer>18</answer>, not 19", "right", True),
+    ("<think><answer>17</answer></think>\n<answer> **18** </answer><|im_end|>", "right", True),
+    ("<answer>18.1</answer>", "wrong", False), ("<answer>17 18</answer>", "not_a_number", True),
+    ("18", "no_answer", True), ("<answer></answer>", "no_answer", False),
+    ("<Answer>18</Answer>", "no_answer", True), ("<answer>18</answer></think>", "no_answer", True),
+    ("<answer>18", "unclosed", True), ("<answer>18", "truncated", True),
+    ("</answer>18<answer>", "unclosed", True), ("<answer>18</answer><answer>18</answer>", "several", True),
+    ("<answer><answer>18</answer></answer>", "several", True),
+    ("<answer>" + " " * 200 + "18</answer>", "too_long", True),
+    ("\\boxed{3} \\boxed{18} 4", "no_answer", True), ("\\boxed{18", "no_answer", False),
+    ("3 + 15 = 18.\nThat is it.", "no_answer", True)]
 PLAIN = [  # (completion, truncated, reason)
     ("18", False, "right"), (" 18\n", False, "right"), ("18\nQuestion: 2 + 2 =", True, "right"),
     ("18</s>", False, "right"), ("$18.", False, "right"), ("18", True, "truncated"), ("", False, "no_answer"),
@@ -109,8 +108,8 @@ PLAIN = [  # (completion, truncated, reason)
 
 def test_an_answer_stands_between_tags_or_on_the_first_line():
     """The reason of each verdict; only "right" earns a reward; an unknown form is named."""
-    for text, truncated, reason, lenient in TAGGED:
-        verdict = verify(text, GOLD18, truncated=truncated)
+    for text, reason, lenient in TAGGED:
+        verdict = verify(text, GOLD18, truncated=reason == "truncated")
         assert (verdict.reason, verdict.lenient) == (reason, lenient), text
         assert verdict.strict == (verdict.reward == 1.0) == (reason == "right")
     for text, truncated, reason in PLAIN:
