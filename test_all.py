@@ -996,10 +996,6 @@ def forked(run, log):
     process.start()
     return process
 
-def exit_code(process):
-    process.join()
-    return process.exitcode
-
 def stop_in(signal_number, where, name, moment, counts=lambda *args: True):
     """Sends itself a signal in the `moment`-th call of where.name that counts."""
     calls, original = [], getattr(where, name)
@@ -1019,7 +1015,9 @@ def stop_in(signal_number, where, name, moment, counts=lambda *args: True):
     (-9, (signal.SIGKILL, experts.os, "replace", 7, lambda _, path: "safetensors" in path.name))])  # in one
 def test_stopped_or_killed_and_resumed_is_the_undisturbed_run(finished, quick, tmp_path, code, stop):
     out, log = tmp_path / "run", tmp_path / "log"
-    assert exit_code(forked(lambda: stop_in(*stop) or command(*quick, "--out", out), log)) == code
+    process = forked(lambda: stop_in(*stop) or command(*quick, "--out", out), log)
+    process.join()
+    assert process.exitcode == code
     assert (out / "config.json").exists() and not (out / "eval.json").exists()
     if code == 0:
         assert "stopped and saved" in log.read_text() and "-000005-" in train.checkpoints(out)[0].name
@@ -1183,15 +1181,15 @@ def as_rank(rank, port, out, settings):
         return train.one_sentence("train.py", lambda: train.run(["--resume", str(out), "--steps", "4"]))
 
 def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, capsys):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     settings = [*quick, "--steps 2 --batch 5 --align_batch 5 --align_words 2 --align 2"]
     processes = [forked(lambda: as_rank(rank, port, tmp_path / name, settings), tmp_path / f"log-{rank}")
                  for name, rank in (("two", 0), ("two", 1), ("one", None))]
-    codes = [*map(exit_code, processes)]
+    for process in processes:
+        process.join()
     speaks, quiet = ((tmp_path / f"log-{rank}").read_text() for rank in (0, 1))
-    assert codes == [2, -9, 0], speaks
+    assert [process.exitcode for process in processes] == [2, -9, 0], speaks
     assert "held-out problems" in speaks and "n-Musketeers" not in quiet
     assert "another rank is gone" in speaks and "Traceback" not in speaks
     assert "2 ranks" in refused(capsys, "--resume", tmp_path / "two")
