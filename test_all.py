@@ -1216,15 +1216,15 @@ def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, ca
     ("--form tagged", "chat template"), ("--device cuda:7", "--device"), ("--device gpu", "--device"),
     ("--router_heads 3", "router_heads"), ("--write 300", "room"), ("--positions 0", "--positions"),
     ("--task gsm8k --data nowhere", "nowhere"), ("--task gsm8k --data FILE", "pass a larger file"),
-    ("--experts ENCODER", "writes|text"), ("--resume nowhere", "nowhere"), ("--out FILE/run", "FILE")])
+    ("--experts ENCODER", "writes|text"), ("--out FILE/run", "FILE")])
 def test_bad_input_is_one_sentence(quick, tmp_path, capsys, arguments, word):
     (tmp_path / "FILE").touch()
-    argv = arguments.replace("FILE", f"{tmp_path}/FILE").replace("ENCODER", quick[-1]).split()
-    if argv[0] != "--resume":
-        argv = [*quick, "--out", str(tmp_path / "run"), *argv]
-    assert re.search(word, refused(capsys, *argv)) and not list(tmp_path.glob("*/config.json"))
+    settings = arguments.replace("FILE", f"{tmp_path}/FILE").replace("ENCODER", quick[-1]).split()
+    assert re.search(word, refused(capsys, *quick, "--out", tmp_path / "run", *settings))
+    assert not list(tmp_path.glob("*/config.json"))
 
 def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "--resume", "nowhere")
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
