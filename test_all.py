@@ -238,18 +238,15 @@ def random_model(kind, seed=0, **sizes):
         nn.init.normal_(p, std=0.3)
     return model.eval()
 
-def make_expert(folder, kind="Llama", seed=0, chat=False, **sizes):
+def make_expert(folder, kind="Llama", seed=0, **sizes):
     """A random model with a word-level tokenizer, saved as an ordinary Hugging Face folder; its path."""
-    names = ["[PAD]", "[EOS]", "[CLS]", "[SEP]", *WORDS, "\n", "[UNK]"]
-    vocabulary = {word: i for i, word in enumerate(names)}
-    words = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    vocabulary = ["[PAD]", "[EOS]", "[CLS]", "[SEP]", *WORDS, "\n", "[UNK]"]
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, "[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     if kind == "Bert":
         words.post_processor = processors.TemplateProcessing(
             "[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]")
-    if chat:
-        tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(folder)
     random_model(kind, seed, **sizes).save_pretrained(folder)
     return str(folder)
@@ -342,7 +339,9 @@ def test_interrupted_read_continues(tmp_path, own_cache, monkeypatch):
 
 def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     """Settings, weights, tokenizer, template: another row has another place in the cache."""
-    folder = make_expert(tmp_path / "m", chat=True)
+    folder = make_expert(tmp_path / "m")
+    template = Path(folder, "chat_template.jinja")
+    template.write_text("{{ messages[0]['content'] }}")
     kinds = [dict(), dict(read="first"), dict(layers=(1,)), dict(positions=2), dict(cue="w1"),
              dict(untrained=True), dict(own_text=True), dict(own_text=True, tokens=3)]
     prints = [Expert(folder, **kind).fingerprint("states") for kind in kinds]
@@ -350,7 +349,6 @@ def test_fingerprint_changes_with_all_that_decides_a_row(tmp_path):
     prints += [Expert(folder).fingerprint("texts"), Expert(folder, tokens=3).fingerprint("texts")]
     edit_weights(folder, lambda w: w | {"model.norm.weight": w["model.norm.weight"] + torch.eye(16)[0]})
     prints.append(Expert(folder).fingerprint("states"))
-    template = Path(folder, "chat_template.jinja")
     for change in (lambda: template.write_text("another"), template.unlink):
         change()
         prints.append(Expert(folder).fingerprint("states"))
@@ -522,9 +520,8 @@ def test_trust_has_a_rate_of_its_own():
     """At rate 0 it has no gradient and changes nothing; else it learns whom to attend to, and with the other
     rates near zero nothing else moves. A problem's states say which of them is right."""
     policy, router = nn.Linear(1, 1), make_router(widths=(12, 12))
-    with torch.no_grad():
-        router.trust.zero_()
-        router.trust_bias.zero_()
+    nn.init.zeros_(router.trust)
+    nn.init.zeros_(router.trust_bias)
     rlvr.make_optimizer(policy, router, 1e-3, 1e-3)
     router(states(widths=(12, 12)))[0].sum().backward()
     assert router.trust.grad is None and router.trust_bias.grad is None and router.W.grad is not None
@@ -556,15 +553,14 @@ def wake_lora(policy):
     for layer in policy.adapters():
         for b in layer.B:
             nn.init.normal_(b, std=0.2)
+    return policy
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """One random Llama with LoRA that does something."""
     folder = tmp_path_factory.mktemp("llama")
     make_policy(folder)
-    policy = Policy.from_pretrained(folder)
-    wake_lora(policy)
-    return policy
+    return wake_lora(Policy.from_pretrained(folder))
 
 def example(prefix=True):
     """Three prompts of several lengths, padded; two completions each, one of them short; a prefix or None."""
@@ -631,8 +627,7 @@ def test_cached_decoding_equals_the_full_forward(small):
     """40 greedy tokens from the cache, LoRA merged, are what the text as a single prompt gives."""
     tokens, lengths, prefix, *_ = example()
     policy = copy.deepcopy(small)
-    policy.stop_at([])
-    policy.ends[0] = True  # a token that none of these chooses
+    policy.stop_at([0])  # a token that none of these chooses
     with torch.no_grad():
         got, mask = policy.generate(policy.prefill(tokens, lengths, prefix), 2, 40, temperature=0)
         assert torch.equal(got[:, 0], got[:, 1]) and mask.all()
@@ -938,8 +933,7 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(rlvr, "add_gradients", noted)
     monkeypatch.setattr(rlvr, "WORDS_BATCH", 1)
     trained(tmp_path / "run", *quick, "--align_batch 1 --steps 1")
-    words, reading = seen[:6], seen[6:12]
-    for part in (words, reading):
+    for part in (seen[:6], seen[6:12]):  # words, reading
         assert {tuple(row) for row in part} == {(True, False, True), (False, True, True)}
 
 def test_controls_are_what_they_say(quick, tmp_path):
