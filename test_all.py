@@ -2,8 +2,6 @@
 import os
 import tempfile
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ["N_MUSKETEERS_CACHE"] = tempfile.mkdtemp(prefix="n-musketeers-test-")  # what is read goes here
 os.environ["HF_HUB_OFFLINE"] = "1"
 
