@@ -859,7 +859,7 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
 def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, beta):
     """Each gradient of three steps of two epochs, at temperature 0.7, all prompts at once; the rates of the
     parts; the problems in their order. The loop skips groups of equal rewards where there is no KL."""
-    draw, keep, steps, rates, old = train.rollout, train.keep, [], [], {}
+    draw, steps, rates, old = train.rollout, [], [], {}
 
     def drawn(policy, router, batch, args, group, temperature, generator):
         out = draw(policy, router, batch, args, group, temperature, generator)
@@ -881,13 +881,10 @@ def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, beta):
         naive = dict(enumerate(torch.autograd.grad(loss, parameters)))
         same_gradients({i: p.grad for i, p in enumerate(parameters)}, naive, 1e-3)
 
-    def kept(*rest):
-        rates.append([group["lr"] for group in rest[-2].param_groups])
-        keep(*rest)
-
     monkeypatch.setattr(train, "rollout", drawn)
     monkeypatch.setattr(train, "add_gradients", compared)
-    monkeypatch.setattr(train, "keep", kept)
+    monkeypatch.setattr(train, "keep", lambda *rest: rates.append(
+        [group["lr"] for group in rest[-2].param_groups]))
     trained(tmp_path / "run", *quick, "--steps 3 --epochs 2 --temperature 0.7 --align 0 --lr 1e-2 "
             "--router_lr 2e-3 --micro_batch 1 --beta", beta)
     expected = torch.tensor([[0.5], [1], [1]]) * torch.tensor([1e-2, 2e-3, 0.1])  # warm-up of 2 steps
