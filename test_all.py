@@ -1213,7 +1213,7 @@ def test_bad_input_is_one_sentence(quick, tmp_path, capsys, arguments, word):
     assert not list(tmp_path.glob("*/config.json"))
 
 def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
-    assert "nowhere" in refused(capsys, "--resume", "nowhere")
+    assert "nowhere holds no run" in refused(capsys, "--resume", "nowhere")
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     shutil.copytree(finished, tmp_path / "run")
     assert "steps" in refused(capsys, "--resume", tmp_path / "run", "--steps", 2)
