@@ -61,14 +61,13 @@ def without_trend(steps, x, degree=1):
 def spearman_without_trend(steps, x, y, degree):
     if len(x) <= degree + 1:
         return None
-    return spearman(without_trend(steps, np.asarray(x), degree), without_trend(steps, np.asarray(y), degree))
+    return spearman(without_trend(steps, x, degree), without_trend(steps, y, degree))
 
 # -- Rows
 
 def read_rows(path=RESULTS / "study.jsonl"):
     """The rows of study.jsonl, the last one of every id."""
-    rows = read_lines(path)
-    return list({row["id"]: row for row in rows}.values())
+    return list({row["id"]: row for row in read_lines(path)}.values())
 
 def finished(results=RESULTS):
     """Finished runs, each row with its curve."""
@@ -78,11 +77,15 @@ def finished(results=RESULTS):
 def runs_by_seed(rows, task, way):
     return {row["seed"]: row for row in rows if (row["task"], row["way"]) == (task, way)}
 
-def paired_right(rows, task, way, other):
-    """Right or wrong, in points, of two ways on the seeds that both have: two arrays (seeds, items)."""
-    a, b = runs_by_seed(rows, task, way), runs_by_seed(rows, task, other)
+def right(row):
+    """Right or wrong by item, in points."""
+    return 100.0 * np.array(row["right"])
+
+def paired(rows, one, other, measure=right):
+    """measure(row) of the runs of two (task, way) on the seeds that both have: two lists."""
+    a, b = runs_by_seed(rows, *one), runs_by_seed(rows, *other)
     seeds = sorted(a.keys() & b.keys())
-    return 100.0 * np.array([a[s]["right"] for s in seeds]), 100.0 * np.array([b[s]["right"] for s in seeds])
+    return [measure(a[seed]) for seed in seeds], [measure(b[seed]) for seed in seeds]
 
 # -- Verdicts
 
@@ -101,10 +104,10 @@ def judge(low, high, margin, kind="more"):
     return "confirmed" if low >= -margin else "refuted" if high < 0 else "open"
 
 def compare(label, a, b=0.0, unit="points", kind="more"):
-    """(verdict, sentence) on a - b, each (seeds, items). It takes two runs to say anything about a way."""
+    """(verdict, sentence) on a - b, each (seeds, items) or (seeds,). It takes two runs to say anything."""
     if len(a) < 2:
         return "open", f"{label}: not measured on two runs"
-    D = np.asarray(a, float) - np.asarray(b, float)
+    D = (np.asarray(a, float) - np.asarray(b, float)).reshape(len(a), -1)
     return judge(*interval(D), MARGIN[unit], kind), f"{label}: {shown(D, unit)}, {len(D)} runs"
 
 def shown(D, unit="points"):
@@ -114,7 +117,7 @@ def shown(D, unit="points"):
 
 def difference(rows, way, other, *tasks, kind="more"):
     """The parts of a claim on one way against another, a part a task."""
-    return [compare(f"{task}, {way} - {other}", *paired_right(rows, task, way, other), kind=kind)
+    return [compare(f"{task}, {way} - {other}", *paired(rows, (task, way), (task, other)), kind=kind)
             for task in tasks]
 
 def saturated(rows):
@@ -139,18 +142,16 @@ def entropy_falls(rows):
     plain, straight, cubic = ([rho(row, degree) for row in runs] for degree in (0, 1, 3))
     label = (f"Spearman's rho over a run {np.mean(plain or [0]):+.2f}, without its cubic trend "
              f"{np.mean(cubic or [0]):+.2f}; without its straight trend and the sign turned")
-    return [compare(label, [[-x] for x in straight], unit="rho")]
+    return [compare(label, [-x for x in straight], unit="rho")]
+
+def entropy_at_the_end(row):
+    """Of attention, mean over the last tenth of training."""
+    curve = row["curve"]
+    return np.mean([point["attention_entropy"] for point in curve if point["step"] > 0.9 * curve[-1]["step"]])
 
 def concentrates(rows):
-    """Attention's entropy in the last tenth of training, easy sums against hard ones."""
-    easy, hard = runs_by_seed(rows, "sums", "soft"), runs_by_seed(rows, "sums hard", "soft")
-    ends = ([], [])
-    for seed in sorted(easy.keys() & hard.keys()):
-        for end, row in zip(ends, (easy[seed], hard[seed])):
-            last = [point["attention_entropy"] for point in row["curve"]
-                    if point["step"] > 0.9 * row["curve"][-1]["step"]]
-            end.append([np.mean(last)])
-    return [compare("entropy at the end, sums - sums hard", *map(np.array, ends), unit="nats")]
+    ends = paired(rows, ("sums", "soft"), ("sums hard", "soft"), entropy_at_the_end)
+    return [compare("entropy at the end, sums - sums hard", *ends, unit="nats")]
 
 def names_of(row):
     return [expert["name"] for expert in row["experts"]]
@@ -196,18 +197,17 @@ def knowing_attended(rows, task):
 def test_time(rows, task, replaced, kind="more"):
     """A run as trained against the same run with something replaced at test time (probe.py --ablate)."""
     label = {"static": "static attention", "shuffle": "shuffled states at test"}[replaced]
-    found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if row.get("ablate")]
-    trained = 100.0 * np.array([ablate["right"] for ablate in found])
-    other = 100.0 * np.array([ablate["kinds"][replaced]["right"] for ablate in found])
+    found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if "ablate" in row]
+    trained = [right(ablate) for ablate in found]
+    other = [right(ablate["kinds"][replaced]) for ablate in found]
     return [compare(f"{task}, as trained - {label}", trained, other, kind=kind)]
 
 def gain_is_gone(rows, task):
     """Soft with the states of other problems at test time must be no better than single."""
-    soft, single = runs_by_seed(rows, task, "soft"), runs_by_seed(rows, task, "single")
-    seeds = sorted(seed for seed in soft.keys() & single.keys() if soft[seed].get("ablate"))
-    alone = 100.0 * np.array([single[seed]["right"] for seed in seeds])
-    other = 100.0 * np.array([soft[seed]["ablate"]["kinds"]["shuffle"]["right"] for seed in seeds])
-    return [compare(f"{task}, single - soft with shuffled states at test", alone, other, kind="no less")]
+    measured = [row for row in rows if row["way"] == "single" or "ablate" in row]
+    measure = lambda row: right(row if row["way"] == "single" else row["ablate"]["kinds"]["shuffle"])
+    pair = paired(measured, (task, "single"), (task, "soft"), measure)
+    return [compare(f"{task}, single - soft with shuffled states at test", *pair, kind="no less")]
 
 def specialist_share(row):
     """The specialist's share of attention in percent, mean over the datasets."""
@@ -215,10 +215,7 @@ def specialist_share(row):
     return 100 * np.mean([shares[dataset][SPECIALIST[dataset]] for dataset in shares])
 
 def stage_0_alone(rows):
-    aligned, soft = runs_by_seed(rows, "mix", "stage 0"), runs_by_seed(rows, "mix", "soft")
-    seeds = sorted(aligned.keys() & soft.keys())
-    before = np.array([[specialist_share(aligned[seed])] for seed in seeds])
-    after = np.array([[specialist_share(soft[seed])] for seed in seeds])
+    before, after = paired(rows, ("mix", "stage 0"), ("mix", "soft"), specialist_share)
     return [compare("mix, the specialist's share after stage 0 - 33", before, 100 / 3, kind="same"),
             compare("the same after GRPO - after stage 0", after, before),
             *difference(rows, "soft", "stage 0", "mix")]
@@ -226,8 +223,7 @@ def stage_0_alone(rows):
 def real_models_read(rows):
     task = "real sums"
     parts = [difference(rows, "soft", other, task)[0] for other in ("single", "prefix", "soft shuffled")]
-    parts += test_time(rows, task, "shuffle")
-    return parts + gain_is_gone(rows, task)
+    return [*parts, *test_time(rows, task, "shuffle"), *gain_is_gone(rows, task)]
 
 CLAIMS = (  # all parts of a claim must hold, and one that is refuted refutes it
     ("Soft beats single on sums", lambda rows: difference(rows, "soft", "single", "sums")),
@@ -273,8 +269,8 @@ def table(rows):
         keys = ("before", "after", "seconds")
         values = {key: np.array([row[key] for row in runs.values()]) for key in keys}
         n, trained = next((row["n"], row["trainable"]) for row in runs.values())
-        a, b = paired_right(rows, task, way, "single")
-        gain = shown(a - b) if way != "single" and len(a) > 1 else ""
+        a, b = paired(rows, (task, way), (task, "single"))
+        gain = shown(np.subtract(a, b)) if way != "single" and len(a) > 1 else ""
         cells = [task, way, ", ".join(map(str, sorted(runs))), n, mean_and_std(values["before"]),
                  mean_and_std(values["after"], n), gain, f"{trained:,}", f"{values['seconds'].mean():.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
