@@ -74,8 +74,8 @@ def finished(results=RESULTS):
     return [json.loads((results / "curves" / f"{row['id']}.json").read_text()) | row
             for row in read_rows(results / "study.jsonl") if row["after"] is not None]
 
-def runs_by_seed(rows, task, way):
-    return {row["seed"]: row for row in rows if (row["task"], row["way"]) == (task, way)}
+def runs_of(rows, task, way):
+    return [row for row in rows if (row["task"], row["way"]) == (task, way)]
 
 def right(row):
     """Right or wrong by item, in points."""
@@ -83,7 +83,7 @@ def right(row):
 
 def paired(rows, one, other, measure=right):
     """measure(row) of the runs of two (task, way) on the seeds that both have: two lists."""
-    a, b = runs_by_seed(rows, *one), runs_by_seed(rows, *other)
+    a, b = ({row["seed"]: row for row in runs_of(rows, *key)} for key in (one, other))
     seeds = sorted(a.keys() & b.keys())
     return [measure(a[seed]) for seed in seeds], [measure(b[seed]) for seed in seeds]
 
@@ -124,7 +124,7 @@ def saturated(rows):
     """Single against soft on every task where single is right in 90% or more."""
     means = {}
     for task in sorted({row["task"] for row in rows}):
-        means[task] = np.mean([row["after"] for row in runs_by_seed(rows, task, "single").values()] or [0.0])
+        means[task] = np.mean([row["after"] for row in runs_of(rows, task, "single")] or [0.0])
     tasks = [task for task, mean in means.items() if mean >= 0.9]
     if tasks:
         return difference(rows, "single", "soft", *tasks)
@@ -163,15 +163,15 @@ def above_even(label, values, experts):
 def wide_attended(rows):
     """The attention share of the wide expert that knows nothing."""
     shares = [100 * np.array(row["attended"])[:, names_of(row).index("wide")]
-              for row in runs_by_seed(rows, "sums", "soft wide").values()]
+              for row in runs_of(rows, "sums", "soft wide")]
     return [above_even("its share", shares, 4)]
 
 def believed(rows, task, way):
     """On sums, the share of the first expert against that of its copy, the last, which is wrong there."""
     shares = [100 * np.array(row["attended"])[np.array(row["datasets"]) == "chain_sum"]
-              for row in runs_by_seed(rows, task, way).values()]
-    right, wrong = (np.array([share[:, e] for share in shares]) for e in (0, -1))
-    return compare(f"{task}, share of the right one - of the wrong one", right, wrong)
+              for row in runs_of(rows, task, way)]
+    first, copy = ([share[:, e] for share in shares] for e in (0, -1))
+    return compare(f"{task}, share of the right one - of the wrong one", first, copy)
 
 def most_attended(row):
     """(n,): the place of the expert attended to most for each item."""
@@ -182,13 +182,13 @@ def specialist_places(row):
     return np.array([names_of(row).index(SPECIALIST[dataset]) for dataset in row["datasets"]])
 
 def specialist_attended(rows):
-    runs = [row for row in runs_by_seed(rows, "mix", "soft").values() if row.get("attended")]
+    runs = [row for row in runs_of(rows, "mix", "soft") if row.get("attended")]
     shares = [100.0 * (most_attended(row) == specialist_places(row)) for row in runs]
     return [above_even("mix, it is attended to most", shares, 3)]
 
 def knowing_attended(rows, task):
     """Of the items that exactly one expert answers right by itself: is it the one attended to most?"""
-    runs = [row for row in runs_by_seed(rows, task, "soft").values() if row.get("knows")]
+    runs = [row for row in runs_of(rows, task, "soft") if row.get("knows")]
     one = np.all([np.sum(row["knows"], 1) == 1 for row in runs], 0)  # the same items in every run
     shares = [100.0 * (most_attended(row) == np.argmax(row["knows"], 1))[one] for row in runs]
     experts = len(runs[0]["experts"]) if runs else 2
@@ -197,7 +197,7 @@ def knowing_attended(rows, task):
 def test_time(rows, task, replaced, kind="more"):
     """A run as trained against the same run with something replaced at test time (probe.py --ablate)."""
     label = {"static": "static attention", "shuffle": "shuffled states at test"}[replaced]
-    found = [row["ablate"] for row in runs_by_seed(rows, task, "soft").values() if "ablate" in row]
+    found = [row["ablate"] for row in runs_of(rows, task, "soft") if "ablate" in row]
     trained = [right(ablate) for ablate in found]
     other = [right(ablate["kinds"][replaced]) for ablate in found]
     return [compare(f"{task}, as trained - {label}", trained, other, kind=kind)]
@@ -260,42 +260,43 @@ def verdict(parts):
 
 # -- The report
 
+def markdown(head, rows):
+    """The lines of a table."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return [lines[0], "|---" * len(head) + "|", *lines[1:]]
+
 def table(rows):
-    """Markdown: a line for every task and way, seeds put together."""
-    lines = ["| task | way | seeds | n | before | after | minus single | trained | seconds |",
-             "|---" * 9 + "|"]
+    """A line for every task and way, seeds put together."""
+    lines = []
     for task, way in sorted({(row["task"], row["way"]) for row in rows if row["task"] != "rates"}):
-        runs = runs_by_seed(rows, task, way)
-        keys = ("before", "after", "seconds")
-        values = {key: np.array([row[key] for row in runs.values()]) for key in keys}
-        n, trained = next((row["n"], row["trainable"]) for row in runs.values())
+        runs = runs_of(rows, task, way)
+        seeds, before, after, seconds = (
+            [row[key] for row in runs] for key in ("seed", "before", "after", "seconds"))
+        n, trained = runs[0]["n"], runs[0]["trainable"]
         a, b = paired(rows, (task, way), (task, "single"))
         gain = shown(np.subtract(a, b)) if way != "single" and len(a) > 1 else ""
-        cells = [task, way, ", ".join(map(str, sorted(runs))), n, mean_and_std(values["before"]),
-                 mean_and_std(values["after"], n), gain, f"{trained:,}", f"{values['seconds'].mean():.0f}"]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return lines
+        lines.append([task, way, ", ".join(map(str, sorted(seeds))), n, mean_and_std(before),
+                      mean_and_std(after, n), gain, f"{trained:,}", f"{np.mean(seconds):.0f}"])
+    head = ["task", "way", "seeds", "n", "before", "after", "minus single", "trained", "seconds"]
+    return markdown(head, lines)
 
 def rates_table(rows):
-    """Markdown: validation accuracy on the mix by the factor on the rates of LoRA and router."""
+    """Validation accuracy on the mix by the factor on the rates of LoRA and router."""
     found = {row["way"]: f"{100 * row['val']:.1f}" for row in rows if row["task"] == "rates"}
-    ways = list(dict.fromkeys(way.split()[0] for way in found))
+    ways = dict.fromkeys(way.split()[0] for way in found)
     factors = sorted({way.split()[-1] for way in found}, key=float)
-    lines = ["", f"| validation | {' | '.join(f'rates x {factor}' for factor in factors)} |",
-             "|---" * (1 + len(factors)) + "|"]
-    for way in ways:
-        cells = [found.get(f"{way} x {factor}", "") for factor in factors]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
-    return lines if ways else []
+    lines = [[way, *(found.get(f"{way} x {factor}", "") for factor in factors)] for way in ways]
+    return markdown(["validation", *(f"rates x {factor}" for factor in factors)], lines)
 
 def mean_and_std(values, n=None):
     """Percent: mean ± std over seeds; of one seed and n problems, Wilson's interval."""
+    mean = f"{100 * np.mean(values):.1f}"
     if len(values) > 1:
-        return f"{100 * values.mean():.1f} ± {100 * values.std():.1f}"
+        return f"{mean} ± {100 * np.std(values):.1f}"
     if n is None:
-        return f"{100 * values[0]:.1f}"
+        return mean
     low, high = wilson(values[0] * n, n)
-    return f"{100 * values[0]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
 
 def report(rows):
     """Markdown: the table, and the verdicts."""
@@ -304,9 +305,11 @@ def report(rows):
     lines = [*table(rows), "",
              "Strict greedy accuracy in percent on the same held-out problems, mean ± population standard",
              "deviation over seeds (of one seed: Wilson's interval). Differences are paired by seed and",
-             "problem; 95% intervals: problems by bootstrap, seeds by Student's t."]
-    lines += rates_table(rows)
-    lines += ["", "| claim | verdict | measured |", "|---|---|---|"]
+             "problem; 95% intervals: problems by bootstrap, seeds by Student's t.", ""]
+    if any(row["task"] == "rates" for row in rows):
+        lines += [*rates_table(rows), ""]
+    judged = []
     for number, (claim, parts) in enumerate(CLAIMS, start=1):
-        lines.append("| ({}) {} | **{}** | {} |".format(number, claim, *verdict(parts(rows))))
-    return "\n".join(lines)
+        word, measured = verdict(parts(rows))
+        judged.append([f"({number}) {claim}", f"**{word}**", measured])
+    return "\n".join([*lines, *markdown(["claim", "verdict", "measured"], judged)])

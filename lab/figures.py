@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from claims import RESULTS, finished, interval, names_of, rho, runs_by_seed  # noqa: E402
+from claims import RESULTS, finished, interval, names_of, rho, runs_of  # noqa: E402
 from eval import heat, read_lines  # noqa: E402
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito
@@ -79,14 +79,14 @@ def seeds_of(runs):
 
 def learning_curves(rows, ways, least=1):
     """Validation accuracy of these ways, a panel for each task that has `least` of them; squares: test."""
-    tasks = [task for task in TASKS if sum(bool(runs_by_seed(rows, task, way)) for way in ways) >= least]
+    tasks = [task for task in TASKS if sum(bool(runs_of(rows, task, way)) for way in ways) >= least]
     if not tasks:
         return None
     figure, axes = panels(len(tasks))
     for axis, task in zip(axes, tasks):
         counts = []
         for i, (way, colour) in enumerate(zip(ways, COLOURS)):
-            runs = list(runs_by_seed(rows, task, way).values())
+            runs = runs_of(rows, task, way)
             if runs:
                 counts.append(len(runs))
                 band(axis, series(runs, "val"), way, colour)
@@ -109,7 +109,7 @@ def ways(rows):
 
 def attention(rows, task="mix", labels=None):
     """Attention by dataset over training, soft; labels: of the experts, in order, where names say little."""
-    runs = list(runs_by_seed(rows, task, "soft").values())
+    runs = runs_of(rows, task, "soft")
     if not runs:
         return None
     datasets = list(runs[0]["attention_by_dataset"])
@@ -130,12 +130,12 @@ def attention_real_mix(rows):
 
 def entropy(rows):
     """Attention's entropy and reward, soft, a curve a task."""
-    tasks = [task for task in TASKS[:5] if runs_by_seed(rows, task, "soft")]
+    tasks = [task for task in TASKS[:5] if runs_of(rows, task, "soft")]
     if not tasks:
         return None
     figure, axes = panels(2)
     for task, colour in zip(tasks, COLOURS):
-        runs = list(runs_by_seed(rows, task, "soft").values())
+        runs = runs_of(rows, task, "soft")
         plain, straight = (np.mean([rho(run, degree) for run in runs]) for degree in (0, 1))
         label = f"{task}, {seeds_of(runs)}\nρ {plain:+.2f}, detrended {straight:+.2f}"
         band(axes[0], series(runs, "attention_entropy"), label, colour, smooth=5)
@@ -147,7 +147,7 @@ def entropy(rows):
 
 def specialization(rows):
     """Attention on test problems and what masking an expert out costs: soft on the mix, means over seeds."""
-    runs = [run for run in runs_by_seed(rows, "mix", "soft").values() if run.get("masked")]
+    runs = [run for run in runs_of(rows, "mix", "soft") if run.get("masked")]
     if not runs:
         return None
     datasets, names = list(runs[0]["attention_by_dataset"]), names_of(runs[0])
@@ -162,14 +162,13 @@ def specialization(rows):
 
 def ablations(rows):
     """What replacing attention or states at test time costs soft: 95% intervals."""
-    tasks = [task for task in TASKS
-             if any(run.get("ablate") for run in runs_by_seed(rows, task, "soft").values())]
+    tasks = [task for task in TASKS if any("ablate" in run for run in runs_of(rows, task, "soft"))]
     if not tasks:
         return None
     figure, axis = plt.subplots(layout="constrained", figsize=(9, 3.8))
     kinds = {}
     for i, (task, colour) in enumerate(zip(tasks, COLOURS)):
-        runs = [run for run in runs_by_seed(rows, task, "soft").values() if run.get("ablate")]
+        runs = [run for run in runs_of(rows, task, "soft") if "ablate" in run]
         label = f"{task}, {seeds_of(runs)}"
         for kind in runs[0]["ablate"]["kinds"]:
             D = [np.subtract(run["ablate"]["kinds"][kind]["right"], run["ablate"]["right"]) for run in runs]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from claims import shown  # noqa: E402
+from claims import markdown, shown  # noqa: E402
 from eval import evaluate, one_sentence, open_run  # noqa: E402
 from experts import Expert, read_states, write_atomic, write_texts  # noqa: E402
 from rewards import next_of_dataset, verify  # noqa: E402
@@ -90,13 +90,11 @@ def knows(data):
 
 def ablation_table(result):
     """Markdown: as trained, replaced, and the paired difference with its 95% interval."""
-    right = result["right"]
-    lines = ["| replaced | n | as trained | replaced | change, 95% |", "|---" * 5 + "|"]
+    right, rows = result["right"], []
     for kind, row in result["kinds"].items():
         change = shown(100.0 * np.subtract(row["right"], right))
-        lines.append(f"| {kind} | {len(right)} | {np.mean(right):.1%} | {np.mean(row['right']):.1%} | "
-                     f"{change} |")
-    return "\n".join(lines)
+        rows.append([kind, len(right), f"{np.mean(right):.1%}", f"{np.mean(row['right']):.1%}", change])
+    return "\n".join(markdown(["replaced", "n", "as trained", "replaced", "change, 95%"], rows))
 
 # -- The first part of stage 0 alone, by what is read
 

@@ -233,7 +233,7 @@ def test_rows_curves_study_and_readme_agree():
     cells = [("mix", way) for way in ways]
     cells += [("real sums", way) for way in ("soft", "stage 0", "single", "prefix", "soft shuffled")]
     for task, way in cells:
-        after = [row["after"] for row in claims.runs_by_seed(claims.finished(), task, way).values()]
+        after = [row["after"] for row in claims.runs_of(claims.finished(), task, way)]
         assert f"{claims.mean_and_std(np.array(after))} ({len(after)})" in readme, (task, way)
     with pytest.raises(ValueError, match="study:end"):
         study.with_report(text.replace("<!-- study:end -->", ""), "")
