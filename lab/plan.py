@@ -13,11 +13,11 @@ what was measured is in results/SPEED.md.
 """
 import argparse
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -96,7 +96,12 @@ def peak(table):
     frozen, trained, sampling, gradient, chunk, libraries, reading = table.values()
     return libraries + frozen + max(reading, trained + max(sampling, gradient + chunk))
 
-def rate(policy, rows, device, seconds=0.7):
+def seconds(run):
+    """Of a call of run(), a mean over half a second; a GPU has finished before and after."""
+    timer = Timer("run()", globals=dict(run=run), num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=0.5).mean
+
+def rate(policy, rows, device):
     """Operations a second in products of `rows` tokens with weights of the policy's shapes, of as many layers
     as exceed a processor's cache."""
     sides = [(policy.ff, policy.d), (policy.d, policy.ff), (policy.d, policy.d)]
@@ -107,26 +112,13 @@ def rate(policy, rows, device, seconds=0.7):
     def products():
         for x, weight in pairs:
             F.linear(x, weight)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
 
-    products()  # the first time prepares kernels
-    start, rounds = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        products()
-        rounds += 1
-    operations = 2 * rows * sum(out * width for out, width in sides * copies) * rounds
-    return operations / (time.perf_counter() - start)
+    return 2 * rows * sum(out * width for out, width in sides * copies) / seconds(products)
 
-def addition(policy, rows, device, rounds=1000):
+def addition(policy, rows, device):
     """Seconds of adding two hidden states of `rows` tokens."""
     x = torch.randn(rows, policy.d, device=device).to(policy.dtype)
-    start = time.perf_counter()
-    for _ in range(rounds):
-        x + x
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / rounds
+    return seconds(lambda: x + x)
 
 def step_seconds(args, policy, S, T, gpu=None):
     """(rollout, gradient pass) of a step whose completions have T tokens."""
