@@ -2,7 +2,7 @@
 How fast it is: against the alternatives, and against the least that the device needs for the products alone.
 
     python lab/bench.py                  on a random model of SmolLM2-135M's shape: half an hour on two cores
-    python lab/bench.py --quick          fewer tokens and rounds, no growth tables: minutes
+    python lab/bench.py --quick          half the prompts and tokens, no growth tables: minutes
     python lab/bench.py --device cuda    the same on a GPU, with launches a token; a larger --shape pays there
     python lab/bench.py --peers          and a step of TRL's GRPOTrainer, in an environment of its own (24 GB)
     python lab/bench.py --only rollout   some of it; with --json FILE the other figures are kept
@@ -25,7 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,15 +37,15 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import plan  # first: it lets Python find the files one folder up
+from model import Policy, TokenLogprob
+from rewards import Problem, cache_dir, verify
+from rlvr import Batch, advantages, grpo_loss, make_optimizer, rollout
+from router import Router
+from train import Args
 
-import plan  # noqa: E402
-from model import Policy, TokenLogprob  # noqa: E402
-from rewards import Problem, cache_dir, verify  # noqa: E402
-from rlvr import Batch, advantages, grpo_loss, make_optimizer, rollout  # noqa: E402
-from router import Router  # noqa: E402
-from train import Args  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tiny" / "policy"
 
 FLOORS = {  # figure: the value that it should reach, and what it is
     "rollout_ratio": ("≥ 3", "seconds of transformers' generate / ours, the faster of eager and sdpa"),
@@ -74,25 +76,21 @@ PARTS = ("rollout", "reference", "gradient")
 
 # -- Measuring
 
-def seconds(run, device):
-    """Wall-clock seconds of run(); the device has finished before and after."""
+def clock(device):
+    """Seconds of the wall clock, when the device has finished."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter()
 
-def alternate(rounds, device, *functions):
+def seconds(run, device):
+    start = clock(device)
+    run()
+    return clock(device) - start
+
+def alternate(device, *functions, rounds=3):
     """Seconds of each function in each round, [function][round]. The round before them is not counted."""
-    times = [[] for _ in functions]
-    for i in range(rounds + 1):
-        for function, kept in zip(functions, times):
-            spent = seconds(function, device)
-            if i:
-                kept.append(spent)
-    return times
+    times = [[seconds(function, device) for function in functions] for _ in range(rounds + 1)]
+    return list(zip(*times[1:]))
 
 def summary(values):
     """(median, least, greatest)."""
@@ -118,11 +116,13 @@ def peak(run, device):
     run()
     return resident("VmHWM") - before
 
-def child(name, **options):
-    """What a function of CHILDREN gives in a process of its own."""
-    command = [sys.executable, __file__, "--child", json.dumps([name, options])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def child(function, *args, **options):
+    """What a function gives in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args, **options).result()
+
+def peak_of(make, **options):
+    return peak(make(**options), options["device"])
 
 # -- What is measured
 
@@ -132,10 +132,10 @@ def random_model(folder, shape):
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, eos_token_id=0, bos_token_id=None,
                          tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "tiny" / "policy").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
 
-def load(folder, device, dtype="bfloat16"):
-    policy = Policy.from_pretrained(folder, dtype=getattr(torch, dtype), device=device)
+def load(folder, device, dtype=torch.bfloat16):
+    policy = Policy.from_pretrained(folder, dtype=dtype, device=device)
     policy.stop_at([len(policy.embed) - 1])  # hardly ever drawn: both sides write every token
     return policy
 
@@ -174,8 +174,8 @@ def bench_rollout(folder, size, device):
     body = [layer.weight for layer in policy.adapters()]
     parts = [(size["prompts"] * 128, 1, body), (rows, new, [*body, policy.head])]
     # The limit in more rounds and right beside ours: generate takes long, and meanwhile a machine drifts.
-    mine, limit = alternate(3 * size["rounds"], device, ours, lambda: products(parts))
-    beside, eager, sdpa = alternate(size["rounds"], device, ours, theirs("eager"), theirs("sdpa"))
+    mine, limit = alternate(device, ours, lambda: products(parts), rounds=9)
+    beside, eager, sdpa = alternate(device, ours, theirs("eager"), theirs("sdpa"))
     faster = min((eager, sdpa), key=statistics.median)
     times = {"ours": mine, "generate, eager": eager, "generate, sdpa": sdpa, "products alone": limit}
     figures = dict(rollout_ratio=ratio(faster, beside), rollout_limit_share=ratio(limit, mine))
@@ -224,11 +224,10 @@ def scoring(folder, prompts, new, copies, device, group=8):
     return run
 
 def bench_gradient(folder, size, device):
-    options = dict(folder=str(folder), prompts=size["prompts"], new=size["new"], device=device)
-    copied, shared = (scoring(**options, copies=copies) for copies in (True, False))
-    times = alternate(size["rounds"], device, copied, shared)
-    peaks = [child("scoring", **options, copies=copies) for copies in (False, True)]
-    return dict(gradient_time_ratio=ratio(*times), gradient_memory_share=summary([peaks[0] / peaks[1]]))
+    options = dict(folder=folder, prompts=size["prompts"], new=size["new"], device=device)
+    times = alternate(device, scoring(**options, copies=True), scoring(**options, copies=False))
+    shared, copied = (child(peak_of, scoring, **options, copies=copies) for copies in (False, True))
+    return dict(gradient_time_ratio=ratio(*times), gradient_memory_share=summary([shared / copied]))
 
 def head(whole, device, n=2048):
     """A function: log-probabilities of n tokens with gradient, in chunks or from the whole (n, V)."""
@@ -248,47 +247,45 @@ def head(whole, device, n=2048):
     return run
 
 def bench_head(folder, size, device):
-    times = alternate(size["rounds"], device, head(False, device), head(True, device))
-    peaks = [child("head", whole=whole, device=device) for whole in (False, True)]
-    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([peaks[0] / peaks[1]]))
+    times = alternate(device, head(False, device), head(True, device))
+    chunks, whole = (child(peak_of, head, whole=whole, device=device) for whole in (False, True))
+    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / whole]))
 
 def bench_router(folder, size, device):
-    """The projection of eight experts, forward and backward; the attention after it is the same for both."""
-    figures = {}
-    for key, widths, dim in (("router_ratio_n8", [64, 72, 80, 88, 96, 104, 112, 128], 64),
-                             ("router_ratio_wide", [384, 576, 640, 768, 896, 1024, 1536, 2048], 512)):
-        router = Router(widths, 576, dim=dim).to(device)
-        H = torch.zeros(32, 8, max(widths), device=device)
-        for e, width in enumerate(widths):
-            H[:, e, :width] = torch.randn(32, width)
-        states = [H[:, e, :width].clone() for e, width in enumerate(widths)]
-        weights = [nn.Parameter(router.W[e, :width].detach().clone()) for e, width in enumerate(widths)]
-        gradient = torch.randn(32, 8, dim, device=device)
+    narrow, wide = [64, 72, 80, 88, 96, 104, 112, 128], [384, 576, 640, 768, 896, 1024, 1536, 2048]
+    return dict(router_ratio_n8=ratio(*alternate(device, *projections(narrow, 64, device), rounds=15)),
+                router_ratio_wide=ratio(*alternate(device, *projections(wide, 512, device), rounds=15)))
 
-        def loop(router=router, states=states, weights=weights):
-            rows = []
-            for e, (h, W) in enumerate(zip(states, weights)):
-                width = h.shape[1]
-                x = ((h - router.mean[e, :width]) * router.inv_std[e, :width]).clamp(-10, 10)
-                rows.append(x @ W + router.expert_embed[e])
-            return router.norm_experts(torch.stack(rows, 1))
+def projections(widths, dim, device):
+    """Two functions: the projection of eight experts, forward and backward, in a loop and by one einsum; the
+    attention after it is the same for both."""
+    router = Router(widths, 576, dim=dim).to(device)
+    states = [torch.randn(32, width, device=device) for width in widths]
+    H = torch.stack([F.pad(h, (0, max(widths) - h.shape[1])) for h in states], 1)
+    weights = [nn.Parameter(W[:width].detach().clone()) for width, W in zip(widths, router.W)]
+    gradient = torch.randn(32, 8, dim, device=device)
 
-        def einsum(router=router, H=H):
-            return router.project(router.standardize(H))
+    def loop():
+        rows = []
+        for e, (h, W) in enumerate(zip(states, weights)):
+            width = h.shape[1]
+            x = ((h - router.mean[e, :width]) * router.inv_std[e, :width]).clamp(-10, 10)
+            rows.append(x @ W + router.expert_embed[e])
+        return router.norm_experts(torch.stack(rows, 1))
 
-        def many(project, trained, router=router, gradient=gradient):
-            for _ in range(20):
-                torch.autograd.grad(project(), (*trained, router.expert_embed), gradient)
+    def einsum():
+        return router.project(router.standardize(H))
 
-        times = alternate(5 * size["rounds"], device, lambda: many(loop, weights),
-                          lambda: many(einsum, [router.W]))
-        figures[key] = ratio(*times)
-    return figures
+    def many(project, trained):
+        for _ in range(20):
+            torch.autograd.grad(project(), (*trained, router.expert_embed), gradient)
+
+    return lambda: many(loop, weights), lambda: many(einsum, [router.W])
 
 def bench_verify(folder, size, device):
     problem = Problem("How many?", "18")
     answers = [f"<think>{'so ' * 40}{i} and {2 * i}</think>It is <answer>{i}</answer>" for i in range(64)]
-    (times,) = alternate(20, "cpu", lambda: [verify(answer, problem) for answer in answers])
+    (times,) = alternate("cpu", lambda: [verify(answer, problem) for answer in answers], rounds=20)
     return dict(verify_ms_64=summary([1000 * t for t in times]))
 
 # -- A whole step
@@ -297,7 +294,7 @@ def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False, mi
     """A function: one step of train.py's loop; it returns the seconds of its PARTS. No completion ends early,
     and the experts' states are at hand. The rewards are random, so that every group teaches something. A pass
     has `micro` prompts, or all."""
-    policy = load(folder, device, "float32" if tiny else "bfloat16")
+    policy = load(folder, device, torch.float32 if tiny else torch.bfloat16)
     policy.tokenizer = AutoTokenizer.from_pretrained(folder)
     width, dim = (160, 64) if tiny else (1024, 512)
     router = Router([width] * experts, policy.config.hidden_size, dim=dim).to(device)
@@ -309,33 +306,31 @@ def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False, mi
     args = Args(max_new=new, form="plain")
     generator = torch.Generator(device).manual_seed(0)
     passes = [slice(i, i + (micro or prompts)) for i in range(0, prompts, micro or prompts)]
-    sampled = ref = None
 
-    def sample():
-        nonlocal sampled
-        sampled = rollout(policy, router, batch, args, group, 1.0, generator)
-
-    def score(part, context=None):
+    def score(sampled, part, context=None):
         cache = policy.prefill(tokens[part], lengths[part], context)
         return policy.logprobs(cache, sampled.tokens[part], sampled.mask[part])[0]
 
-    def score_reference():
-        nonlocal ref
+    def step():
+        times = [clock(device)]
+        sampled = rollout(policy, router, batch, args, group, 1.0, generator)
+        times.append(clock(device))
         with torch.no_grad(), policy.lora_disabled():
-            ref = torch.cat([score(part) for part in passes])
-
-    def learn():
+            ref = torch.cat([score(sampled, part) for part in passes])
+        times.append(clock(device))
         rewards = torch.randint(0, 2, (prompts, group), generator=generator, device=device).float()
         advantage, n_tokens = advantages(rewards), sampled.mask.sum()
         for part in passes:
-            logp = score(part, router(batch.H[part])[0])
+            logp = score(sampled, part, router(batch.H[part])[0])
             loss = grpo_loss(logp, logp.detach(), ref[part], advantage[part], sampled.mask[part], args)
             (loss / n_tokens).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        times.append(clock(device))
+        return {part: end - start for part, start, end in zip(PARTS, times, times[1:])}
 
-    return lambda: dict(zip(PARTS, (seconds(part, device) for part in (sample, score_reference, learn))))
+    return step
 
 def measure_step(device, rounds=2, **options):
     """Seconds of a step by part, median of the rounds after one, and MB at the peak above the libraries."""
@@ -343,10 +338,10 @@ def measure_step(device, rounds=2, **options):
 
     def run():
         step = trainer(device=device, **options)
-        rows.extend([step() for _ in range(rounds + 1)][1:])
+        rows.extend(step() for _ in range(rounds + 1))
 
     mb = peak(run, device)
-    return {part: statistics.median(row[part] for row in rows) for part in PARTS} | dict(mb=mb)
+    return {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS} | dict(mb=mb)
 
 def planned(model, device, prompts, group, prompt, new, experts, tiny):
     """What plan.py says of the step that `trainer` makes: seconds, and MB above the libraries."""
@@ -362,13 +357,13 @@ def bench_growth(folder, size, device):
     the embedded policy alone."""
     def step(varied, value, model=folder, tiny=False, **changed):
         options = BASE | changed
-        measured = child("step", folder=str(model), device=device, tiny=tiny, **options)
+        measured = child(measure_step, folder=model, device=device, tiny=tiny, **options)
         forecast = planned(model, device, tiny=tiny, **options)
         rows.append(dict(varied=varied, value=value) | measured | forecast)
         print(rows[-1], flush=True)
 
     rows = []
-    step("model", "tiny", ROOT / "tiny" / "policy", tiny=True)
+    step("model", "tiny", TINY, tiny=True)
     if size["grow"]:
         step("model", "135M")
         with tempfile.TemporaryDirectory() as larger:
@@ -381,22 +376,20 @@ def bench_growth(folder, size, device):
 
 def bench_start(folder, size, device):
     """A step with eight experts against one; and `python train.py` to its first row of metrics."""
-    tiny = str(ROOT / "tiny" / "policy")
-    steps = [trainer(tiny, device, 36, 8, 32, 8, experts, tiny=True) for experts in (8, 1)]
-    times = alternate(4 * size["rounds"], device, *steps)
+    steps = [trainer(TINY, device, 36, 8, 32, 8, experts, tiny=True) for experts in (8, 1)]
+    times = alternate(device, *steps, rounds=12)
     waited = []
-    with tempfile.TemporaryDirectory() as out:
-        for i in range(1 + size["rounds"]):
+    for _ in range(1 + 3):
+        with tempfile.TemporaryDirectory() as out:
             command = [sys.executable, str(ROOT / "train.py"), "--align", "0", "--val", "1", "--test", "1",
-                       "--steps", "100", "--device", device, "--out", f"{out}/{i}"]
-            start = time.perf_counter()
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while not Path(f"{out}/{i}/metrics.jsonl").exists() and process.poll() is None:
-                time.sleep(0.02)
-            waited.append(time.perf_counter() - start)
-            process.kill()
-            process.wait()
-            if not Path(f"{out}/{i}/metrics.jsonl").exists():
+                       "--steps", "100", "--device", device, "--out", out]
+            start, metrics = time.perf_counter(), Path(out, "metrics.jsonl")
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+                while not metrics.exists() and process.poll() is None:
+                    time.sleep(0.02)
+                waited.append(time.perf_counter() - start)
+                process.kill()
+            if not metrics.exists():
                 raise ValueError(f"{' '.join(command)} ended before its first step: call it to see why")
     return dict(start_s=summary(waited[1:]), experts_8_over_1_step=ratio(*times))
 
@@ -412,14 +405,14 @@ def bench_peers(folder, size, device):
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
-    options = dict(folder=str(folder), device=device, prompts=8, group=8, prompt=96, new=64, experts=3,
+    options = dict(folder=folder, device=device, prompts=8, group=8, prompt=96, new=64, experts=3,
                    micro=4)
-    ours = [child("step", **options)]  # before and after theirs: the machine's speed drifts
+    ours = [child(measure_step, **options)]  # before and after theirs: the machine's speed drifts
     done = subprocess.run([python, "-c", TRL, str(folder), device], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ValueError(f"TRL did no step, see above: {python} -c 'import trl' should work")
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours.append(child("step", **options))
+    ours.append(child(measure_step, **options))
     steps = [sum(one[part] for part in PARTS) for one in ours]
     print(f"  TRL {theirs['version']}: {theirs['seconds']} s, {theirs['mb']:,.0f} MB; ours {steps} s, "
           f"{[one['mb'] for one in ours]} MB")
@@ -464,11 +457,6 @@ def table(head, rows):
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
-def reached(value, floor):
-    """Is a median within its floor, "≥ 3" or "≤ 0.6"?"""
-    bound = float(floor[2:])
-    return value >= bound if floor[0] == "≥" else value <= bound
-
 def listed(values, form):
     return ", ".join(f"{name} {value:{form}}" for name, value in values.items())
 
@@ -478,9 +466,10 @@ def report(figures):
     rows = []
     for key, (floor, meaning) in FLOORS.items():
         if key in figures:
+            median, sign, bound = figures[key][0], *floor.split()
+            met = median >= float(bound) if sign == "≥" else median <= float(bound)
             numbers = [f"{value:.3g}" for value in figures[key]]
-            met = "yes" if reached(figures[key][0], floor) else "**no**"
-            rows.append((key, meaning, *numbers, floor, met, made_by[key]))
+            rows.append((key, meaning, *numbers, floor, "yes" if met else "**no**", made_by[key]))
     text = ["# Speed\n",
             "Written by `python lab/bench.py`. Median, least and greatest of the rounds; *by*: the commit "
             f"that was measured. Last run: {listed(figures['where'], '')}.\n",
@@ -518,30 +507,19 @@ def report(figures):
 # peers first: TRL needs 11 GB, and later this process holds as much
 BENCHES = dict(peers=bench_peers, verify=bench_verify, router=bench_router, start=bench_start,
                head=bench_head, rollout=bench_rollout, gradient=bench_gradient, growth=bench_growth)
-CHILDREN = dict(step=measure_step,
-                head=lambda **options: peak(head(**options), options["device"]),
-                scoring=lambda **options: peak(scoring(**options), options["device"]))
 
 def main():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="half the prompts and tokens, no growth")
     parser.add_argument("--peers", action="store_true", help="also against TRL")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--shape", default="135M", choices=SHAPES, help="of the random model")
     parser.add_argument("--only", nargs="*", choices=BENCHES, help="some of it")
     parser.add_argument("--json", type=Path, help="the figures, kept here; those not measured now stay in it")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        name, options = json.loads(args.child)
-        print(json.dumps(CHILDREN[name](**options)))
-        return
     results = ROOT / "results" / "speed.json"  # of full runs, or named
     file = args.json or (None if args.quick or args.device != "cpu" or args.shape != "135M" else results)
-    size = dict(prompts=8, new=64, rounds=3, grow=True)
-    if args.quick:
-        size = dict(prompts=4, new=32, rounds=3, grow=False)
+    size = dict(prompts=4, new=32, grow=False) if args.quick else dict(prompts=8, new=64, grow=True)
     names = args.only
     if names is None:
         names = [name for name in BENCHES if name != "peers" or args.peers]
