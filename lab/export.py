@@ -126,8 +126,7 @@ def licence(source):
     return stated[1] if stated else "not stated in its folder"
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("folder", help="where the export goes")
     options = parser.parse_args(argv)

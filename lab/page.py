@@ -172,8 +172,7 @@ def validations(folders):
              (folder / "eval.json").exists()) for folder in folders]
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, as train.py --out wrote them")
     parser.add_argument("--watch", action="store_true", help="make it again at each validation")
     parser.add_argument("--n", type=int, default=60, help="held-out problems that are answered anew")

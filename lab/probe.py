@@ -17,14 +17,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from claims import markdown, shown  # noqa: E402
-from eval import evaluate, one_sentence, open_run  # noqa: E402
-from experts import Expert, read_states, write_atomic, write_texts  # noqa: E402
-from rewards import next_of_dataset, verify  # noqa: E402
-from rlvr import Dataset, advantages, answer_ids, load_problems, rollout, words_loss  # noqa: E402
-from router import Router, by_expert  # noqa: E402
+from claims import markdown, shown  # first: it lets Python find the files one folder up
+from eval import evaluate, one_sentence, open_run
+from experts import Expert, read_states, write_atomic, write_texts
+from rewards import next_of_dataset, verify
+from rlvr import Dataset, advantages, answer_ids, load_problems, rollout, words_loss
+from router import Router, by_expert
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
@@ -197,8 +195,7 @@ def walk(policy, experts, router, args):
     return "\n".join(lines)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ablate", nargs="+", choices=KINDS)

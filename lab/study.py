@@ -29,15 +29,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import claims  # first: it lets Python find the files one folder up
+from eval import one_sentence, read_lines
+from experts import write_atomic
+from train import PRESETS
 
-import claims  # noqa: E402
-from eval import one_sentence, read_lines  # noqa: E402
-from experts import write_atomic  # noqa: E402
-from train import PRESETS  # noqa: E402
-
-HERE = Path(__file__).resolve().parents[1]
-RESULTS = HERE / "results"
+HERE, RESULTS = claims.HERE, claims.RESULTS
 RUNS = HERE / "runs" / "study"
 
 # -- The plan
@@ -341,8 +338,7 @@ def write_report():
     print(f"{path} and {RESULTS / 'figures'} are made anew")
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the headline: four ways on the mix, two seeds")
     parser.add_argument("--real", metavar="FOLDER", help="the block with the real models in this folder")
     parser.add_argument("--list", action="store_true", help="the plan, and what is done")
