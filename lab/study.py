@@ -172,16 +172,15 @@ class Study:
             except BlockingIOError:
                 raise ValueError("a study, or a run that it left behind, is still at work: wait for its "
                                  "end") from None
-            for trained in (True, False):  # stage 0 is tested when all runs that it belongs to are trained
-                runs = [run for run in self.runs if (run.way != "stage 0") == trained]
-                with ThreadPoolExecutor(self.workers) as pool:
-                    try:
-                        list(pool.map(self.one_run, runs))
-                    finally:
-                        self.stopping = True
-                        for process in list(self.processes):
-                            process.terminate()
-                self.stopping = False
+            with ThreadPoolExecutor(self.workers) as pool:
+                try:
+                    list(pool.map(self.one_run, [run for run in self.runs if run.way != "stage 0"]))
+                    # it is tested when all runs that it belongs to are trained
+                    list(pool.map(self.one_run, [run for run in self.runs if run.way == "stage 0"]))
+                finally:
+                    self.stopping = True
+                    for process in list(self.processes):
+                        process.terminate()
         if self.failed:
             raise ValueError(f"{self.failed} runs failed, see their rows in results/study.jsonl: mend them, "
                              "delete these rows and call the study again")
@@ -290,10 +289,10 @@ CURVE_KEYS = ("reward", "val", "entropy", "kl", "frac_reward_zero_std", "length"
 def condense(metrics, points=50):
     """The rows of metrics.jsonl as at most `points`: means over stretches, each named by its last step."""
     rows = []
-    for stretch in np.array_split(np.arange(len(metrics)), points):
+    for stretch in np.array_split(metrics, points):
         if len(stretch):
-            kept = [{key: metrics[i][key] for key in CURVE_KEYS if key in metrics[i]} for i in stretch]
-            rows.append(dict(step=metrics[stretch[-1]]["step"]) | mean(kept))
+            kept = [{key: row[key] for key in CURVE_KEYS if key in row} for row in stretch]
+            rows.append(dict(step=stretch[-1]["step"]) | mean(kept))
     return rows
 
 def mean(values):
@@ -359,12 +358,9 @@ def main(argv=None):
             state = "" if run.id not in rows else "failed" if rows[run.id]["after"] is None else "done"
             print(f"{state:6} {run.id:32} {shlex.join(command(run))}")
         return None
-    handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        models = os.path.abspath(options.real) if options.real else "models"
-        Study([run for run in runs if run.id not in rows], models, options.workers).carry_out()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    models = os.path.abspath(options.real) if options.real else "models"
+    Study([run for run in runs if run.id not in rows], models, options.workers).carry_out()
     return print(claims.report(claims.finished(results=RESULTS)))
 
 if __name__ == "__main__":
