@@ -41,26 +41,24 @@ def ablate(policy, experts, router, args, kinds):
     check_kinds(args, kinds)
     data = Dataset(load_problems(args, "test"), policy, experts, args)
     verdicts, _, attention = evaluate(policy, router, data, args)
-    right = [int(verdict.strict) for verdict in verdicts]
-    result = dict(right=right, kinds={})
+    right = {}
     for kind in kinds:
         H, replaced = data.H, router
         if kind == "static":
             mean = mean_attention(policy, experts, router, args)
-            replaced = lambda H, mean=mean: router(H, attention=mean)
+            replaced = lambda H: router(H, attention=mean)
         if kind == "uniform":
             replaced = lambda H: router(H, attention=torch.tensor(1 / H.shape[1], device=H.device))
         if kind == "shuffle":
             H = data.H[next_of_dataset(data.problems)]
         if kind == "zero":
             replaced = lambda H: (torch.zeros_like(router(H)[0]), None)
-        other = [int(verdict.strict) for verdict in evaluate(policy, replaced, data, args, H=H)[0]]
-        result["kinds"][kind] = dict(right=other)
-    result["datasets"] = [problem.dataset for problem in data.problems]
+        answered, _, _ = evaluate(policy, replaced, data, args, H=H)
+        right[kind] = dict(right=[int(verdict.strict) for verdict in answered])
     shares = [] if attention is None else attention.mean((1, 2)).tolist()
-    result["attended"] = [[round(share, 3) for share in row] for row in shares]
-    result["knows"] = knows(data)
-    return result
+    return dict(right=[int(verdict.strict) for verdict in verdicts], kinds=right,
+                datasets=[problem.dataset for problem in data.problems],
+                attended=[[round(share, 3) for share in row] for row in shares], knows=knows(data))
 
 def check_kinds(args, kinds):
     """Raises ValueError for what a run has nothing of."""
@@ -116,8 +114,7 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
             row = dict(own_text=own_text, layers=layers, spelled={})
             for positions in (1, 2, 4):
                 entries = [4 * (layer == last) + back for layer in layers for back in range(positions)]
-                share = spelled(policy, args, H[:, entries], targets, n_train, steps)
-                row["spelled"][positions] = share
+                row["spelled"][positions] = spelled(policy, args, H[:, entries], targets, n_train, steps)
             yield row
 
 def spelled(policy, args, H, targets, n_train, steps):
@@ -196,26 +193,24 @@ def walk(policy, experts, router, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run")
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a finished run")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--ablate", nargs="+", choices=KINDS)
     what.add_argument("--walk", action="store_true")
     what.add_argument("--spell", action="store_true")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args(argv)
-    folder = Path(options.run)
-    args, policy, experts, router = open_run(folder, options.device)
+    args, policy, experts, router = open_run(options.run, options.device)
     if options.walk:
-        return print(walk(policy, experts, router, args))
-    if options.spell:
+        print(walk(policy, experts, router, args))
+    elif options.spell:
         print(SPELL_HEAD, flush=True)
         for row in spell(policy, experts, args):
             print(spell_line(row), flush=True)
-        return None
-    result = ablate(policy, experts, router, args, options.ablate)
-    print(ablation_table(result))
-    write_atomic(folder / "ablate.json", (json.dumps(result) + "\n").encode())
-    return None
+    else:
+        result = ablate(policy, experts, router, args, options.ablate)
+        print(ablation_table(result))
+        write_atomic(options.run / "ablate.json", (json.dumps(result) + "\n").encode())
 
 if __name__ == "__main__":
     sys.exit(one_sentence("probe.py", main))
