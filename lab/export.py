@@ -19,10 +19,9 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from eval import one_sentence, open_run, wilson  # noqa: E402
-from experts import find_model, write_atomic  # noqa: E402
+from claims import HERE, markdown  # first: it lets Python find the files one folder up
+from eval import one_sentence, open_run, wilson
+from experts import find_model, write_atomic
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"
@@ -50,12 +49,14 @@ def lora_tensors(policy):
 
 def write_export(run, folder):
     """The run of the folder `run` as an export in `folder`. Raises ValueError if something lies there."""
-    run, folder = Path(run), Path(folder)
+    folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already: choose another folder")
     args, policy, experts, router = open_run(run, "cpu")
-    base, _, commit = portable(args.policy).partition("@")
-    files = {}
+    sources = [portable(source) for source in args.experts]
+    settings = vars(args) | dict(policy=portable(args.policy), experts=sources, data="", out="", resume="")
+    base, _, commit = settings["policy"].partition("@")
+    files = {"export.json": to_json(dict(args=settings))}
     if args.lora_rank:
         files[LORA] = to_bytes(lora_tensors(policy))
         files[LORA_CONFIG] = to_json(dict(
@@ -70,14 +71,11 @@ def write_export(run, folder):
                 widths=[expert.width for expert in experts for _ in range(expert.entries)],
                 d_policy=policy.config.hidden_size, latents=args.latents, heads=args.router_heads,
                 dim=args.router_dim, temperature=args.router_temperature),
-            experts=[portable(source) for source in args.experts], read=args.read, layer=args.layer,
-            positions=args.positions, own_text=args.own_text, write=args.write, cue=args.cue))
-    settings = vars(args) | dict(policy=portable(args.policy), data="", out="", resume="",
-                                 experts=[portable(source) for source in args.experts])
-    path = run / "eval.json"  # train.py --resume deletes it, so it is never of fewer steps
+            experts=sources, read=args.read, layer=args.layer, positions=args.positions,
+            own_text=args.own_text, write=args.write, cue=args.cue))
+    path = Path(run) / "eval.json"  # train.py --resume deletes it, so it is never of fewer steps
     report = json.loads(path.read_text()) if path.is_file() else None
     files["README.md"] = model_card(settings, report).encode()
-    files["export.json"] = to_json(dict(args=settings))
     for name, data in files.items():
         write_atomic(folder / name, data)
 
@@ -90,9 +88,9 @@ def to_bytes(tensors):
 
 def portable(source):
     """Where another machine finds a model: of the embedded pool its place in here, else as given."""
-    path, root = Path(source), Path(__file__).resolve().parents[1]
-    if path.is_dir() and path.resolve().is_relative_to(root / "tiny"):
-        return path.resolve().relative_to(root).as_posix()
+    path = Path(source).resolve()
+    if path.is_dir() and path.is_relative_to(HERE / "tiny"):
+        return path.relative_to(HERE).as_posix()
     return source
 
 def model_card(settings, report):
@@ -102,13 +100,12 @@ def model_card(settings, report):
              "What a run trained, without its models: LoRA in PEFT's format and, where there is one, the",
              "router. PEFT alone gives the policy with its LoRA, but without prefix and experts.", ""]
     if report:
-        lines += ["| held-out problems, greedy | n | policy alone | with this, 95% |", "|---|---|---|---|"]
-        after, n = report["after"]["strict"], report["n"]
-        rows = [("all", n, report["before"]["strict"], after)]
-        rows += [(name, x["n"], x["before"], x["after"]) for name, x in report["by_dataset"].items()]
-        for name, n, before, after in rows:
-            low, high = wilson(round(after * n), n)
-            lines.append(f"| {name} | {n} | {before:.1%} | {after:.1%} [{low:.1%}, {high:.1%}] |")
+        total = dict(n=report["n"], before=report["before"]["strict"], after=report["after"]["strict"])
+        rows = []
+        for name, x in ({"all": total} | report["by_dataset"]).items():
+            low, high = wilson(round(x["after"] * x["n"]), x["n"])
+            rows.append([name, x["n"], f"{x['before']:.1%}", f"{x['after']:.1%} [{low:.1%}, {high:.1%}]"])
+        lines += markdown(["held-out problems, greedy", "n", "policy alone", "with this, 95%"], rows)
     else:
         lines.append("Not evaluated: the run is not finished.")
     lines += ["", f"One run, seed {settings['seed']}; all settings are in export.json. The models,",
