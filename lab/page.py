@@ -135,12 +135,10 @@ def side_by_side(runs):
         kind = group[0]["kind"]
         if any(row["kind"] == kind for row in kinds):  # other settings under the same words
             kind += f", as {group[0]['name']}"
-        points = {}
-        for run in group:
-            for point in run["curve"]:
-                if point["val"] is not None:
-                    points.setdefault(point["step"], []).append(point["val"])
-        for step, values in sorted(points.items()):
+        points = [(point["step"], point["val"]) for run in group for point in run["curve"]
+                  if point["val"] is not None]
+        for step in sorted({step for step, _ in points}):
+            values = [val for other, val in points if other == step]
             mean, std = float(np.mean(values)), float(np.std(values))
             bands.append(dict(kind=kind, step=step, mean=mean, low=max(0.0, mean - std),
                               high=min(1.0, mean + std)))
