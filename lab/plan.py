@@ -163,12 +163,9 @@ def plan(args, length=None, gpu=None):
     return table, (rollout, gradient)
 
 def main(argv=None):
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--gpu", nargs=2, type=float)
-    own.add_argument("--length", type=int)
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        return print(__doc__)
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    own.add_argument("--gpu", nargs=2, type=float, help="TFLOP/s and GB/s")
+    own.add_argument("--length", type=int, help="tokens of a completion")
     options, rest = own.parse_known_args(argv)
     if min(options.gpu or [1]) <= 0 or (options.length is not None and options.length < 1):
         raise ValueError("--gpu takes two numbers above 0, TFLOP/s and GB/s, and --length a number above 0")
