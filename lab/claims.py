@@ -97,11 +97,10 @@ def judge(low, high, margin, kind="more"):
     no less  above -margin: refuted by an interval below 0 that is not
     """
     within = max(-low, high) <= margin
-    if kind == "more":
-        return "confirmed" if low > 0 else "refuted" if high < 0 or within else "open"
-    if kind == "same":
-        return "confirmed" if within else "refuted" if low > 0 or high < 0 else "open"
-    return "confirmed" if low >= -margin else "refuted" if high < 0 else "open"
+    holds, fails = {"more": (low > 0, high < 0 or within),
+                    "same": (within, low > 0 or high < 0),
+                    "no less": (low >= -margin, high < 0)}[kind]
+    return "confirmed" if holds else "refuted" if fails else "open"
 
 def compare(label, a, b=0.0, unit="points", kind="more"):
     """(verdict, sentence) on a - b, each (seeds, items) or (seeds,). It takes two runs to say anything."""
@@ -122,9 +121,8 @@ def difference(rows, way, other, *tasks, kind="more"):
 
 def saturated(rows):
     """Single against soft on every task where single is right in 90% or more."""
-    means = {}
-    for task in sorted({row["task"] for row in rows}):
-        means[task] = np.mean([row["after"] for row in runs_of(rows, task, "single")] or [0.0])
+    means = {task: np.mean([row["after"] for row in runs_of(rows, task, "single")] or [0.0])
+             for task in sorted({row["task"] for row in rows})}
     tasks = [task for task, mean in means.items() if mean >= 0.9]
     if tasks:
         return difference(rows, "single", "soft", *tasks)

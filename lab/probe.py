@@ -24,7 +24,8 @@ from rewards import next_of_dataset, verify
 from rlvr import Dataset, advantages, answer_ids, load_problems, rollout, words_loss
 from router import Router, by_expert
 
-KINDS = ("static", "uniform", "shuffle", "zero")
+KINDS = {"static": ("soft",), "uniform": ("soft",), "shuffle": ("soft", "hard", "linear"),
+         "zero": ("soft", "hard", "linear", "prefix")}  # what they can be asked of, by --collab
 
 # -- Replaced at test time
 
@@ -62,12 +63,10 @@ def ablate(policy, experts, router, args, kinds):
 
 def check_kinds(args, kinds):
     """Raises ValueError for what a run has nothing of."""
-    needs = {"static": ("soft",), "uniform": ("soft",), "shuffle": ("soft", "hard", "linear"),
-             "zero": ("soft", "hard", "linear", "prefix")}
     for kind in kinds:
-        if args.collab not in needs[kind]:
+        if args.collab not in KINDS[kind]:
             raise ValueError(f"a run with --collab {args.collab} has nothing that --ablate {kind} could "
-                             f"replace: ask it of {' or '.join(needs[kind])}")
+                             f"replace: ask it of {' or '.join(KINDS[kind])}")
 
 @torch.no_grad()
 def mean_attention(policy, experts, router, args):
