@@ -105,22 +105,20 @@ def of_models(folder, n, device):
         alone, answers_alone, _ = evaluate(policy, None, data, args)
     verdicts, answers, attention = evaluate(policy, router, data, args)
     masked, swapped, partner = {}, None, next_of_dataset(data.problems)
-    if attention is not None and len(experts) > 1:
-        for e, expert in enumerate(experts):
-            masked[expert.name] = evaluate(policy, masked_router(router, data.owner, e), data, args)[1]
+    for e, expert in enumerate(experts if attention is not None and len(experts) > 1 else ()):
+        masked[expert.name] = evaluate(policy, masked_router(router, data.owner, e), data, args)[1]
     if router and data.H.numel():
         swapped = evaluate(policy, router, data, args, H=data.H[partner])[1]
-    rows = []
-    for i, problem in enumerate(data.problems):
-        row = dict(dataset=problem.dataset, question=problem.question, gold=problem.answer,
-                   before=answers_alone[i].strip(), right_before=alone[i].strict,
-                   after=answers[i].strip(), right=verdicts[i].strict,
-                   says={expert.name: texts[i] for expert, texts in zip(experts, data.texts) if texts[i]},
-                   masked={name: texts[i].strip() for name, texts in masked.items()},
-                   swapped=swapped[i].strip() if swapped and partner[i] != i else None, attention=None)
-        if attention is not None:
-            row["attention"] = np.round(attention[i].mean(0).numpy(), 3).tolist()
-        rows.append(row)
+    maps = [None] * len(data)  # of each problem (L, experts)
+    if attention is not None:
+        maps = np.round(attention.mean(1).numpy(), 3).tolist()
+    rows = [dict(dataset=problem.dataset, question=problem.question, gold=problem.answer,
+                 before=answers_alone[i].strip(), right_before=alone[i].strict,
+                 after=answers[i].strip(), right=verdicts[i].strict,
+                 says={expert.name: texts[i] for expert, texts in zip(experts, data.texts) if texts[i]},
+                 masked={name: texts[i].strip() for name, texts in masked.items()},
+                 swapped=swapped[i].strip() if swapped and partner[i] != i else None, attention=maps[i])
+            for i, problem in enumerate(data.problems)]
     right, before = sum(row["right"] for row in rows), sum(row["right_before"] for row in rows)
     return dict(rows=rows, note=f"Greedy answers of the newest checkpoint to {len(rows)} held-out problems: "
                                 f"{right} are right, of the policy alone {before}.")

@@ -319,12 +319,10 @@ def made_report():
                 for path in sorted((RESULTS / "figures").glob("*.png"))]
     failed = [f"- {row['id']}: {row['reason']}" for row in claims.read_rows(RESULTS / "study.jsonl")
               if row["after"] is None]
-    text = claims.report(rows)
-    if rows and pictures:
-        text += "\n\n" + "\n\n".join(pictures)
+    parts = [claims.report(rows), *(pictures if rows else ())]
     if failed:
-        text += "\n\nRuns that failed:\n\n" + "\n".join(failed)
-    return text
+        parts += ["Runs that failed:", "\n".join(failed)]
+    return "\n\n".join(parts)
 
 def write_report():
     import figures  # matplotlib takes a second
