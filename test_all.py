@@ -1141,11 +1141,11 @@ def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, collab, c
     if control in ("shuffled", "noise"):
         assert "start anew with more" in refused(capsys, "--resume", out, "--steps", "3")
 
-def as_rank(rank, port, out, settings):
+def as_rank(rank, ports, out, settings):
     """A run alone (rank None) or as one of two, which then go on with it until rank 1 is lost in step 3."""
     if rank is not None:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=port, N_MUSKETEERS_TIMEOUT="3")
+                           MASTER_PORT=ports[0], N_MUSKETEERS_TIMEOUT="3")
         for module in (rlvr, train, evaluation):
             module.RANK, module.WORLD = rank, 2
     rollout, add_gradients, seen = train.rollout, train.add_gradients, {}
@@ -1167,13 +1167,14 @@ def as_rank(rank, port, out, settings):
     trained(out, *settings)
     torch.save(seen["gradients"], f"{out}-{rank}.pt")
     if rank is not None:
+        os.environ["MASTER_PORT"] = ports[1]  # on the first one rank 0 may still be listening
         return train.one_sentence("train.py", lambda: train.run(["--resume", str(out), "--steps", "4"]))
 
 def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
+        ports = [str(free.getsockname()[1]) for free in (first, second)]
     settings = [*quick, "--steps 2 --batch 5 --align_batch 5 --align_words 2 --align 2"]
-    processes = [forked(lambda: as_rank(rank, port, tmp_path / name, settings), tmp_path / f"log-{rank}")
+    processes = [forked(lambda: as_rank(rank, ports, tmp_path / name, settings), tmp_path / f"log-{rank}")
                  for name, rank in (("two", 0), ("two", 1), ("one", None))]
     for process in processes:
         process.join()
