@@ -290,9 +290,10 @@ class Policy(nn.Module):
         cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
         return cache
 
-    def extend(self, tokens, cache, start, reach, own):
-        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. own(i, k, v) ->
-        layer i's keys and values of the completion so far, each (B, K, G, reach, D)."""
+    def extend(self, tokens, cache, start=0, memory=None):
+        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory (layers, 2,
+        B, K, G, places, D): keys and values of the tokens before, theirs are added; None if there are none."""
+        reach = tokens.shape[-1] if memory is None else memory.shape[5]
         places = torch.arange(reach, device=tokens.device)
         now = start + places[:tokens.shape[-1]]
         causal_mask = places > now[:, None]  # (T, reach)
@@ -302,7 +303,9 @@ class Policy(nn.Module):
         for i, block in enumerate(self.blocks):
 
             def attend(q, k, v, i=i):
-                k, v = own(i, k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4))  # (B, K, G, T, D)
+                k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, K, G, T, D)
+                if memory is not None:
+                    k, v = memory[i].index_copy_(4, start, torch.stack((k, v)))
                 return group_attention(q, k, v, causal_mask, cache.keys[i], cache.values[i], cache.padding)
 
             x = block(x, cos, sin, attend)
@@ -316,16 +319,13 @@ class Policy(nn.Module):
         A step works in place on tensors that stay where they are, so that a GPU repeats it as one graph."""
         (B, K, _, D), device = cache.keys[0].shape, self.embed.device
         on_cpu = device.type == "cpu"
-        reach = 16 if on_cpu else max_new  # places for own keys and values; a CPU grows them, to read less
-        memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, reach, D)
+        places = 16 if on_cpu else max_new  # for own keys and values; a CPU adds to them, to read less
+        memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, places, D)
         stop, goes_on = int(self.ends.nonzero()[0]), ~self.ends
         tokens = torch.full((B, group, max_new), stop, device=device)
         alive = torch.ones(B, group, 1, dtype=torch.bool, device=device)
         place = torch.zeros(1, dtype=torch.long, device=device)  # of the newest token
         u = torch.zeros(B * group, 1, device=device)
-
-        def own(i, k, v):
-            return memory[i].index_copy_(4, place, torch.stack((k, v)))
 
         def draw(h):  # (B, G, d)
             token = sample(self.logits(h.flatten(0, 1)), temperature, u).view(B, group, 1)
@@ -333,7 +333,7 @@ class Policy(nn.Module):
             alive.logical_and_(goes_on[token])
 
         def step():  # the newest token's keys and values are kept, then the next one is drawn
-            h = self.extend(tokens.index_select(2, place), cache, place, reach, own)[:, :, 0]
+            h = self.extend(tokens.index_select(2, place), cache, place, memory)[:, :, 0]
             place.add_(1)
             draw(h)
 
@@ -346,9 +346,8 @@ class Policy(nn.Module):
                 if t == 0:
                     draw(cache.last[:, None].expand(-1, group, -1))
                     continue
-                if t > reach:  # on a CPU alone: what a graph works on must stay where it is
-                    reach = bucket(t)
-                    memory = F.pad(memory, (0, 0, 0, reach - memory.shape[5]))
+                if t > memory.shape[5]:  # on a CPU alone: what a graph works on must stay where it is
+                    memory = F.pad(memory, (0, 0, 0, bucket(t) - memory.shape[5]))
                 if t == 2 and self.embed.is_cuda and max_new >= GRAPH_FROM:  # the first step has warmed up
                     step = capture(step, device)
                 step()
@@ -366,8 +365,7 @@ class Policy(nn.Module):
         The gradient flows through the cached keys and values into prompt, prefix and router."""
         h = cache.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # predicts the first token
         if tokens.shape[-1] > 1:
-            reach = tokens.shape[-1] - 1
-            h = torch.cat((h, self.extend(tokens[..., :-1], cache, 0, reach, lambda i, k, v: (k, v))), dim=2)
+            h = torch.cat((h, self.extend(tokens[..., :-1], cache)), dim=2)
         h, targets = h[mask], tokens[mask]  # (n, d), (n,): no padding meets the head, but for the bucket's
         extra = bucket(len(h)) - len(h)
         h = F.rms_norm(F.pad(h, (0, 0, 0, extra)), (h.shape[-1],), self.norm, self.config.rms_norm_eps)
