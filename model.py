@@ -155,25 +155,22 @@ class TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, targets, temperature, chunk):
-        logp = torch.empty(len(h), device=h.device)
-        entropy = torch.empty_like(logp)
+        logp, entropy = [], []
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         rows = chunk if h.is_cuda else 16  # as many rows of logits as a processor's cache holds
         for i in range(0, len(h), chunk):
             logits = F.linear(h[i:i + chunk], weight)  # (chunk, V)
-            for j in range(0, len(logits), rows):
-                few = logits[j:j + rows]
-                part = slice(i + j, i + j + len(few))
-                target = targets[part, None]
+            for few, target in zip(logits.split(rows), targets[i:i + chunk, None].split(rows)):
                 z = few.float().div_(temperature)
                 p = z.softmax(-1)
                 logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # log p = z - logsumexp
-                logp[part] = (z.gather(1, target) - logsumexp)[:, 0]
-                entropy[part] = logsumexp[:, 0] - torch.linalg.vecdot(p, z)
+                logp.append((z.gather(1, target) - logsumexp)[:, 0])
+                entropy.append(logsumexp[:, 0] - torch.linalg.vecdot(p, z))
                 if grad is not None:
                     few.copy_(p.scatter_add_(1, target, torch.full_like(logsumexp, -1.0)))  # p minus one-hot
             if grad is not None:
                 grad[i:i + chunk] = logits @ weight / -temperature
+        logp, entropy = torch.cat(logp), torch.cat(entropy)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
