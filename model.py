@@ -130,20 +130,19 @@ def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     """G completions attend to their shared prompt and each to its own tokens, in one softmax.
 
     q (B, G, T, H, D), own_k and own_v (B, K, G, t, D), shared_k and shared_v (B, K, S, D) -> (B, G, T, H, D).
-    causal_mask (T, t): True where an own token lies ahead of the query; padding: see `Prefill`.
+    causal_mask (R T, t): True where an own token lies ahead of the query; padding: see `Prefill`.
     All G R T queries of a prompt meet its keys in ONE matrix product: its keys are not copied G times.
     """
     B, G, T, H, D = q.shape
     K, S = shared_k.shape[1:3]
-    n = H // K * T  # queries of a completion that meet one key head
-    q = q.view(B, G, T, K, H // K, D).permute(0, 3, 1, 4, 2, 5) * D**-0.5  # (B, K, G, R, T, D)
-    shared = (q.reshape(B, K, G * n, D) @ shared_k.transpose(-1, -2)).view(B, K, G, n, S)
+    R = H // K
+    q = q.view(B, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(B, K, G, R * T, D) * D**-0.5
+    shared = (q.flatten(2, 3) @ shared_k.transpose(-1, -2)).unflatten(2, (G, -1))  # (B, K, G, R T, S)
     shared = shared.masked_fill(padding, -torch.inf)
-    own = q.reshape(B, K, G, n, D) @ own_k.transpose(-1, -2)  # (B, K, G, R T, t)
-    own = own.unflatten(3, (-1, T)).masked_fill(causal_mask, -torch.inf).flatten(3, 4)
+    own = (q @ own_k.transpose(-1, -2)).masked_fill(causal_mask, -torch.inf)  # (B, K, G, R T, t)
     p = torch.cat((shared, own), dim=-1).softmax(-1)  # (B, K, G, R T, S + t), summed in fp32
-    y = (p[..., :S].reshape(B, K, G * n, S) @ shared_v).view(B, K, G, n, D) + p[..., S:] @ own_v
-    return y.view(B, K, G, H // K, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
+    y = (p[..., :S].flatten(2, 3) @ shared_v).unflatten(2, (G, -1)) + p[..., S:] @ own_v
+    return y.view(B, K, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
 
 class TokenLogprob(torch.autograd.Function):
     """log softmax(h W' / temperature)[target] of n tokens, in chunks, so that (n, V) never exists.
@@ -293,7 +292,7 @@ class Policy(nn.Module):
         reach = tokens.shape[-1] if memory is None else memory.shape[5]
         places = torch.arange(reach, device=tokens.device)
         now = start + places[:tokens.shape[-1]]
-        causal_mask = places > now[:, None]  # (T, reach)
+        causal_mask = places > now.repeat(self.blocks[0].H // self.blocks[0].K)[:, None]  # (R T, reach)
         positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
