@@ -42,9 +42,9 @@ class LoRALinear(nn.Module):
         self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
         bias = None if biases[0] is None else torch.cat(biases)
         self.register_buffer("bias", bias, persistent=False)
-        self.rank, self.scale = rank, alpha / max(rank, 1)
-        self.instead = None  # of weight and LoRA, see Policy.lora_merged and lora_disabled
+        self.adapted = rank > 0  # False while another weight stands for W and LoRA, see Policy.replaced
         if rank:
+            self.scale = alpha / rank
             # fp32 master weights: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
             width, device = self.weight.shape[1], self.weight.device
             self.A = nn.Parameter(torch.randn(rank * len(weights), width, device=device) / width**0.5)
@@ -57,10 +57,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (n, in)
-        if self.instead is not None:
-            return F.linear(rows, self.instead, self.bias).unflatten(0, x.shape[:-1])
         y = F.linear(rows, self.weight, self.bias)  # (n, out)
-        if self.rank:
+        if self.adapted:
             A, B = self.pair()
             y.addmm_(rows @ A.T, B.T)
         return y.unflatten(0, x.shape[:-1])
@@ -385,14 +383,15 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def replaced(self, weight_of):
-        layers = [layer for layer in self.adapters() if layer.rank and layer.instead is None]
+        layers = [layer for layer in self.adapters() if layer.adapted]
+        frozen = [layer.weight for layer in layers]
         try:
             for layer in layers:
-                layer.instead = weight_of(layer)
+                layer.weight, layer.adapted = weight_of(layer), False
             yield
         finally:
-            for layer in layers:
-                layer.instead = None
+            for layer, weight in zip(layers, frozen):
+                layer.weight, layer.adapted = weight, True
 
 # -- reading a model's folder
 
