@@ -39,9 +39,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, weights, biases, rank, alpha):
         super().__init__()
-        self.register_buffer("weight", torch.cat(weights), persistent=False)  # (out, in)
-        bias = None if biases[0] is None else torch.cat(biases)
-        self.register_buffer("bias", bias, persistent=False)
+        self.weight = nn.Buffer(torch.cat(weights))  # (out, in)
+        self.bias = None if biases[0] is None else nn.Buffer(torch.cat(biases))
         self.adapted = rank > 0  # False while another weight stands for W and LoRA, see Policy.replaced
         if rank:
             self.scale = alpha / rank
@@ -73,7 +72,7 @@ class Block(nn.Module):
     differs between reading a prompt and continuing it."""
 
     def __init__(self, config, weight, layer, rank, alpha):
-        """weight(name): a tensor by its Hugging Face name, or None; layer: how this layer's names begin."""
+        """weight(name): a buffer by its Hugging Face name, or None; layer: how this layer's names begin."""
         super().__init__()
         self.eps = config.rms_norm_eps
         self.H, self.K, self.D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -86,10 +85,10 @@ class Block(nn.Module):
         self.o = linear("self_attn.o_proj")
         self.gate_up = linear("mlp.gate_proj", "mlp.up_proj")
         self.down = linear("mlp.down_proj")
-        norms = dict(norm1="input_layernorm", norm2="post_attention_layernorm",
-                     q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")  # the last two: Qwen3
-        for ours, theirs in norms.items():
-            self.register_buffer(ours, weight(f"{layer}.{theirs}.weight"), persistent=False)
+        self.norm1 = weight(f"{layer}.input_layernorm.weight")
+        self.norm2 = weight(f"{layer}.post_attention_layernorm.weight")
+        self.q_norm = weight(f"{layer}.self_attn.q_norm.weight")  # Qwen3 alone has these two
+        self.k_norm = weight(f"{layer}.self_attn.k_norm.weight")
 
     def norm(self, x, weight):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -211,29 +210,25 @@ class Policy(nn.Module):
         """
         super().__init__()
         self.config, self.window = config, config.max_position_embeddings
-        embed = weight("model.embed_tokens.weight")
-        self.register_buffer("embed", embed, persistent=False)  # (V, d)
-        head = embed if config.tie_word_embeddings else weight("lm_head.weight")
-        self.register_buffer("head", head, persistent=False)
-        self.register_buffer("norm", weight("model.norm.weight"), persistent=False)
-
+        self.embed = weight("model.embed_tokens.weight")  # (V, d)
+        self.head = self.embed if config.tie_word_embeddings else weight("lm_head.weight")
+        self.norm = weight("model.norm.weight")
         self.blocks = nn.ModuleList(Block(config, weight, f"model.layers.{i}", rank, alpha)
                                     for i in range(config.num_hidden_layers))
         positions = torch.arange(self.window + 64)[None]  # padding may lie beyond the window
-        cos, sin = config.rotary(embed.cpu(), positions)  # (1, positions, D), both halves alike
-        self.register_buffer("cos", cos[0, :, :config.head_dim // 2], persistent=False)
-        self.register_buffer("sin", sin[0, :, :config.head_dim // 2], persistent=False)
+        cos, sin = config.rotary(self.embed[0].cpu(), positions)  # (1, positions, D), both halves alike
+        self.cos = nn.Buffer(cos[0, :, :config.head_dim // 2])
+        self.sin = nn.Buffer(sin[0, :, :config.head_dim // 2])
         # A prefix is measured from a neutral vector, in standard deviations of the embeddings.
-        rows = embed[:: max(1, len(embed) // 4096)].float()
-        self.register_buffer("neutral", rows.mean(0) * (neutral == "mean"), persistent=False)
-        self.register_buffer("embed_std", rows.std(), persistent=False)
+        rows = self.embed[:: max(1, len(self.embed) // 4096)].float()
+        self.neutral = nn.Buffer(rows.mean(0) * (neutral == "mean"))
+        self.embed_std = nn.Buffer(rows.std())
         self.stop_at(config.stop)
 
     def stop_at(self, ids):
         """A completion ends with the first of these token ids; a table (V,), as a look-up costs nothing."""
-        table = torch.zeros(len(self.embed), dtype=torch.bool, device=self.embed.device)
-        table[ids] = True
-        self.register_buffer("ends", table, persistent=False)
+        self.ends = nn.Buffer(self.embed.new_zeros(len(self.embed), dtype=torch.bool))
+        self.ends[ids] = True
 
     @classmethod
     def from_pretrained(cls, name, rank=8, alpha=16.0, dtype=torch.float32, device="cpu", neutral="zero"):
@@ -255,7 +250,7 @@ class Policy(nn.Module):
             if tensor is None or tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(f"{name}: of tensor {key} its config.json says {shape} floating-point "
                                  "numbers (None: not there): fetch the model again, not quantised")
-            return tensor.to(dtype)
+            return nn.Buffer(tensor.to(dtype))
 
         return cls(config, weight, rank, alpha, neutral).to(device)
 
