@@ -237,8 +237,8 @@ class Policy(nn.Module):
         folder, _ = find_model(name)
         config = policy_config(folder)
         with loading("model", name):
-            files = [load_file(path, device=str(device)) for path in weight_files(folder)]
-            tensors = {key.removeprefix("model."): tensor for file in files for key, tensor in file.items()}
+            tensors = {key.removeprefix("model."): tensor for path in weight_files(folder)
+                       for key, tensor in load_file(path, device=str(device)).items()}
             with torch.device("meta"):  # what config.json implies, without memory
                 expected = AutoModelForCausalLM.from_config(config).state_dict()
 
@@ -262,22 +262,22 @@ class Policy(nn.Module):
             x = torch.cat(((self.neutral + self.embed_std * prefix).to(x.dtype), x), dim=1)  # (B, S, d)
             lengths = lengths + prefix.shape[1]
         S = x.shape[1]
-        padding = torch.arange(S, device=x.device) >= lengths[:, None]  # (B, S)
         exact = torch.float32 if x.device.type == "cpu" else x.dtype  # a CPU's kernel is slow in bfloat16
-        cache = Prefill([], [], None, lengths, padding[:, None, None, None])
+        keys, values = [], []
 
         def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
             k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-            cache.keys.append(k)  # (B, K, S, D)
-            cache.values.append(v)
+            keys.append(k)  # (B, K, S, D)
+            values.append(v)
             q, k, v = q.transpose(1, 2).to(exact), k.to(exact), v.to(exact)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return y.to(x.dtype).transpose(1, 2)
 
         for block in self.blocks:
             x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
-        cache.last = x[torch.arange(len(x), device=x.device), lengths - 1]
-        return cache
+        last = x[torch.arange(len(x), device=x.device), lengths - 1]
+        padding = torch.arange(S, device=x.device) >= lengths.view(-1, 1, 1, 1, 1)
+        return Prefill(keys, values, last, lengths, padding)
 
     def extend(self, tokens, cache, start=0, memory=None):
         """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory (layers, 2,
