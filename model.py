@@ -50,15 +50,15 @@ class LoRALinear(nn.Module):
             self.B = nn.ParameterList(torch.zeros(len(w), rank, device=w.device) for w in weights)
 
     def pair(self):
-        """A (n r, in) and the block-diagonal scale * B (out, n r), in the dtype of the weight."""
+        """The block-diagonal scale * B (out, n r) and A (n r, in), in the dtype of the weight."""
         B = self.B[0] if len(self.B) == 1 else torch.block_diag(*self.B)
-        return self.A.to(self.weight.dtype), (self.scale * B).to(self.weight.dtype)
+        return (self.scale * B).to(self.weight.dtype), self.A.to(self.weight.dtype)
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (n, in)
         y = F.linear(rows, self.weight, self.bias)  # (n, out)
         if self.adapted:
-            A, B = self.pair()
+            B, A = self.pair()
             y.addmm_(rows @ A.T, B.T)
         return y.unflatten(0, x.shape[:-1])
 
@@ -68,8 +68,8 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 class Block(nn.Module):
-    """Pre-norm attention and SwiGLU (2002.05202). `attend` decides which token sees which: it is the one thing that
-    differs between reading a prompt and continuing it."""
+    """Pre-norm attention and SwiGLU (2002.05202). `attend` decides which token sees which: it is the one
+    thing that differs between reading a prompt and continuing it."""
 
     def __init__(self, config, weight, layer, rank, alpha):
         """weight(name): a buffer by its Hugging Face name, or None; layer: how this layer's names begin."""
@@ -134,9 +134,8 @@ def group_attention(q, own_k, own_v, causal_mask, shared_k, shared_v, padding):
     K, S = shared_k.shape[1:3]
     R = H // K
     q = q.view(B, G, T, K, R, D).permute(0, 3, 1, 4, 2, 5).reshape(B, K, G, R * T, D) * D**-0.5
-    shared = (q.flatten(2, 3) @ shared_k.transpose(-1, -2)).unflatten(2, (G, -1))  # (B, K, G, R T, S)
-    shared = shared.masked_fill(padding, -torch.inf)
-    own = (q @ own_k.transpose(-1, -2)).masked_fill(causal_mask, -torch.inf)  # (B, K, G, R T, t)
+    shared = (q.flatten(2, 3) @ shared_k.mT).unflatten(2, (G, -1)).masked_fill(padding, -torch.inf)
+    own = (q @ own_k.mT).masked_fill(causal_mask, -torch.inf)  # (B, K, G, R T, t)
     p = torch.cat((shared, own), dim=-1).softmax(-1)  # (B, K, G, R T, S + t), summed in fp32
     y = (p[..., :S].flatten(2, 3) @ shared_v).unflatten(2, (G, -1)) + p[..., S:] @ own_v
     return y.view(B, K, G, R, T, D).permute(0, 2, 4, 1, 3, 5).reshape(B, G, T, H, D)
@@ -374,7 +373,7 @@ class Policy(nn.Module):
     def lora_merged(self):
         """While sampling LoRA does not change: W + scale B A once, in a copy, not two thin products at each
         token and layer (a sixth of a decode step). The copy is rounded like W itself."""
-        return self.replaced(lambda layer: torch.addmm(layer.weight, *reversed(layer.pair())))
+        return self.replaced(lambda layer: torch.addmm(layer.weight, *layer.pair()))
 
     @contextlib.contextmanager
     def replaced(self, weight_of):
