@@ -279,12 +279,12 @@ class Policy(nn.Module):
         return Prefill(keys, values, last, lengths, padding)
 
     def extend(self, tokens, cache, start=0, memory=None):
-        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory (layers, 2,
-        B, K, G, places, D): keys and values of the tokens before, theirs are added; None if there are none."""
+        """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory: keys and
+        values of the tokens before, (layers, 2, B, K, G, places, D), theirs are added; None for none."""
         reach = tokens.shape[-1] if memory is None else memory.shape[5]
         places = torch.arange(reach, device=tokens.device)
         now = start + places[:tokens.shape[-1]]
-        causal_mask = places > now.repeat(self.blocks[0].H // self.blocks[0].K)[:, None]  # (R T, reach)
+        causal_mask = places > now.repeat(self.blocks[0].H // self.blocks[0].K)[:, None]  # (R T, t)
         positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
@@ -391,8 +391,7 @@ class Policy(nn.Module):
 
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `rotary` (its angles' module) and `stop` filled in.
-    Raises ValueError for what this file cannot run, before anything of the claimed size is made."""
-    most = {"num_hidden_layers": 1000}  # 2**20 of all else
+    Raises ValueError for what this file cannot run. The other sizes are those of tensors, see `weight`."""
     with loading("config", folder):
         c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if c.model_type not in ARCHITECTURES:
@@ -400,9 +399,8 @@ def policy_config(folder):
                          f"{', '.join(ARCHITECTURES)}: name another --policy")
     with loading("config", folder):
         c.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "vocab_size", "head_dim", "max_position_embeddings")
-        wrong = [name for name in sizes if not 1 <= getattr(c, name) <= most.get(name, 2**20)]
+        most = dict(num_hidden_layers=1000, head_dim=2**20, max_position_embeddings=2**20)
+        wrong = [name for name in most if not 1 <= getattr(c, name) <= most[name]]
         if wrong or c.num_attention_heads % c.num_key_value_heads or not 0 < c.rms_norm_eps < 1:
             raise ValueError(f"no model has this {wrong or 'number of heads or rms_norm_eps'}")
         kind = c.rope_parameters.get("rope_type", "default")
