@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.weight = nn.Buffer(torch.cat(weights))  # (out, in)
         self.bias = None if biases[0] is None else nn.Buffer(torch.cat(biases))
-        self.adapted = rank > 0  # False while another weight stands for W and LoRA, see Policy.replaced
+        self.adapted = rank > 0  # see Policy.lora_disabled
         if rank:
             self.scale = alpha / rank
             # fp32 master weights: an update of 1e-4 of a weight is lost in bf16, which keeps 8 bits
@@ -325,7 +325,7 @@ class Policy(nn.Module):
             place.add_(1)
             draw(h)
 
-        with self.lora_merged():
+        with self.lora_disabled(merged=True):
             for t in range(max_new):
                 if (on_cpu or t % 8 == 0) and not alive.any():  # to ask a GPU makes the host wait
                     break
@@ -366,22 +366,17 @@ class Policy(nn.Module):
     def adapters(self):
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
 
-    def lora_disabled(self):
-        """The frozen policy, as it was loaded."""
-        return self.replaced(lambda layer: layer.weight)
-
-    def lora_merged(self):
-        """While sampling LoRA does not change: W + scale B A once, in a copy, not two thin products at each
-        token and layer (a sixth of a decode step). The copy is rounded like W itself."""
-        return self.replaced(lambda layer: torch.addmm(layer.weight, *layer.pair()))
-
     @contextlib.contextmanager
-    def replaced(self, weight_of):
+    def lora_disabled(self, merged=False):
+        """The frozen policy, as it was loaded. merged: LoRA stays, as W + scale B A in a copy that is
+        rounded like W: while sampling it does not change, and apart it costs a sixth of a decode step."""
         layers = [layer for layer in self.adapters() if layer.adapted]
         frozen = [layer.weight for layer in layers]
         try:
             for layer in layers:
-                layer.weight, layer.adapted = weight_of(layer), False
+                if merged:
+                    layer.weight = torch.addmm(layer.weight, *layer.pair())
+                layer.adapted = False
             yield
         finally:
             for layer, weight in zip(layers, frozen):
