@@ -109,8 +109,7 @@ class Block(nn.Module):
 class Prefill:
     """What B prompts leave behind."""
 
-    keys: list  # of each layer, (B, K, S, D)
-    values: list
+    layers: list  # keys and values of each, both (B, K, S, D)
     last: torch.Tensor  # (B, d) hidden state of the last real token, before the final norm
     lengths: torch.Tensor  # (B,) real positions, prefix included
     padding: torch.Tensor  # (B, 1, 1, 1, S) True where a position is padding
@@ -262,12 +261,11 @@ class Policy(nn.Module):
             lengths = lengths + prefix.shape[1]
         S = x.shape[1]
         exact = torch.float32 if x.device.type == "cpu" else x.dtype  # a CPU's kernel is slow in bfloat16
-        keys, values = [], []
+        layers = []
 
         def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
             k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-            keys.append(k)  # (B, K, S, D)
-            values.append(v)
+            layers.append((k, v))  # (B, K, S, D)
             q, k, v = q.transpose(1, 2).to(exact), k.to(exact), v.to(exact)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return y.to(x.dtype).transpose(1, 2)
@@ -276,7 +274,7 @@ class Policy(nn.Module):
             x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]
         padding = torch.arange(S, device=x.device) >= lengths.view(-1, 1, 1, 1, 1)
-        return Prefill(keys, values, last, lengths, padding)
+        return Prefill(layers, last, lengths, padding)
 
     def extend(self, tokens, cache, start=0, memory=None):
         """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory: keys and
@@ -294,7 +292,7 @@ class Policy(nn.Module):
                 k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, K, G, T, D)
                 if memory is not None:
                     k, v = memory[i].index_copy_(4, start, torch.stack((k, v)))
-                return group_attention(q, k, v, causal_mask, cache.keys[i], cache.values[i], cache.padding)
+                return group_attention(q, k, v, causal_mask, *cache.layers[i], cache.padding)
 
             x = block(x, cos, sin, attend)
         return x
@@ -305,7 +303,7 @@ class Policy(nn.Module):
         up to and including the first stop token; T <= max_new is where the longest one ends, in buckets.
 
         A step works in place on tensors that stay where they are, so that a GPU repeats it as one graph."""
-        (B, K, _, D), device = cache.keys[0].shape, self.embed.device
+        (B, K, _, D), device = cache.layers[0][0].shape, self.embed.device
         on_cpu = device.type == "cpu"
         places = 16 if on_cpu else max_new  # for own keys and values; a CPU adds to them, to read less
         memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, places, D)
