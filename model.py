@@ -108,7 +108,6 @@ class Block(nn.Module):
 @dataclass
 class Prefill:
     """What B prompts leave behind."""
-
     layers: list  # keys and values of each, both (B, K, S, D)
     last: torch.Tensor  # (B, d) hidden state of the last real token, before the final norm
     lengths: torch.Tensor  # (B,) real positions, prefix included
@@ -200,12 +199,10 @@ class Policy(nn.Module):
     """The decoder. Its only parameters are LoRA's. Made by `Policy.from_pretrained`."""
 
     def __init__(self, config, weight, rank=8, alpha=16.0, neutral="zero"):
-        """config: see `policy_config`; weight: see `Block`.
-
-        neutral: the vector from which the prefix is measured, "zero" (paper) or the "mean" embedding. The
-        first RMSNorm scales every vector to unit size, so near zero even a faint prefix arrives as L strong
-        vectors; near the mean embedding of a small policy a faint prefix stays faint.
-        """
+        """config: see `policy_config`; weight: see `Block`; neutral: the vector from which the prefix is
+        measured, in standard deviations of the embeddings, "zero" (paper) or the "mean" embedding. The first
+        RMSNorm scales every vector to unit size, so near zero even a faint prefix arrives as L strong
+        vectors; near the mean embedding of a small policy a faint prefix stays faint."""
         super().__init__()
         self.config, self.window = config, config.max_position_embeddings
         self.embed = weight("model.embed_tokens.weight")  # (V, d)
@@ -217,7 +214,6 @@ class Policy(nn.Module):
         cos, sin = config.rotary(self.embed[0].cpu(), positions)  # (1, positions, D), both halves alike
         self.cos = nn.Buffer(cos[0, :, :config.head_dim // 2])
         self.sin = nn.Buffer(sin[0, :, :config.head_dim // 2])
-        # A prefix is measured from a neutral vector, in standard deviations of the embeddings.
         rows = self.embed[:: max(1, len(self.embed) // 4096)].float()
         self.neutral = nn.Buffer(rows.mean(0) * (neutral == "mean"))
         self.embed_std = nn.Buffer(rows.std())
@@ -301,7 +297,6 @@ class Policy(nn.Module):
     def generate(self, cache, group, max_new, temperature=1.0, generator=None):
         """Sample `group` completions of each prompt in `cache`. Returns tokens and mask (B, G, T), mask True
         up to and including the first stop token; T <= max_new is where the longest one ends, in buckets.
-
         A step works in place on tensors that stay where they are, so that a GPU repeats it as one graph."""
         (B, K, _, D), device = cache.layers[0][0].shape, self.embed.device
         on_cpu = device.type == "cpu"
@@ -358,8 +353,6 @@ class Policy(nn.Module):
         logp, entropy = TokenLogprob.apply(h, self.head, F.pad(targets, (0, extra)), temperature, chunk)
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
-
-    # -- LoRA
 
     def adapters(self):
         return [module for module in self.modules() if isinstance(module, LoRALinear)]
