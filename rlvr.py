@@ -378,7 +378,8 @@ def grpo_loss(logp, old, ref, advantage, mask, args):
 
 def trainable(policy, router):
     """{name: tensor} of everything that training changes or fixes: LoRA and the router."""
-    return torch.nn.ModuleDict(dict(policy=policy, router=router)).state_dict()
+    lora = {f"policy.{name}": p.detach() for name, p in policy.named_parameters()}
+    return lora | {f"router.{name}": t for name, t in (router.state_dict() if router else {}).items()}
 
 def save_checkpoint(path, policy, router, state, optimizer, generator):
     """All ranks call, rank 0 writes. The checksum is added to the name. optimizer: None for no moments."""

@@ -641,7 +641,7 @@ def test_lora_merged_is_lora_and_disabled_is_the_frozen_model(small, tmp_path):
     make_policy(tmp_path)
     frozen = Policy.from_pretrained(tmp_path, rank=0)
     apart = last(small)
-    with small.lora_disabled(merged=True):
+    with small.lora_merged():
         torch.testing.assert_close(last(small), apart, atol=1e-4, rtol=1e-4)
     with small.lora_disabled():
         assert torch.equal(last(small), last(frozen))
