@@ -183,8 +183,8 @@ def show_gate(policy, experts, data, args, n=64):
     print(f"  alone      the policy is right in {percents(alone)}")
     gains = []
     for expert, texts in zip(experts, data["val"].texts):
-        said = [verify(text, problem, "plain") for text, problem in zip(texts, problems)]
-        own = by_dataset(datasets, strict(said))
+        verdicts = [verify(text, problem, "plain") for text, problem in zip(texts, problems)]
+        own = by_dataset(datasets, strict(verdicts))
         gains += [own[dataset] - alone[dataset] for dataset in own]
         if expert.writes:
             print(f"  says       {expert.name} is right in {percents(own)}")
@@ -238,12 +238,12 @@ def swap_test(policy, router, data, args):
     follows = []
     for row, i in enumerate(rows):
         j = partner[i]
-        told = data.problems[j].answer  # without texts or attention: what an expert that knows would say
+        expected = data.problems[j].answer  # without texts or attention: what an expert that knows would say
         if data.texts and attention is not None:
-            told = data.texts[int(attention[row].mean((0, 1)).argmax())][j]
-        if told and told != data.problems[i].answer:
+            expected = data.texts[int(attention[row].mean((0, 1)).argmax())][j]
+        if expected and expected != data.problems[i].answer:
             answer = extract(texts[row], args.form, False)[0]
-            follows.append(answer.strip() == told.strip())
+            follows.append(answer.strip() == expected.strip())
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
 def ask(policy, router, experts, args, question):

@@ -103,12 +103,12 @@ class Expert:
 
     def fingerprint(self, kind):
         """sha256 (hex) over all that decides a row but the text: the name of its folder in the cache."""
-        how = (self.read, self.layers, self.positions) if kind == STATES else ()
+        settings = (self.read, self.layers, self.positions) if kind == STATES else ()
         if kind == TEXTS or self.own_text:
-            how += (self.tokens,)
+            settings += (self.tokens,)
         if self.device.type != "cpu":  # another processor rounds in other ways
-            how += (self.device.type,)
-        parts = [FORMAT, kind, how, self.dtype, self.template, self.cue, self.revision, self.untrained]
+            settings += (self.device.type,)
+        parts = [FORMAT, kind, settings, self.dtype, self.template, self.cue, self.revision, self.untrained]
         files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
         if self.revision is None:  # a commit names its weights; those of a folder are looked at
             files += weight_files(self.folder)

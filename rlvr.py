@@ -183,8 +183,8 @@ class Dataset:
         self.prompts = []
         for i, p in enumerate(problems):
             if args.collab == "text":
-                said = [f"{e.name}: {texts[i]}\n" for e, texts in zip(experts, self.texts) if e.writes]
-                p = replace(p, question="".join(said) + p.question)
+                lines = [f"{e.name}: {texts[i]}\n" for e, texts in zip(experts, self.texts) if e.writes]
+                p = replace(p, question="".join(lines) + p.question)
             self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
         self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
         written = max(map(len, sum(self.targets, [])), default=0)

@@ -977,11 +977,11 @@ def test_three_and_three_steps_equal_six(finished, quick, tmp_path):
 
 def forked(run, log):
     """Call run() in a fork of this process, which has all imported; what it prints is in `log`."""
-    def told():
+    def child():
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         sys.exit(run())
 
-    process = multiprocessing.get_context("fork").Process(target=told)
+    process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     return process
 
@@ -1266,10 +1266,10 @@ def test_swap_counts_who_follows_the_states(finished, monkeypatch):
     data.texts = [[f"{i}" for i in range(len(data))] for _ in data.texts]
     for reads, follows in ((True, 1.0), (False, 0.0)):
         def answers(policy, router, data, args, rows=None, H=None, **rest):
-            told = [place[H[i].numpy().tobytes()] if reads else i for i in rows]
+            read = [place[H[i].numpy().tobytes()] if reads else i for i in rows]
             attention = torch.full((len(rows), 2, 8, 3), 1 / 3)
             verdicts = [rewards.verify("x", data.problems[i], "plain") for i in rows]
-            return verdicts, [f" {i}" for i in told], attention
+            return verdicts, [f" {i}" for i in read], attention
 
         monkeypatch.setattr(evaluation, "evaluate", answers)
         swap = evaluation.swap_test(policy, router, data, args)

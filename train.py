@@ -242,21 +242,21 @@ def introduce(args, policy, router, experts, data, state):
 
 def summarize(sampled, owner, experts, sums):
     """A row of metrics.jsonl, of all ranks. Lengths are in tokens; entropy leaves skipped groups out."""
-    of_all = lambda values: torch.cat(gather(values.cpu())).float()
-    rewards = of_all(sampled.rewards)  # (B, G)
-    length = of_all(sampled.mask.sum(-1))
+    all_ranks = lambda values: torch.cat(gather(values.cpu())).float()
+    rewards = all_ranks(sampled.rewards)  # (B, G)
+    length = all_ranks(sampled.mask.sum(-1))
     datasets = [problem.dataset for problems in gather(sampled.problems) for problem in problems]
     verdicts = [verdict for groups in gather(sampled.verdicts) for group in groups for verdict in group]
     loss, kl, entropy, tokens = (total(sums[name]) for name in ("loss", "kl", "entropy", "tokens"))
     row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=length.mean().item(),
-               truncated=of_all(sampled.truncated).mean().item(),
+               truncated=all_ranks(sampled.truncated).mean().item(),
                frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
                loss=loss, kl=kl / tokens, entropy=entropy / tokens, rollout_seconds=sampled.seconds,
                tokens_per_second=length.sum().item() / sampled.seconds,
                reward_by_dataset=by_dataset(datasets, rewards.mean(1)),
                reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
     if sampled.attention is not None:
-        attention = of_all(by_expert(sampled.attention, owner))  # (B, heads, L, experts)
+        attention = all_ranks(by_expert(sampled.attention, owner))  # (B, heads, L, experts)
         names = [expert.name for expert in experts]
         row["attention"] = dict(zip(names, attention.mean((0, 1, 2)).tolist()))
         row["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
@@ -271,8 +271,8 @@ def log(args, row, sampled, skipped):
     if row["step"] % 10 == 1 or "val" in row:
         parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
         if "val" in row:
-            said, right = sampled.texts[0][0].strip()[:30], sampled.problems[0].answer
-            parts += [f"val {row['val']:.1%}", f"says {said!r}, right is {right!r}"]
+            answer, gold = sampled.texts[0][0].strip()[:30], sampled.problems[0].answer
+            parts += [f"val {row['val']:.1%}", f"says {answer!r}, right is {gold!r}"]
         for dataset, shares in row.get("attention_by_dataset", {}).items():
             most = max(shares, key=shares.get)
             parts.append(f"{dataset}: {most} {shares[most]:.2f}")

@@ -229,7 +229,7 @@ def bench_gradient(folder, size, device):
     shared, copied = (child(peak_of, scoring, **options, copies=copies) for copies in (False, True))
     return dict(gradient_time_ratio=ratio(*times), gradient_memory_share=summary([shared / copied]))
 
-def head(whole, device, n=2048):
+def head(at_once, device, n=2048):
     """A function: log-probabilities of n tokens with gradient, in chunks or from the whole (n, V)."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(49152, 576, generator=generator) * 0.05).bfloat16().to(device)
@@ -237,7 +237,7 @@ def head(whole, device, n=2048):
     targets = torch.randint(0, 49152, (n,), generator=generator).to(device)
 
     def run():
-        if whole:
+        if at_once:
             logp = (h @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         else:
             logp, _ = TokenLogprob.apply(h, weight, targets, 1.0, 256)
@@ -248,8 +248,8 @@ def head(whole, device, n=2048):
 
 def bench_head(folder, size, device):
     times = alternate(device, head(False, device), head(True, device))
-    chunks, whole = (child(peak_of, head, whole=whole, device=device) for whole in (False, True))
-    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / whole]))
+    chunks, entire = (child(peak_of, head, at_once=at_once, device=device) for at_once in (False, True))
+    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / entire]))
 
 def bench_router(folder, size, device):
     narrow, wide = [64, 72, 80, 88, 96, 104, 112, 128], [384, 576, 640, 768, 896, 1024, 1536, 2048]
