@@ -107,12 +107,12 @@ def read_back(out, policy, router, data, args, experts, n=64):
         if not rows:
             continue
         mask = data.reading_mask(e)
-        one = (lambda H: router(H, mask)) if router else None
+        masked = (lambda H: router(H, mask)) if router else None
         expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
         row = dict(expert=expert.name)
-        for states, H in (("read_back", data.H), ("shuffled", data.H.roll(1, 0))):
-            answers = evaluate(policy, one, data, args, rows, H)[1]
-            row[states] = sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows)
+        for key, H in (("read_back", data.H), ("shuffled", data.H.roll(1, 0))):
+            answers = evaluate(policy, masked, data, args, rows, H)[1]
+            row[key] = sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows)
         append(out / "align.jsonl", row | dict(n=len(rows)))
         tqdm.write(f"stage 0: {expert.name}: {row['read_back']:.0%} of {len(rows)} new texts read back, "
                    f"{row['shuffled']:.0%} with other problems' states")
@@ -140,8 +140,6 @@ def test_report(policy, router, data, args, experts):
 
 def show(report, path):
     """Print the report, and keep it as JSON at `path`."""
-    if RANK == 0:
-        write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
     print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
     for when in ("before", "after"):
         low, high = report[when]["ci95"]
@@ -160,6 +158,8 @@ def show(report, path):
         swap = report["swap"]
         print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
               f"{swap['n']} answers are the other problem's")
+    if RANK == 0:
+        write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
 
 # -- What train.py shows and writes down
 
@@ -280,29 +280,30 @@ def picture(run, report, path):
     rows = read_lines(run / "metrics.jsonl")
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(10, 7), layout="constrained")
-    (learned, attended), (shares, lost) = figure.subplots(2, 2)
-    learned.plot(steps, [row["reward"] for row in rows], label="reward in training", color="0.6", linewidth=1)
+    (learning, over_time), (at_end, masked_out) = figure.subplots(2, 2)
+    rewards = [row["reward"] for row in rows]
+    learning.plot(steps, rewards, label="reward in training", color="0.6", linewidth=1)
     val = {row["step"]: row["val"] for row in rows if "val" in row}
-    learned.plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
-    learned.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
-    learned.set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
-    learned.legend(fontsize=8)
+    learning.plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
+    learning.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
+    learning.set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
+    learning.legend(fontsize=8)
     attention = report.get("attention_by_dataset", {})
-    for dataset, by_name in attention.items():
-        most = max(by_name, key=by_name.get)
+    for dataset, shares in attention.items():
+        most = max(shares, key=shares.get)
         curve = [row["attention_by_dataset"].get(dataset, {}).get(most) for row in rows]
-        attended.plot(steps, curve, label=f"{dataset}: {most}")
+        over_time.plot(steps, curve, label=f"{dataset}: {most}")
     if attention:
-        attended.axhline(1 / len(by_name), ls=":", color="0.3", label="even")
-        attended.set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
+        over_time.axhline(1 / len(shares), ls=":", color="0.3", label="even")
+        over_time.set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
                      title="The expert attended to most at the end")
-        attended.legend(fontsize=8)
-        heat(shares, attention, 1, "{:.2f}", "Attention on test problems")
+        over_time.legend(fontsize=8)
+        heat(at_end, attention, 1, "{:.2f}", "Attention on test problems")
     if report["masked"]:
         points = {dataset: {name: 100 * (row["after"] - masked[dataset])
                             for name, masked in report["masked"].items()}
                   for dataset, row in report["by_dataset"].items()}
-        heat(lost, points, 100, "{:.0f}", "Points lost when it is masked out")
+        heat(masked_out, points, 100, "{:.0f}", "Points lost when it is masked out")
     for axis in figure.axes:
         axis.set_visible(axis.has_data())
     figure.savefig(path, dpi=110)

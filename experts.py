@@ -20,6 +20,7 @@ What is easy to get wrong:
 import contextlib
 import functools
 import hashlib
+import json
 import math
 import os
 import time
@@ -338,7 +339,7 @@ def find_model(source):
 
 def weight_files(folder):
     """The safetensors files of a model. Raises ValueError if there are none."""
-    files = sorted(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
+    files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
     if not files:
         raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
                          "(other formats can run code and are never loaded)")
@@ -347,10 +348,10 @@ def weight_files(folder):
 def stop_tokens(folder, config):
     """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
     config = config.get_text_config()  # of a vision-language model: its language model's config
-    ids = config.eos_token_id
+    ids = getattr(config, "eos_token_id", None)
     if (folder / "generation_config.json").is_file():
         with loading("generation_config.json", folder):
-            own = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+            own = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
         ids = ids if own is None else own
     ids = ids if isinstance(ids, list) else [ids]
     if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):

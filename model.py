@@ -108,7 +108,7 @@ class Block(nn.Module):
 @dataclass
 class Prefill:
     """What B prompts leave behind."""
-    layers: list  # keys and values of each, both (B, K, S, D)
+    kv: list  # (keys, values) of each layer, both (B, K, S, D)
     last: torch.Tensor  # (B, d) hidden state of the last real token, before the final norm
     lengths: torch.Tensor  # (B,) real positions, prefix included
     padding: torch.Tensor  # (B, 1, 1, 1, S) True where a position is padding
@@ -257,11 +257,11 @@ class Policy(nn.Module):
             lengths = lengths + prefix.shape[1]
         S = x.shape[1]
         exact = torch.float32 if x.device.type == "cpu" else x.dtype  # a CPU's kernel is slow in bfloat16
-        layers = []
+        kv = []
 
         def attend(q, k, v):  # causality alone masks the padding here: it stands behind the real tokens
             k, v = k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
-            layers.append((k, v))  # (B, K, S, D)
+            kv.append((k, v))  # (B, K, S, D)
             q, k, v = q.transpose(1, 2).to(exact), k.to(exact), v.to(exact)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return y.to(x.dtype).transpose(1, 2)
@@ -270,15 +270,16 @@ class Policy(nn.Module):
             x = block(x, self.cos[:S, None], self.sin[:S, None], attend)
         last = x[torch.arange(len(x), device=x.device), lengths - 1]
         padding = torch.arange(S, device=x.device) >= lengths.view(-1, 1, 1, 1, 1)
-        return Prefill(layers, last, lengths, padding)
+        return Prefill(kv, last, lengths, padding)
 
     def extend(self, tokens, cache, start=0, memory=None):
         """Hidden states (B, G, T, d) of completion tokens (B, G, T) from place `start` on. memory: keys and
-        values of the tokens before, (layers, 2, B, K, G, places, D), theirs are added; None for none."""
+        values of the tokens before, (layers, 2, B, K, G, places, D); these add theirs. None: none before."""
+        R = self.config.num_attention_heads // self.config.num_key_value_heads
         reach = tokens.shape[-1] if memory is None else memory.shape[5]
         places = torch.arange(reach, device=tokens.device)
         now = start + places[:tokens.shape[-1]]
-        causal_mask = places > now.repeat(self.blocks[0].H // self.blocks[0].K)[:, None]  # (R T, t)
+        causal_mask = places > now.repeat(R)[:, None]  # (R T, reach), the queries' order in group_attention
         positions = (cache.lengths[:, None] + now)[:, None, :, None]  # (B, 1, T, 1)
         cos, sin = self.cos[positions], self.sin[positions]  # (B, 1, T, 1, D / 2)
         x = F.embedding(tokens, self.embed)
@@ -287,8 +288,8 @@ class Policy(nn.Module):
             def attend(q, k, v, i=i):
                 k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, K, G, T, D)
                 if memory is not None:
-                    k, v = memory[i].index_copy_(4, start, torch.stack((k, v)))
-                return group_attention(q, k, v, causal_mask, *cache.layers[i], cache.padding)
+                    k, v = memory[i].index_copy_(4, now, torch.stack((k, v)))
+                return group_attention(q, k, v, causal_mask, *cache.kv[i], cache.padding)
 
             x = block(x, cos, sin, attend)
         return x
@@ -298,10 +299,10 @@ class Policy(nn.Module):
         """Sample `group` completions of each prompt in `cache`. Returns tokens and mask (B, G, T), mask True
         up to and including the first stop token; T <= max_new is where the longest one ends, in buckets.
         A step works in place on tensors that stay where they are, so that a GPU repeats it as one graph."""
-        (B, K, _, D), device = cache.layers[0][0].shape, self.embed.device
+        (B, K, _, D), device = cache.kv[0][0].shape, self.embed.device
         on_cpu = device.type == "cpu"
-        places = 16 if on_cpu else max_new  # for own keys and values; a CPU adds to them, to read less
-        memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, places, D)
+        room = 16 if on_cpu else max_new  # places for own keys and values; a CPU adds to them, to read less
+        memory = self.embed.new_zeros(len(self.blocks), 2, B, K, group, room, D)
         stop, goes_on = int(self.ends.nonzero()[0]), ~self.ends
         tokens = torch.full((B, group, max_new), stop, device=device)
         alive = torch.ones(B, group, 1, dtype=torch.bool, device=device)
@@ -364,7 +365,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def lora_disabled(self, merged=False):
-        """The frozen policy, as it was loaded, or with LoRA merged."""
+        """LoRA's products are left out: the frozen policy, or (merged) the one with LoRA in its weights."""
         layers = [layer for layer in self.adapters() if layer.adapted]
         frozen = [layer.weight for layer in layers]
         try:
@@ -381,7 +382,7 @@ class Policy(nn.Module):
 
 def policy_config(folder):
     """The config.json of a policy, with `head_dim`, `rotary` (its angles' module) and `stop` filled in.
-    Raises ValueError for what this file cannot run. The other sizes are those of tensors, see `weight`."""
+    Raises ValueError for what this file cannot run. Sizes that a tensor has are checked with it."""
     with loading("config", folder):
         c = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if c.model_type not in ARCHITECTURES:

@@ -124,7 +124,8 @@ def draws(dataset, level):
                 item = found[i]
             yield item["question"], str(item["answer"])
     except Exception as error:
-        raise ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another") from error
+        raise ValueError(f"{dataset} or an item of it cannot be built at level {level} ({error!r}): choose "
+                         "another") from error
 
 def split_of(question):
     """The split of a generated question: 1/2 train, 1/4 val, 1/4 test. Final: tiny/ is trained on it."""
@@ -132,15 +133,15 @@ def split_of(question):
 
 def dataset_problems(task, dataset, split, level):
     """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
-    seen, newest = set(), -1
+    seen, last_new = set(), -1
     for drawn, (question, answer) in enumerate(draws(dataset, level)):
         if question not in seen and answer:  # an empty answer cannot be given
             seen.add(question)
-            newest = drawn
+            last_new = drawn
             if split_of(question) == split:
                 yield Problem(question, answer, task, dataset, split)
-        # ends after so many draws without a new question of any split: none depends on which is asked for
-        if drawn - newest >= max(200, 3 * len(seen)):
+        # so many draws without a new question of any split: what a split holds does not depend on the others
+        if drawn - last_new >= max(200, 3 * len(seen)):
             return
 
 def epochs(items, name):
@@ -182,8 +183,8 @@ def problems(task, split, n, data=None, level=None, least=None):
 
     A shorter list begins a longer one. val and test hold no question twice; train begins again, reshuffled.
     `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..."; gsm8k ignores it.
-    ValueError for an unknown task, split or level, a refused dataset, and where there are fewer than n, or
-    than `least`.
+    ValueError for an unknown task, split or level, a refused dataset, and where there are fewer than `least`
+    (default: n).
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")

@@ -30,6 +30,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported after the ranks have met, it would keep their threads alive
 import torch.nn.functional as F
 
 from experts import Expert, brief, line_ends, read_states, read_tensors, write_tensors, write_texts

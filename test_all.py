@@ -615,7 +615,7 @@ def test_bfloat16_is_float32_but_for_rounding():
         cache = policy.prefill(tokens, lengths, C)
         logp, _ = policy.logprobs(cache, answer, mask)
         logp.sum().backward()
-        assert cache.layers[0][0].dtype == dtype
+        assert cache.kv[0][0].dtype == dtype
         found.append((logp[mask].detach(), C.grad.flatten()))
     for rounded, exact in zip(*found):
         error = (rounded - exact).norm() / exact.norm()

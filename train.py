@@ -158,14 +158,14 @@ def main(args):
         # 3. Score the same tokens again, with gradient: to LoRA and, through the context, to the router.
         start = time.perf_counter()
         n_tokens = total(sampled.mask.sum().item())  # of the whole step: micro-batches, ranks change nothing
-        old = torch.empty(sampled.mask.shape, device=sampled.mask.device)  # log-probabilities in epoch 0
+        old = torch.zeros(sampled.mask.shape, device=sampled.mask.device)  # log-probabilities in epoch 0
         for epoch in range(args.epochs):
             i, sums = 0, Counter()
             while i < len(batch.problems):
                 part = slice(i, i + args.micro_batch)
                 i += args.micro_batch
-                if part.start and not (args.beta or advantage[part].any()):
-                    continue  # equal rewards, no KL: its gradient is 0; the first always runs, to see a NaN
+                if part.start > 0 and not (args.beta or advantage[part].any()):  # the first shows a NaN
+                    continue  # equal rewards and no KL: its gradient is zero
                 micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
                 try:
                     context, _ = router(micro.H) if router else (None, None)
@@ -350,8 +350,8 @@ def parse_args(argv):
             raise ValueError(f"--steps stays {args.steps}, as the run draws for all: start anew with more")
         args = replace(args, **(given | dict(out=given["resume"])))
     else:
-        if "policy" in given and "preset" not in given:  # small's settings, but none of its models
-            given = dict(preset="small", experts=[], cue="") | given
+        if "policy" in given and not given.get("preset"):  # small's settings, but none of its models
+            given = dict(experts=[], cue="") | given | dict(preset="small")
         preset = given.get("preset") or pick_preset(given)
         args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
         if args.collab in ("single", "text") and "align" not in given:

@@ -175,7 +175,7 @@ class Study:
             with ThreadPoolExecutor(self.workers) as pool:
                 try:
                     list(pool.map(self.one_run, [run for run in self.runs if run.way != "stage 0"]))
-                    # it is tested when all runs that it belongs to are trained
+                    # stage 0 is tested when all runs that begin with it are trained
                     list(pool.map(self.one_run, [run for run in self.runs if run.way == "stage 0"]))
                 finally:
                     self.stopping = True
