@@ -36,7 +36,7 @@ import rewards
 import rlvr
 import train
 from experts import Expert, read_states, write_texts
-from model import Policy, TokenLogprob, sample
+from model import Policy, SwiGLU, TokenLogprob, sample
 from rewards import EXAMPLE, INSTRUCTION, Problem, number, problems, prompt, verify
 from rlvr import Dataset, advantages, grpo_loss, kl_estimate
 from router import ROUTERS, Router
@@ -665,6 +665,9 @@ def test_shared_prefill_equals_plain_copies(small):
     torch.testing.assert_close(logp2.view_as(logp), logp, atol=1e-5, rtol=1e-5)
     same_gradients(shared, gradients(small) | dict(prefix=prefix.grad))
     assert shared["prefix"].abs().max() > 1e-3  # it is learned from, through the cached keys and values
+
+def test_swiglus_backward_is_the_derivative():
+    assert torch.autograd.gradcheck(SwiGLU.apply, torch.randn(3, 8).double().requires_grad_())
 
 def test_samples_follow_the_probabilities_that_the_loss_is_about(small):
     """Answers of three tokens: each as often as exp(log-probability) says, at one temperature."""

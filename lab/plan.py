@@ -78,7 +78,7 @@ def memory(args, policy, experts, S):
         router = entries * width * dim + 12 * dim * dim + dim * policy.d
         if args.collab == "linear":
             router = entries * width * args.latents * policy.d
-    kept = 10 * policy.d + 2 * qkv + 6 * policy.ff  # numbers that autograd keeps of a token in a block
+    kept = 10 * policy.d + 2 * qkv + 5 * policy.ff  # numbers that autograd keeps of a token in a block
     scores = 2 * G * policy.heads * T * (S + T)
     cache = 2 * policy.layers * policy.kv_heads * policy.head_dim * B * (S + G * T)
     return {"policy, frozen": policy.params * size,
