@@ -970,6 +970,8 @@ def test_a_run_writes_down_what_it_did(finished):
         assert set(row["attention"]) == names and sum(row["attention"].values()) == pytest.approx(1, abs=1e-5)
         assert set(row["attention_by_dataset"]) <= {"family_relationships", "count_primes"}
         assert sum(row["reasons"].values()) == 24 and ("val" in row) == (row["step"] % 3 == 0)
+    verdicts, _, _ = evaluation.evaluate(*loaded(finished, "val"))
+    assert rows(finished)[-1]["val"] == evaluation.accuracy(verdicts)
     assert {row["reason"] for row in rows(finished, "samples.jsonl")} <= set(rewards.REASONS)
     assert [row["expert"] for row in rows(finished, "align.jsonl")[1:]] == ["logic", "algorithmic"]
     assert set(json.loads((finished / "eval.json").read_text())["masked"]) == names
@@ -1255,12 +1257,12 @@ def test_wilson_by_hand():
     assert evaluation.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-3)
     assert evaluation.wilson(0, 5)[0] == 0 and evaluation.wilson(5, 5)[1] == 1
 
-def loaded(out):
-    """(policy, router, test problems, args) of a run, as eval.py has them."""
+def loaded(out, split="test"):
+    """(policy, router, problems of a split, args) of a run, as eval.py has them."""
     args = train.saved_run(out)
     policy, pool, router = train.build(args)
     rlvr.load_newest(out, policy, router)
-    return policy, router, Dataset(train.load_problems(args, "test"), policy, pool, args), args
+    return policy, router, Dataset(train.load_problems(args, split), policy, pool, args), args
 
 def test_swap_counts_who_follows_the_states(finished, monkeypatch):
     """Who says what the states' expert says follows always; who goes by the question never does."""
