@@ -1,24 +1,45 @@
 """
-What was learned: accuracy on held-out problems, who is attended to, and whether that matters.
+Evaluation: how many test problems are answered right, which expert is attended to, and does that matter?
 
-$ python eval.py runs/NAME                               # test problems, masking, swap, the picture run.png
-$ python eval.py runs/NAME --aligned                     # after stage 0, before GRPO
-$ python eval.py runs/NAME --ask "How much is 3 + 4 ="   # one question; --ask alone opens a prompt
+$ python eval.py runs/NAME            # measure everything below on the test problems, and draw a picture
+$ python eval.py runs/NAME --stage0   # the same with the weights after stage 0, before GRPO
+$ python eval.py runs/NAME --ask      # type questions of your own, and see which expert is attended to
+$ python eval.py runs/NAME --ask "State the final answer to the following arithmetic problem: 1 - 5 + 2 + 4 ="
 
-"Before" is the policy alone, LoRA off and prefix off. Attention is no proof that an expert matters: so each
-is masked out (attention exactly 0), and in the swap test every question has the states of another.
+What is measured. All answers are greedy: at every token the policy takes the likeliest one.
+
+1. Before and after. "Before" is the policy alone: LoRA is off and there is no context.
+2. Attention. How much does the router attend to each expert, for each kind of problem? A large share is no
+   proof that the expert matters, because the policy may ignore what is read from it. Hence two more tests.
+3. Masking. The test is repeated with one expert hidden: its attention is exactly 0. The accuracy that is then
+   lost is what only this expert contributes.
+4. Swap. Each question gets the states of another question of its dataset. A policy that gives the answer of
+   the OTHER question has read it from the states. A policy that still answers its own question does not need
+   the states: it knows the answer itself, or guesses it.
+
+What is easy to get wrong:
+- The reward in training is that of sampled answers. Greedy answers are usually right more often, so the two
+  must not be compared. "Before" is greedy, too.
+- Accuracy on 256 problems is uncertain by up to 6 points in each direction (`wilson`). Two runs that differ
+  by less may be equally good.
+- An accuracy of 30% may be worth nothing, if one and the same answer is right for 30% of the problems. The
+  swap test shows it: such a policy loses nothing with the states of another question.
+
+A report and its picture have a name that says what they show: eval-step80-n256.json and .png are about the
+weights after step 80 and 256 problems, eval-stage0-n256.json is about those after stage 0. So a test on fewer
+problems overwrites no other, and a run that has gone on leaves no report that looks like a new one.
 """
 import os
 
+# Let idle OpenMP threads sleep. On a shared machine, threads that wait by spinning slow everybody down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import argparse
 import contextlib
-import fcntl
+import itertools
 import json
 import math
-import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -26,390 +47,581 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experts import pick_device, write_atomic
-from rewards import Problem, extract, next_of_dataset, verify
-from rlvr import RANK, Dataset, build, gather, load_checkpoint, load_newest, load_problems, rollout, share
-from router import by_expert, masked_router
+from experts import read_tensors, write_atomic
+from rewards import Problem, extract, next_in_dataset
+from rlvr import (RANK, Dataset, all_gather, checkpoints, import_extension, load_problems, my_part, open_run,
+                  read_config, read_records, rollout, run_cli, without_nan)
+from router import NoRouter, WithoutExpert, by_expert
 
-def main(argv=None):
-    options = parse(argv)
-    args, policy, experts, router = open_run(options.run, options.device, options.aligned)
-    if options.ask is not None:
-        return ask(policy, router, experts, args, options.ask)
-    found = load_problems(args, "test", options.n or (1319 if args.task == "gsm8k" else None))
-    data = Dataset(found, policy, experts, args)
-    report = test_report(policy, router, data, args, experts)
-    if data.H.numel() and len(data) > len({problem.dataset for problem in found}):
-        report["swap"] = swap_test(policy, router, data, args)
-    name = "aligned" if options.aligned else "run"
-    show(report, options.run / f"eval-{name}.json")
-    print(f"picture: {picture(options.run, report, options.run / f'{name}.png')}")
-    if options.json:
-        print(json.dumps(report))
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run, as train.py --out wrote it")
-    parser.add_argument("--n", type=int, help="test problems (default: as trained with; GSM8K: all 1,319)")
-    parser.add_argument("--aligned", action="store_true", help="the policy after stage 0, before GRPO")
-    parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION", help="a question of yours, or many")
-    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON, the last")
-    parser.add_argument("--device", default="auto")
-    options = parser.parse_args(argv)
-    if options.n is not None and options.n < 1:
-        raise ValueError("--n must be at least 1")
-    if options.ask is not None and (options.n or options.json):
-        raise ValueError("--ask answers questions and measures nothing: leave --n and --json out")
-    return options
-
-# -- Measured the same way in training and here
+# -- What is measured
 
 @torch.no_grad()
-def evaluate(policy, router, data, args, rows=None, H=None):
-    """Greedy answers to all problems, or those at `rows`: verdicts [n], texts [n], attention (n, heads, L,
-    experts) or None. router: any function of H; None: no prefix. H (n, N, D): read in place of the data's."""
-    mine = share(range(len(data)) if rows is None else rows)
-    # more rows would need more memory than a rollout
-    size = min(128 if policy.embed.is_cuda else 64, args.batch * args.group)
-    verdicts, texts, attention = [], [], []
-    for i in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=True if RANK else None):
-        batch = data.batch(mine[i:i + size])
-        if H is not None:
-            batch.H = H[mine[i:i + size]].to(batch.H)
-        out = rollout(policy, router, batch, args, 1, temperature=0)
-        verdicts += [row[0] for row in out.verdicts]
-        texts += [row[0] for row in out.texts]
-        if out.attention is not None:
-            attention.append(by_expert(out.attention, data.owner).cpu())
-    verdicts, texts, attention = (sum(parts, []) for parts in zip(*gather((verdicts, texts, attention))))
-    return verdicts, texts, torch.cat(attention) if attention else None
+def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
+    """Answer problems greedily, and verify the answers. All ranks call this, and share the work.
 
-def strict(verdicts):
-    return torch.tensor([float(verdict.strict) for verdict in verdicts])
+    indices   which problems of the dataset; None: all n of them
+    H         (n, N, D), states for all problems of the dataset: they replace the dataset's own
+    visible   (N,) or, for all problems of the dataset, (n, N): False hides a state from the router
+    Returns, in the order of the indices, the verdicts, the texts of the answers, and the attention (problems,
+    heads, L, experts); None in its place if the router has no attention.
+    """
+    if indices is None:
+        indices = range(len(dataset))
+    mine = list(my_part(indices))
+
+    # Take no more problems at once than a rollout has answers, so that this needs no more memory than training.
+    limit = 128 if policy.embed.is_cuda else 64
+    size = min(limit, args.batch * args.group)
+    hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
+
+    verdicts, texts, attention = [], [], []
+    for start in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=hide_bar):
+        part = mine[start:start + size]
+        batch = dataset.batch(part)
+
+        # Replace what the router reads, or what it can see.
+        if H is not None:
+            batch.H = H[part].to(batch.H)
+        if visible is not None:
+            rows = visible.expand(len(dataset), -1)[part]
+            batch.visible = rows.to(batch.visible)
+
+        # A group of one: one greedy answer to each problem.
+        sampled = rollout(policy, router, batch, args, group=1, temperature=0)
+        verdicts += [group[0] for group in sampled.verdicts]
+        texts += [group[0] for group in sampled.texts]
+        if sampled.attention is not None:
+            attention.append(by_expert(sampled.attention, dataset.expert_of_state).cpu())
+
+    # Put the parts of all ranks together.
+    verdicts, texts, attention = joined(verdicts), joined(texts), joined(attention)
+    if not attention:
+        return verdicts, texts, None
+    return verdicts, texts, torch.cat(attention)
+
+
+def joined(items):
+    """The lists of all ranks, one after the other, as one list on every rank."""
+    return list(itertools.chain.from_iterable(all_gather(items)))
+
+
+def rewards_of(verdicts):
+    """(n,): 1.0 for a right answer, 0.0 for any other."""
+    return torch.tensor([verdict.reward for verdict in verdicts])
+
 
 def accuracy(verdicts):
-    return strict(verdicts).mean().item()
+    """The fraction of answers that are right: the right number or text, in the requested format."""
+    return rewards_of(verdicts).mean().item()
+
 
 def by_dataset(datasets, values, names=None):
-    """{dataset: mean of its values}; values (n,), or (n, experts) for {dataset: {expert: mean}}."""
+    """Average values over the problems of each dataset.
+
+    datasets: the name of each problem's dataset, n of them. values (n,) -> {dataset: mean}, or with the names
+    of the experts, values (n, experts) -> {dataset: {expert: mean}}. For example the datasets a, b, a, b and
+    the values 1, 2, 3, 6 give {"a": 2.0, "b": 4.0}.
+    """
     means = {}
     for dataset in sorted(set(datasets)):
-        mean = values[[i for i, other in enumerate(datasets) if other == dataset]].mean(0)
-        means[dataset] = dict(zip(names, mean.tolist())) if names else mean.item()
+        indices = [i for i, other in enumerate(datasets) if other == dataset]
+        mean = values[indices].mean(0)
+        if names is None:
+            means[dataset] = mean.item()
+        else:
+            means[dataset] = dict(zip(names, mean.tolist()))
     return means
 
-@torch.no_grad()
-def read_back(out, policy, router, data, args, experts, n=64):
-    """What stage 0 is judged by, on new problems: the share of each expert's texts that is read back, and the
-    same with the states of another problem. Greedy; to align.jsonl and the console."""
-    for e, expert in enumerate(experts):
-        rows = [i for i, text in enumerate(data.texts[e][:n]) if text]
-        if not rows:
-            continue
-        mask = data.reading_mask(e)
-        masked = (lambda H: router(H, mask)) if router else None
-        expected = [policy.tokenizer.decode(data.targets[e][i], skip_special_tokens=True) for i in rows]
-        row = dict(expert=expert.name)
-        for key, H in (("read_back", data.H), ("shuffled", data.H.roll(1, 0))):
-            answers = evaluate(policy, masked, data, args, rows, H)[1]
-            row[key] = sum(a.strip() == b.strip() for a, b in zip(answers, expected)) / len(rows)
-        append(out / "align.jsonl", row | dict(n=len(rows)))
-        tqdm.write(f"stage 0: {expert.name}: {row['read_back']:.0%} of {len(rows)} new texts read back, "
-                   f"{row['shuffled']:.0%} with other problems' states")
-
-def test_report(policy, router, data, args, experts):
-    """Accuracy before and after, attention, and accuracy with each expert masked out: a dict for JSON."""
-    names, datasets = [expert.name for expert in experts], [problem.dataset for problem in data.problems]
-    score = lambda verdicts: dict(
-        strict=accuracy(verdicts), lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
-        ci95=wilson(strict(verdicts).sum().item(), len(verdicts)))
-    with policy.lora_disabled():
-        before = evaluate(policy, None, data, args)[0]
-    after, _, attention = evaluate(policy, router, data, args)
-    alone, now = by_dataset(datasets, strict(before)), by_dataset(datasets, strict(after))
-    rows = {d: dict(n=datasets.count(d), before=alone[d], after=now[d]) for d in now}
-    report = dict(task=args.task, level=args.level, n=len(data), seed=args.seed, collab=args.collab,
-                  control=args.control, align=args.align, before=score(before), after=score(after),
-                  by_dataset=rows, right=strict(after).int().tolist(), masked={})
-    if attention is not None:
-        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
-        for e, name in enumerate(names if len(names) > 1 else ()):
-            masked = evaluate(policy, masked_router(router, data.owner, e), data, args)[0]
-            report["masked"][name] = by_dataset(datasets, strict(masked))
-    return report
-
-def show(report, path):
-    """Print the report, and keep it as JSON at `path`."""
-    print(f"\n{report['n']} held-out problems, greedy, 95% intervals (Wilson)")
-    for when in ("before", "after"):
-        low, high = report[when]["ci95"]
-        print(f"  {when:7} {report[when]['strict']:6.1%} [{low:.1%}, {high:.1%}], "
-              f"lenient {report[when]['lenient']:.1%}")
-    for dataset, rows in report["by_dataset"].items():
-        line = f"  {dataset[:22]:22} {rows['before']:6.1%} -> {rows['after']:6.1%} of {rows['n']}"
-        parts = []
-        for name, attended in report.get("attention_by_dataset", {}).get(dataset, {}).items():
-            parts.append(f"{name} {attended:.2f}")
-            if name in report["masked"]:
-                parts[-1] += f" ({100 * (report['masked'][name][dataset] - rows['after']):+.0f})"
-        line += f"; attention (masked out): {', '.join(parts)}" if parts else ""
-        print(textwrap.fill(line, 100, subsequent_indent=" " * 24))
-    if "swap" in report:
-        swap = report["swap"]
-        print(f"  with another problem's states {swap['strict']:.1%} is right, and {swap['follows']:.1%} of "
-              f"{swap['n']} answers are the other problem's")
-    if RANK == 0:
-        write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
-
-# -- What train.py shows and writes down
-
-def bar(items, name, done, steps):
-    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
-
-def log_alignment(out, step, part, loss):
-    if step % 25 == 1:
-        append(out / "align.jsonl", dict(align=step, part=part, loss=loss))
-        tqdm.write(f"stage 0, step {step:4d}, {part:7} | loss {loss:.3f}")
-
-def show_gate(policy, experts, data, args, n=64):
-    """Before minutes are spent: how many will it be, and is there anything to attend to? What experts say to
-    a few problems must be right more often than what the policy says alone, by 15 points on a dataset."""
-    problems = data["val"].problems[:n]
-    datasets = [problem.dataset for problem in problems]
-    with policy.lora_disabled():
-        verdicts = evaluate(policy, None, data["val"], args, range(len(problems)))[0]
-    show_time(policy, data, args, len(experts))
-    alone = by_dataset(datasets, strict(verdicts))
-    print(f"  alone      the policy is right in {percents(alone)}")
-    gains = []
-    for expert, texts in zip(experts, data["val"].texts):
-        verdicts = [verify(text, problem, "plain") for text, problem in zip(texts, problems)]
-        own = by_dataset(datasets, strict(verdicts))
-        gains += [own[dataset] - alone[dataset] for dataset in own]
-        if expert.writes:
-            print(f"  says       {expert.name} is right in {percents(own)}")
-    for e, expert in enumerate(experts if data["val"].H.numel() else ()):
-        H = data["val"].H[:, data["val"].owner == e].float()  # (n, K, D)
-        if len(H) > 1 and (H - H[0]).abs().mean() < 0.01 * H.abs().mean():
-            print(f"  warning    {expert.name}'s states are the same for all problems: nothing to read")
-    if gains and max(gains) < 0.15:
-        print("  warning    no expert's words beat the policy by 15 points anywhere: little to attend to")
-
-def show_time(policy, data, args, n_experts):
-    """A forecast from one rollout. A gradient pass takes 2.5 times as long, 3.3 with the reference (less
-    where equal rewards are skipped). Where no prompt is shared, a greedy answer takes 3 times a sampled one,
-    reading 1.5 times the rollout's time."""
-    batch = data["train"].batch(share(range(args.batch)))
-    seconds = rollout(policy, None, batch, args, args.group, args.temperature).seconds
-    reading = args.align * seconds * 1.5 * args.align_batch / args.batch
-    grpo = args.steps * seconds * (1 + args.epochs * (3.3 if args.beta else 2.5))
-    answers = args.test * (2 + n_experts) + args.val * (args.steps // args.eval_every)
-    tests = answers * 3 * seconds / (args.batch * args.group)
-    print(f"  time       about {(reading + grpo + tests) / 60:.1f} minutes: reading {reading / 60:.1f}, "
-          f"GRPO {grpo / 60:.1f}, tests {tests / 60:.1f}")
-
-def percents(shares):
-    return ", ".join(f"{dataset} {share:.0%}" for dataset, share in shares.items())
-
-def show_report(args, report):
-    """What a run ends with: the report, and what to try next."""
-    show(report, Path(args.out) / "eval.json")
-    out = shlex.quote(args.out)
-    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask")
-    if args.control not in ("shuffled", "noise"):  # with more steps these would draw other states
-        print(f"  python train.py --resume {out} --steps {2 * args.steps}")
-
-# -- What only this file measures
 
 def wilson(right, n, z=1.96):
-    """95% interval of a share (Wilson 1927), honest for small n and near 0 and 1: 8 of 10 -> (0.49, 0.94)."""
+    """The 95% interval of a fraction, right of n (Wilson 1927). For example 8 of 10: (0.49, 0.94).
+
+    It can be trusted for small n and near 0 and 1 as well, where the usual p +- 1.96 * sqrt(p (1 - p) / n)
+    cannot: that would say that 10 right answers of 10 leave no doubt.
+    """
     p = right / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(0.0, center - half), min(1.0, center + half)
 
-def swap_test(policy, router, data, args):
-    """Every question with the states of the next one of its dataset: {"strict": share still right, "n": how
-    many questions have another gold answer than what the expert attended to most says to that next one,
-    "follows": share of these n answered so}. One problem alone of its dataset is left out."""
-    partner = next_of_dataset(data.problems)
-    rows = [i for i, j in enumerate(partner) if i != j]
-    verdicts, texts, attention = evaluate(policy, router, data, args, rows, H=data.H[partner])
+
+def summary(verdicts):
+    """Of n verdicts: the accuracy ("strict"), its 95% interval, and the fraction that is right in any format."""
+    right = rewards_of(verdicts).sum().item()
+    return dict(strict=accuracy(verdicts),
+                lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
+                ci95=wilson(right, len(verdicts)))
+
+
+def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None):
+    """Accuracy before and after, attention, and accuracy with each expert hidden, as a dict for JSON.
+
+    stage: "GRPO" or "stage 0", which weights are tested. step: how many steps of GRPO they have behind them,
+    by default all of args.steps. All ranks call this.
+    """
+    names = [expert.name for expert in experts]
+    datasets = [problem.dataset for problem in dataset.problems]
+    if step is None:
+        step = args.steps
+
+    # Before: the policy alone, without LoRA and without a context. After: with both.
+    with policy.lora("off"):
+        before, _, _ = evaluate(policy, NoRouter([], [], 0), dataset, args)
+    after, _, attention = evaluate(policy, router, dataset, args)
+
+    report = dict(task=args.task, level=args.level, n=len(dataset), seed=args.seed, router=args.router,
+                  control=args.control, reading_steps=args.reading_steps, stage=stage, step=step,
+                  before=summary(before), after=summary(after), by_dataset={},
+                  right=rewards_of(after).int().tolist(), masked={})
+
+    # The same for each kind of problem.
+    right_before = by_dataset(datasets, rewards_of(before))
+    right_after = by_dataset(datasets, rewards_of(after))
+    for name in right_after:
+        report["by_dataset"][name] = dict(n=datasets.count(name), before=right_before[name],
+                                          after=right_after[name])
+
+    # Attention, averaged over heads and latents; and the test once more without each of several experts.
+    if attention is not None:
+        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
+        if len(experts) > 1:
+            for e, name in enumerate(names):
+                others = WithoutExpert(router, dataset.expert_of_state, e)
+                verdicts, _, _ = evaluate(policy, others, dataset, args)
+                report["masked"][name] = by_dataset(datasets, rewards_of(verdicts))
+    return report
+
+
+def swap_test(policy, router, dataset, args):
+    """Give each question the states of the next question of its dataset. Whose answer does the policy give?
+
+    For question i and the next question j, let `expected` be what the expert that is attended to most says to
+    j. (Where experts are not asked for texts, it is the gold answer of j.) Returns a dict:
+
+        strict   the fraction of all answers that are still right for their own question i
+        n        the number of questions whose `expected` differs from the gold answer of i
+        follows  the fraction of these n that are answered with `expected`
+
+    If i is 2 + 3, j is 4 + 5, and the expert says 9 to j, then the answer 5 counts for `strict`, and the
+    answer 9 counts for `follows`. A question that is alone in its dataset is left out.
+    """
+    partner = next_in_dataset(dataset.problems)
+    indices = [i for i, j in enumerate(partner) if i != j]
+    verdicts, texts, attention = evaluate(policy, router, dataset, args, indices, H=dataset.H[partner])
+
     follows = []
-    for row, i in enumerate(rows):
+    for row, i in enumerate(indices):
         j = partner[i]
-        expected = data.problems[j].answer  # without texts or attention: what an expert that knows would say
-        if data.texts and attention is not None:
-            expected = data.texts[int(attention[row].mean((0, 1)).argmax())][j]
-        if expected and expected != data.problems[i].answer:
-            answer = extract(texts[row], args.form, False)[0]
+
+        # What should the policy say if it believes the states?
+        expected = dataset.problems[j].answer
+        if dataset.texts and attention is not None:
+            most_attended = int(attention[row].mean((0, 1)).argmax())
+            expected = dataset.texts[most_attended][j]
+
+        # Count only where that differs from the right answer.
+        if expected and expected != dataset.problems[i].answer:
+            answer, _ = extract(texts[row], args.answer_format, truncated=False)
             follows.append(answer.strip() == expected.strip())
+
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
-def ask(policy, router, experts, args, question):
-    """One question, or a prompt that stays open until Ctrl-D."""
-    if question == "" and not sys.stdin.isatty():
-        raise ValueError("--ask has no question: write one behind it, or call it from a terminal")
-    if args.control not in ("none", "untrained"):
-        print(f"--control {args.control} needs other problems; one question is given its own states")
-    print(f"trained on {args.task}: about anything else it was never rewarded")
-    if question:
-        return answer_one(policy, router, experts, args, question)
-    with contextlib.suppress(EOFError):
-        while True:
-            text = input("question (Ctrl-D ends): ").strip()
-            try:
-                if text:
-                    answer_one(policy, router, experts, args, text)
-            except ValueError as error:  # too long; the next one may be shorter
-                print(error)
 
-def answer_one(policy, router, experts, args, text):
-    """The answer, a bar for every expert, and what each expert itself would say."""
-    data = Dataset([Problem(question=text, answer="", split="test")], policy, experts, args, progress=False)
-    _, texts, attention = evaluate(policy, router, data, args)
-    print(texts[0].strip() or "(an empty answer)")
-    shares = [] if attention is None else attention.mean((0, 1, 2)).tolist()
-    for e, (expert, attended) in enumerate(zip(experts, shares)):
-        words = f"  says {data.texts[e][0]!r}" if data.texts and data.texts[e][0] else ""
-        print(f"  {expert.name:28} {'█' * round(40 * attended):40} {attended:.2f}{words}")
+def can_swap(dataset):
+    """Does the router read states, and has any question another one of its dataset?"""
+    n_datasets = len({problem.dataset for problem in dataset.problems})
+    return dataset.H.numel() > 0 and len(dataset) > n_datasets
+
+
+# -- Show a report
+
+FEW = 200  # test problems: with fewer, the interval is wider than 14 points
+
+
+def stage_name(report):
+    """In words, which weights a report is about."""
+    if report["stage"] == "stage 0":
+        return "after stage 0, before GRPO"
+    return f"after {report['step']} steps of GRPO"
+
+
+def show_report(report, path):
+    """Print a report, and write it to `path` as JSON (with null in place of NaN)."""
+    # Accuracy, with 95% intervals.
+    print(f"\n{report['n']} test problems, greedy answers [95% interval]")
+    for when, name in (("before", "policy alone"), ("after", stage_name(report))):
+        numbers = report[when]
+        low, high = numbers["ci95"]
+        line = f"  {name:26} {numbers['strict']:6.1%} [{low:.1%}, {high:.1%}]"
+        if numbers["lenient"] > numbers["strict"]:
+            line += f"; {numbers['lenient']:.1%} right in any format"
+        print(line)
+    if report["n"] < FEW:
+        print(f"  warning: fewer than {FEW} problems are few, which makes the intervals wide")
+    if "swap" in report:
+        swap = report["swap"]
+        print(f"  {'states of another question':26} {swap['strict']:6.1%}; {swap['follows']:.1%} of {swap['n']} "
+              "answers are those of the other question")
+
+    # The same for each dataset, and below it the attention to each expert.
+    attention = report.get("attention_by_dataset", {})
+    masked = report["masked"]
+    title = "by dataset: policy alone -> now"
+    if attention:
+        title += "; attention to each expert"
+    if masked:
+        title += " (points gained or lost without it)"
+    print(title)
+    for dataset, numbers in report["by_dataset"].items():
+        print(f"  {dataset:26} {numbers['before']:6.1%} -> {numbers['after']:6.1%} of {numbers['n']}")
+        pairs = []
+        for name, share in attention.get(dataset, {}).items():
+            pair = f"{name} {share:.2f}"
+            if name in masked:
+                points = 100 * (masked[name][dataset] - numbers["after"])
+                pair += f" ({points:+.0f})"
+            pairs.append(unbreakable(pair))
+        if pairs:
+            print(wrap("      " + ", ".join(pairs), indent=6))
+
+    if RANK == 0:
+        text = json.dumps(without_nan(report), indent=1, allow_nan=False)
+        write_atomic(Path(path), f"{text}\n".encode())
+
+
+NO_BREAK_SPACE = "\u00a0"  # textwrap breaks no line here
+
+
+def unbreakable(text):
+    """The same text, which `wrap` will keep on one line."""
+    return text.replace(" ", NO_BREAK_SPACE)
+
+
+def wrap(line, indent):
+    """Break a line into lines of 100 characters; all but the first are indented."""
+    lines = textwrap.fill(line, 100, subsequent_indent=" " * indent, break_long_words=False,
+                          break_on_hyphens=False)
+    return lines.replace(NO_BREAK_SPACE, " ")
+
+
+# -- Ask: questions of your own
+
+def ask(policy, router, experts, args, question):
+    """Answer one question; or, without one, those that are typed, or that come from a pipe, one a line.
+
+    In a question \\n stands for a line break, as some datasets have them. From a pipe, for example
+    `python eval.py runs/NAME --ask < questions.txt`, each line is answered by one line.
+    """
+    if question:
+        show_examples(args)
+        show_answer(policy, router, experts, args, question)
+    elif sys.stdin.isatty():
+        show_examples(args)
+        answer_typed_questions(policy, router, experts, args)
+    else:
+        answer_piped_questions(policy, router, experts, args)
+
+
+def show_examples(args):
+    """Say what the policy was trained on, and show three test questions that can be asked."""
+    if args.control not in ("none", "untrained"):
+        print(f"note: --control {args.control} replaces states by those of other problems; here each question "
+              "has its own")
+    print(wrap(f"The policy was trained on {args.task}. Ask in the same wording: about anything else its answers "
+               "mean little.", indent=0))
+    try:
+        problems = load_problems(args, "test", 3)
+    except (OSError, ValueError):  # for example, the file of --data is not there any more
+        return
+    print("Three test questions, which it has not seen in training:")
+    for problem in problems:
+        print(f"  {escape(problem.question)}")
+    print()
+
+
+def answer_typed_questions(policy, router, experts, args):
+    with contextlib.suppress(ImportError):  # some systems have none
+        import readline  # noqa: F401  makes input() understand the arrow keys
+    while True:
+        try:
+            question = input("question (Ctrl-D ends): ").strip()
+        except EOFError:
+            print()
+            return
+        try:
+            if question:
+                show_answer(policy, router, experts, args, question)
+        except ValueError as error:  # it is too long; the next one may be shorter
+            print(error)
+
+
+def answer_piped_questions(policy, router, experts, args):
+    n_questions = 0
+    for line in sys.stdin:
+        question = line.strip()
+        if not question:
+            continue
+        n_questions += 1
+        try:
+            _, text, _ = answer(policy, router, experts, args, question)
+        except ValueError as error:
+            text = str(error)
+        print(escape(text), flush=True)
+    if not n_questions:
+        raise ValueError("--ask has no question: write one after it, call it from a terminal, or pipe questions "
+                         "to it, one a line")
+
+
+def answer(policy, router, experts, args, question):
+    """Answer one question. Returns what the experts say (a list, or [] where they are not asked), the
+    policy's answer, and the attention to each expert (a list, or None)."""
+    problem = Problem(question=unescape(question), answer="", split="test")
+    dataset = Dataset([problem], policy, experts, args, progress=False)
+    _, texts, attention = evaluate(policy, router, dataset, args)
+
+    said = [column[0] for column in dataset.texts]
+    text = texts[0].strip() or "(an empty answer)"
+    if attention is None:
+        return said, text, None
+    return said, text, attention.mean((0, 1, 2)).tolist()
+
+
+def show_answer(policy, router, experts, args, question):
+    """Print the answer; below it, for each expert, a bar for its attention and what it would say itself."""
+    said, text, attention = answer(policy, router, experts, args, question)
+    print(text)
+    for e, expert in enumerate(experts):
+        line = f"  {expert.name:28}"
+        if attention is not None:
+            line += f" {'█' * round(40 * attention[e]):40} {attention[e]:.2f}"
+        if said and said[e]:
+            line += f"  says {said[e]!r}"
+        print(line)
+
+
+def escape(text):
+    """Put a text on one line: \\n stands for each line break."""
+    return text.replace("\n", "\\n")
+
+
+def unescape(text):
+    return text.replace("\\n", "\n")
+
+
+# -- The picture
 
 def picture(run, report, path):
-    """run.png: the learning curve, attention by dataset over training, attention and masking at the end."""
-    from matplotlib.figure import Figure
-    rows = read_lines(run / "metrics.jsonl")
-    steps = [row["step"] for row in rows]
+    """Draw a report in 2 x 2 panels, and return the path.
+
+    top      the reward during GRPO; the attention of each dataset to the expert that it attends to most
+    bottom   attention on the test problems; what is lost when an expert is hidden
+    At the top of a picture of stage 0 there is instead the accuracy by dataset: GRPO has not begun there, and
+    an attention that is nearly even favours nobody.
+    """
+    from matplotlib.figure import Figure  # only a picture needs it
+
     figure = Figure(figsize=(10, 7), layout="constrained")
-    (learning, over_time), (at_end, masked_out) = figure.subplots(2, 2)
-    rewards = [row["reward"] for row in rows]
-    learning.plot(steps, rewards, label="reward in training", color="0.6", linewidth=1)
-    val = {row["step"]: row["val"] for row in rows if "val" in row}
-    learning.plot(list(val), list(val.values()), "o-", label="validation, greedy", color="#0072B2")
-    learning.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone")
-    learning.set(xlabel="step of GRPO", ylabel="share right", ylim=(0, 1), title="What is learned")
-    learning.legend(fontsize=8)
+    figure.suptitle(f"{Path(run).resolve().name}: {stage_name(report)}, {report['n']} test problems")
     attention = report.get("attention_by_dataset", {})
-    for dataset, shares in attention.items():
-        most = max(shares, key=shares.get)
-        curve = [row["attention_by_dataset"].get(dataset, {}).get(most) for row in rows]
-        over_time.plot(steps, curve, label=f"{dataset}: {most}")
+    is_stage0 = report["stage"] == "stage 0"
+    top = ["accuracy", "accuracy"] if is_stage0 else ["learning", "over time"]
+    panels = figure.subplot_mosaic([top, ["attention", "masked"]])
+
+    # The top row: what has been learned.
+    if is_stage0:
+        draw_accuracy(panels["accuracy"], report)
+    else:
+        records = [record for record in read_records(Path(run) / "metrics.jsonl")
+                   if record["step"] <= report["step"]]
+        draw_learning(panels["learning"], records, report)
+        if attention:
+            draw_attention_over_time(panels["over time"], records, attention)
+
+    # The bottom row: who is attended to, and who matters.
     if attention:
-        over_time.axhline(1 / len(shares), ls=":", color="0.3", label="even")
-        over_time.set(xlabel="step of GRPO", ylabel="attention share", ylim=(0, 1.02),
-                     title="The expert attended to most at the end")
-        over_time.legend(fontsize=8)
-        heat(at_end, attention, 1, "{:.2f}", "Attention on test problems")
+        draw_matrix(panels["attention"], attention, 1, "{:.2f}", "Attention on test problems")
     if report["masked"]:
-        points = {dataset: {name: 100 * (row["after"] - masked[dataset])
-                            for name, masked in report["masked"].items()}
-                  for dataset, row in report["by_dataset"].items()}
-        heat(masked_out, points, 100, "{:.0f}", "Points lost when it is masked out")
-    for axis in figure.axes:
-        axis.set_visible(axis.has_data())
+        draw_matrix(panels["masked"], points_lost(report), 100, "{:.0f}", "Points lost when an expert is hidden")
+
+    # Hide the panels of a router without attention.
+    for panel in figure.axes:
+        panel.set_visible(panel.has_data())
     figure.savefig(path, dpi=110)
     return path
 
-def heat(axis, rows, top, style, title):
-    """A labelled matrix; rows: {dataset: {expert: value}}."""
-    axis.imshow([list(row.values()) for row in rows.values()], cmap="Blues", vmin=0, vmax=top, aspect="auto")
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.set_title(title)
-    for i, row in enumerate(rows.values()):
-        axis.set_xticks(range(len(row)), list(row), rotation=20, ha="right")
-        for j, value in enumerate(row.values()):
-            axis.text(j, i, style.format(value), ha="center", va="center",
-                      color="white" if value > 0.6 * top else "black")
 
-# -- A run's folder, and what is said when something is wrong
+def draw_learning(panel, records, report):
+    """The reward at each step of GRPO, and the accuracy on validation problems."""
+    steps = [record["step"] for record in records]
+    rewards = [number(record.get("reward")) for record in records]
+    panel.plot(steps, rewards, label="reward in training, sampled", color="0.6", linewidth=1)
 
-def read_config(folder):
-    """config.json of the run in `folder`: {"args": its settings, "ranks": ...}."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no run (no config.json): name a folder that train.py wrote")
-    try:
-        config = json.loads(path.read_text())
-        return dict(args=dict(config["args"]), ranks=int(config["ranks"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(folder, error) from error
+    validated = [record for record in records if "val" in record]
+    steps = [record["step"] for record in validated]
+    accuracies = [number(record["val"]) for record in validated]
+    panel.plot(steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
 
-def damaged(folder, error):
-    return ValueError(f"{folder}/config.json is damaged, or of another version, start anew ({error})")
+    panel.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone, greedy")
+    panel.set(xlabel="step of GRPO", ylabel="fraction right", ylim=(0, 1.02), title="What is learned")
+    panel.legend(fontsize=8)
 
-def open_run(folder, device="auto", aligned=False):
-    """(args, policy, experts, router) of a run as GRPO or, `aligned`, stage 0 left it."""
-    args = argparse.Namespace(**read_config(folder)["args"])
-    args.device = pick_device(device)
-    try:
-        policy, experts, router = build(args)
-    except (AttributeError, TypeError) as error:
-        raise damaged(folder, error) from error
-    if aligned:
-        found = list(Path(folder).glob("aligned-*"))
-        if not found:
-            raise ValueError(f"{folder} has no aligned weights: it had no stage 0, or is in it still")
-        load_checkpoint(found[0], policy, router)
-    elif not load_newest(Path(folder), policy, router)[0]["step"]:
-        raise ValueError(f"{folder} has no checkpoint of GRPO yet: go on with train.py --resume {folder}")
-    return args, policy, experts, router
 
-def append(path, row):
-    if RANK == 0:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+def draw_attention_over_time(panel, records, attention):
+    """For each dataset one curve: the expert that it attends to most on the test problems.
 
-def read_lines(path):
-    """The rows of a .jsonl file, [] if there is none; a torn one, that a killed process left, is left out."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    attention: {dataset: {expert: attention}}, on the test problems.
+    """
+    steps = [record["step"] for record in records]
+    for dataset, shares in attention.items():
+        most = max(shares, key=lambda name: number(shares[name]))
+        curve = []
+        for record in records:
+            at_this_step = record.get("attention_by_dataset", {}).get(dataset, {})
+            curve.append(number(at_this_step.get(most)))
+        panel.plot(steps, curve, label=f"{dataset}: {most}")
+    panel.axhline(1 / len(shares), ls=":", color="0.3", label="even")
+    panel.set(xlabel="step of GRPO", ylabel="attention", ylim=(0, 1.02),
+              title="The expert attended to most at the end")
+    panel.legend(fontsize=8)
+
+
+def draw_accuracy(panel, report):
+    """Two bars for each dataset: the policy alone, and the policy that is tested."""
+    datasets = list(report["by_dataset"])
+    for shift, when, name, color in ((-0.2, "before", "policy alone", "0.6"),
+                                     (0.2, "after", "after stage 0", "#0072B2")):
+        places = [i + shift for i in range(len(datasets))]
+        heights = [number(report["by_dataset"][dataset][when]) for dataset in datasets]
+        panel.bar(places, heights, width=0.4, label=name, color=color)
+    panel.set_xticks(range(len(datasets)), datasets)
+    panel.set(ylabel="fraction right, greedy", ylim=(0, 1.02), title="What stage 0 gives")
+    panel.legend(fontsize=8)
+
+
+def points_lost(report):
+    """{dataset: {expert: percentage points of accuracy that are lost when it is hidden}}"""
+    points = {}
+    for dataset, numbers in report["by_dataset"].items():
+        points[dataset] = {}
+        for name, masked in report["masked"].items():
+            points[dataset][name] = 100 * (number(numbers["after"]) - number(masked[dataset]))
+    return points
+
+
+def draw_matrix(panel, rows, top, style, title):
+    """A matrix with its values written in it. rows: {dataset: {expert: value}}; `top` is the darkest value."""
+    values = [[number(value) for value in row.values()] for row in rows.values()]
+    names = list(next(iter(rows.values())))
+    panel.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    panel.set_yticks(range(len(rows)), list(rows))
+    panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    panel.set_title(title)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            color = "white" if value > 0.6 * top else "black"
+            panel.text(j, i, style.format(value), ha="center", va="center", color=color)
+
+
+def number(value):
+    """A number of a record or report; NaN where JSON has null, so that a picture has a gap there."""
+    return math.nan if value is None else value
+
+
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+GSM8K_TEST = 1319  # problems in the official test split
+
+
+def run(argv=None):
+    """The command line. Returns the report, or None after --ask."""
+    options = parse(argv)
+
+    # Open the run. An extension may define its router, so it is imported first.
+    saved = read_config(options.run)["args"]
+    extension = options.extension or saved.get("extension")
+    if extension:
+        import_extension(extension)
+    args, policy, experts, router = open_run(options.run, options.device, options.stage0, options.policy,
+                                             options.experts)
+    if options.ask is not None:
+        ask(policy, router, experts, args, options.ask)
+        return None
+
+    # Measure.
+    problems = test_problems(args, options.n)
+    dataset = Dataset(problems, policy, experts, args)
+    stage, step = "stage 0", 0
+    if not options.stage0:
+        stage, step = "GRPO", newest_step(options.run)
+    report = test_report(policy, router, dataset, args, experts, stage, step)
+    if can_swap(dataset):
+        report["swap"] = swap_test(policy, router, dataset, args)
+
+    # Show it.
+    path = report_path(options.run, report)
+    show_report(report, path)
+    print(f"report: {path}")
+    print(f"picture: {picture(options.run, report, path.with_suffix('.png'))}")
+    if options.json:
+        print(json.dumps(without_nan(report), allow_nan=False))
+    return report
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="Folder of a run, the --out of train.py.")
+    parser.add_argument("--n", type=int,
+                        help="Number of test problems. Default: as many as train.py used; for GSM8K all 1,319.")
+    parser.add_argument("--stage0", action="store_true", help="Test the weights after stage 0, before GRPO.")
+    parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION",
+                        help="Answer a question of yours. Without QUESTION: many, typed or from a pipe.")
+    parser.add_argument("--json", action="store_true", help="Print the report as JSON in the last line.")
+    parser.add_argument("--device", default="auto",
+                        help="cpu, cuda, cuda:1 or mps. Default: auto, the best there is.")
+    parser.add_argument("--policy", metavar="FOLDER", help="Where the policy lies now, if it has moved.")
+    parser.add_argument("--experts", nargs="+", metavar="FOLDER",
+                        help="Where the experts lie now, all of them in the same order, if they have moved.")
+    parser.add_argument("--extension", metavar="FILE",
+                        help="A Python file that is imported first. Default: the one that train.py was given.")
+    options = parser.parse_args(argv)
+    if options.n is not None and options.n < 1:
+        raise ValueError("--n must be at least 1")
+    if options.ask is not None and (options.n or options.json):
+        raise ValueError("--ask answers questions and measures nothing: leave out --n and --json")
+    return options
+
+
+def test_problems(args, n=None):
+    """n test problems of a run; by default as many as it was tested with, or all of GSM8K."""
+    is_gsm8k = args.task == "gsm8k"
+    wanted = n or args.test
+    if is_gsm8k and not n:
+        wanted = GSM8K_TEST
+    problems = load_problems(args, "test", wanted)
+
+    is_all_of_gsm8k = is_gsm8k and not n
+    if len(problems) < wanted and not is_all_of_gsm8k:
+        print(f"note: there are only {len(problems)} test problems, not {wanted}")
+    return problems
+
+
+def newest_step(run):
+    """The step of the newest checkpoint that can be read: the one that `open_run` loads."""
+    for path in checkpoints(run):
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+            progress = read_tensors(path)["progress"]
+            return json.loads(bytes(progress.tolist()))["step"]
 
-def drop_rows(path, state):
-    """Drop the rows that are newer than the checkpoint: they are made again."""
-    kept = [row for row in read_lines(path)
-            if row.get("step", 0) <= state["step"] and row.get("align", 0) <= state["align"]
-            and (state["aligned"] or "read_back" not in row)]
-    write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
 
-@contextlib.contextmanager
-def one_process(out):
-    """Only one process trains in a folder. The kernel drops the lock with its process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process trains in {out}: wait, or choose another --out") from None
-        for torn in out.glob("*.part"):  # a file that was being written when a process was killed
-            torn.unlink()
-        yield
+def report_path(run, report):
+    """runs/NAME/eval-step80-n256.json, or runs/NAME/eval-stage0-n256.json"""
+    stage = f"step{report['step']}"
+    if report["stage"] == "stage 0":
+        stage = "stage0"
+    return run / f"eval-{stage}-n{report['n']}.json"
 
-def one_sentence(program, run):
-    """Call run(); returns the exit code. What a user can mend is said in one sentence, a bug is raised."""
-    try:
-        run()
-        return 0
-    except KeyboardInterrupt:
-        print(f"\n{program}: stopped; what was read and the last checkpoint are kept", file=sys.stderr)
-        return 130
-    except SystemExit as error:  # argparse has said what is wrong
-        return error.code
-    except OSError as error:  # a full disk, a folder that may not be written, another rank that is gone
-        message = f"{error}: mend that and start again (train.py: with --resume); what was saved is complete"
-    except ValueError as error:
-        message = str(error)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        message = "out of memory: take smaller models, or train with a lower --batch, --group or --max_new"
-    print(f"{program}: {message}", file=sys.stderr)
-    return 2
-
-def out_of_memory(error):
-    words = ("allocate memory", "out of memory", "ALLOC_FAILED")  # every device has its own
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 if __name__ == "__main__":
-    sys.exit(one_sentence("eval.py", main))
+    sys.exit(run_cli("eval.py", run))

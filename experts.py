@@ -1,220 +1,455 @@
 """
-The frozen pool: any Hugging Face model as an expert that reads each problem once.
+The frozen experts: Hugging Face models that read each problem once.
 
-An expert reads a prompt with its own tokenizer and leaves hidden states of its last token (H in the paper's
-C = g(H)). Frozen weights and a fixed prompt always give the same states, so they are a cache on disk, and
-while the policy trains no expert is in memory:
+An expert turns a prompt into T tokens, and its layers turn every token into a vector of D numbers, the
+*hidden state* of that token. By default we use one state of each prompt: that of the last token, after the
+last layer. In a causal model this token has seen the whole prompt, so its state sums up what the expert makes
+of the problem:
 
-    texts -> token ids -> AutoModel, in batches -> states of each text -> shards on disk -> H (n, N, D)
+    prompt -> token ids (T,) -> frozen model, no gradient -> hidden states (T, D) -> the last one (D,)
 
-It can also say what it would answer (`write_texts`): a few greedy tokens, in the same cache. Stage 0 teaches
-the policy to read the states with these texts as targets, and `--collab text` puts them into its prompt.
+These states are H in the paper's C = g(H): the router (router.py) turns them into the policy's context C.
+An expert that generates text can also *write* its own answer, a few greedy tokens. Stage 0 uses these answers
+as targets, and --expert_text puts them into the policy's prompt.
+
+Weights and prompts never change, so a state never changes either. We compute it once and store it on disk.
+While the policy trains, no expert is in memory.
 
 What is easy to get wrong:
-- A state must not depend on what else is in its batch. Texts are padded on the right, where a causal model
-  cannot see the padding and an encoder's mask hides it. And every batch of a length has the same shape,
-  because products of other shapes round differently: the cache holds the same bits however it was filled.
-- Nothing is ever cut: a text longer than the model's window is refused.
-- A model's folder is data: only safetensors are read, and no code in it is run.
+- A state must not depend on the other texts of its batch. States are read with padding on the right: a causal
+  model does not look to the right, and an encoder's attention mask hides the padding.
+- Matrix products of different shapes round differently. All batches of one length have the same shape, so
+  the cache holds the same bits, whichever texts were read together.
+- Nothing is cut. A text that is longer than the model's window is refused.
+- A model's folder holds data, not programs. Only safetensors are read, and no code in the folder is run.
 """
 import contextlib
+import copy
 import functools
 import hashlib
 import json
 import math
 import os
+import re
+import sys
 import time
 import uuid
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import parse_local_safetensors_file_metadata, snapshot_download
 from safetensors.torch import load, save
 from tqdm import tqdm
 
-from rewards import cache_dir, prompt
+from rewards import cache_dir, render_prompt
 
-transformers.logging.set_verbosity_error()  # what goes wrong is one sentence, see `loading`
-transformers.logging.disable_progress_bar()
+STATES, TEXTS = "states", "texts"  # the two kinds of results that the cache stores
+FORMAT = "n-musketeers 3"  # change this when the code gives other results: it invalidates the stored ones
+SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
+SECONDS_BETWEEN_SAVES = 20  # so much reading is lost at most when the process is killed
 
-FORMAT = "n-musketeers 2"  # part of every fingerprint: states read in another way are never found
-SMALL = 50_000_000  # parameters: below, float32 costs little; above, bfloat16 halves memory and time
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens a batch: keeps the device busy in little memory
-SHARD_SECONDS = 20  # at most this much reading is lost when the process is killed
-META_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # config and tokenizer
-STATES, TEXTS = "states", "texts"  # the two kinds of rows in the cache
 
 class Expert:
-    """One frozen model: its tokenizer, its sizes (from files alone) and, only while reading, its weights.
+    """One frozen model: its tokenizer and its sizes. Its weights are in memory only while it reads or writes.
 
-    source     a folder, or a hub name "org/model", "org/model@revision"
-    read       the token(s) that make a state: "last" (for a BERT its [SEP]), "first", or the "mean" of all
-    layers     which layers are read: 0 is the embedding, k block k, -1 the last one, after the final norm
-    positions  with "last": the states of this many last tokens
-    own_text   read what it writes too, behind the prompt: the last states are those while it answered
-    tokens     the most tokens that it may write
-    cue        text behind every prompt, such as "The answer is "
-    untrained  the same architecture with random weights, always the same ones (a control)
-    A text gives K = `entries` states of width `width`: `positions` a layer with "last", else one. Raises
-    ValueError, one sentence with the mend, for a model that is missing, damaged or of an unreadable kind.
+    source       a folder, or a model of the hub: "org/model" or "org/model@revision"
+    state_token  which token's state is used: "last" (of a BERT: its [SEP]), "first", or the "mean" of all
+    layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
+                 the final norm
+    positions    with state_token "last": how many tokens at the end are used, the last one first
+    own_text     the expert first writes its answer, then reads prompt and answer together, so that the last
+                 states are those it had while it answered. Ignored for an expert that cannot write.
+    max_new      the most tokens that it may write
+    cue          text that is appended to every prompt, such as "The answer is "
+    untrained    the same architecture with random weights, the same ones every time (a control experiment)
+
+    One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1), positions=3
+    gives K = 6 states in this order: layer 1 at the last, second last and third last token, then layer -1.
+
+    Raises ValueError for a model that is missing or damaged or that cannot be an expert.
     """
 
-    def __init__(self, source, read="last", layers=(-1,), positions=1, own_text=False, tokens=16, cue="",
-                 device="cpu", untrained=False):
-        self.source, self.read, self.positions, self.tokens, self.cue = source, read, positions, tokens, cue
-        self.device, self.untrained = torch.device(device), untrained
+    def __init__(self, source, state_token="last", layers=(-1,), positions=1, own_text=False, max_new=16,
+                 cue="", device="cpu", untrained=False):
+        self.source = source
+        self.state_token = state_token
+        self.positions = positions
+        self.max_new = max_new
+        self.cue = cue
+        self.device = torch.device(device)
+        self.untrained = untrained
+
+        # Find the folder, on this computer or on the hub.
         self.folder, self.revision = find_model(source)
-        repo = source.partition("@")[0]
-        self.name = Path(repo).name if self.revision else self.folder.resolve().name
-        self.pinned = f"{repo}@{self.revision}" if self.revision else source  # finds the same weights again
-        files = weight_files(self.folder)
-        with loading("header, config or tokenizer", source):
-            headers = [parse_local_safetensors_file_metadata(path) for path in files]
-            self.params = sum(sum(header.parameter_count.values()) for header in headers)
-            self.config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-            text = self.config.get_text_config()  # of a vision-language model: its language model's config
-            self.width, self.n_layers = text.hidden_size, text.num_hidden_layers
-            usual = 1 <= self.width <= 65_536 and 1 <= self.n_layers <= 1_000
-            if self.config.is_encoder_decoder or not usual:
-                raise ValueError(f"no causal model or encoder: width {self.width}, {self.n_layers} layers")
-            # tokenizer.json as it is: AutoTokenizer takes the class of the model's type, Qwen's for any qwen2
-            fast = (self.folder / "tokenizer.json").is_file()
-            kind = transformers.PreTrainedTokenizerFast if fast else transformers.AutoTokenizer
-            self.tokenizer = kind.from_pretrained(self.folder, trust_remote_code=False)
-            # the smaller of two: RoBERTa's config counts two positions that it cannot use
-            window = getattr(text, "max_position_embeddings", None) or math.inf
-            self.window = min(window, self.tokenizer.model_max_length)
+        self.pinned = pinned_source(source, self.folder, self.revision)
+        self.name = self.folder.resolve().name
+        if self.revision:
+            self.name = Path(source.partition("@")[0]).name
+
+        # Read how large the model is. A vision-language model has a config for its language model: use that.
+        self.params = check_weight_headers(weight_files(self.folder))
         self.dtype = torch.float32 if self.params < SMALL else torch.bfloat16
-        if any(not -self.n_layers - 1 <= layer <= self.n_layers for layer in layers):
-            raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last), not "
-                             f"{' '.join(map(str, layers))}: choose another --layer")
+        self.config = read_config(self.folder, source)
+        text_config = self.config.get_text_config()
+        self.n_layers = text_config.num_hidden_layers
+        self.width = output_width(text_config)
+
+        # Check the layers, and count the states. A negative layer counts from the end.
+        for layer in layers:
+            if not -self.n_layers - 1 <= layer <= self.n_layers:
+                raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last one), but not "
+                                 f"{layer}: choose other --layers")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
-        self.entries = len(self.layers) * (positions if read == "last" else 1)  # K: states that a text gives
-        self.template = "chat" if self.tokenizer.chat_template else "plain"
-        ends = ("CausalLM", "LMHeadModel", "ConditionalGeneration")  # an encoder's head only reads
-        self.writes = any(head.endswith(ends) for head in self.config.architectures or [])
+        states_per_layer = positions if state_token == "last" else 1
+        self.states_per_text = len(self.layers) * states_per_layer
+
+        # Load the tokenizer. The smaller of two windows counts: RoBERTa's config has two positions too many.
+        self.tokenizer = read_tokenizer(self.folder, source)
+        self.prompt_format = "chat" if self.tokenizer.chat_template else "plain"
+        window = getattr(text_config, "max_position_embeddings", None) or math.inf
+        self.window = min(window, self.tokenizer.model_max_length)
+
+        # Only a model that generates text has stop tokens and can write.
+        self.writes = generates_text(self.config)
         self.own_text = own_text and self.writes
+        self.stop_ids = stop_tokens(self.folder, self.config) if self.writes else []
 
     def prompt(self, problem):
-        """The text that it reads: the problem, without an instruction for its answer's form, and the cue."""
-        return prompt(problem, self.template, self.tokenizer, ask=False) + self.cue
-
-    def fingerprint(self, kind):
-        """sha256 (hex) over all that decides a row but the text: the name of its folder in the cache."""
-        settings = (self.read, self.layers, self.positions) if kind == STATES else ()
-        if kind == TEXTS or self.own_text:
-            settings += (self.tokens,)
-        if self.device.type != "cpu":  # another processor rounds in other ways
-            settings += (self.device.type,)
-        parts = [FORMAT, kind, settings, self.dtype, self.template, self.cue, self.revision, self.untrained]
-        files = [path for pattern in META_FILES for path in self.folder.glob(pattern)]
-        if self.revision is None:  # a commit names its weights; those of a folder are looked at
-            files += weight_files(self.folder)
-        parts += [f"{path.name} {file_digest(path, path.stat().st_mtime_ns)}" for path in sorted(files)]
-        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+        """The text that the expert reads: the problem, without an instruction for the answer, and the cue."""
+        return render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False) + self.cue
 
     def tokenize(self, texts, room=0):
-        """Token ids of each text. Raises ValueError for one that is empty or longer than the window less
-        `room`. A chat text holds its special tokens already; a plain one is given the tokenizer's own."""
-        ids = self.tokenizer(list(texts), add_special_tokens=self.template == "plain")["input_ids"]
+        """Token ids of each text, a list of lists.
+
+        Raises ValueError for a text that is empty, or that leaves less than `room` tokens of the window free.
+        """
+        ids = prompt_ids(self.tokenizer, texts, self.prompt_format, self.stop_ids)
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
                 raise ValueError(f"a prompt has {len(row)} tokens for {self.name}, which has room for 1 to "
                                  f"{self.window - room}: use an easier --level or another expert")
         return ids
 
-    def load(self, kind):
-        auto = transformers.AutoModel if kind == STATES else transformers.AutoModelForCausalLM
-        with loading("model", self.source):
-            if self.untrained:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    model = auto.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
-            else:
-                model, report = auto.from_pretrained(self.folder, dtype=self.dtype, use_safetensors=True,
-                                                     trust_remote_code=False, output_loading_info=True)
-                # what is missing was filled with random numbers: only BERT's pooler may be, it is not read
-                missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-                if missing:
-                    raise ValueError(f"{len(missing)} tensors are not in its files, among them {missing[0]}")
-        return model.to(self.device).eval()
-
     @torch.no_grad()
     def states_of(self, model, ids, length):
-        """States (B, K, width) of B lists of token ids, padded on the right to `length`."""
-        lengths = torch.tensor([len(row) for row in ids])
-        tokens = torch.stack([F.pad(torch.tensor(row), (0, length - len(row))) for row in ids])  # (B, T)
-        real = torch.arange(length) < lengths[:, None]  # (B, T)
-        out = model(input_ids=tokens.to(self.device), attention_mask=real.long().to(self.device),
-                    output_hidden_states=any(layer < self.n_layers for layer in self.layers))
+        """Read B texts, given as lists of token ids. Returns their states (B, K, width).
+
+        length: the number of tokens T to which every text is padded. Raises ValueError for a model whose
+        output has another shape than its config says, or is not finite.
+        """
+        B = len(ids)
+        lengths = torch.tensor([len(row) for row in ids])  # (B,)
+
+        # Pad on the right. The mask is True where a real token is.
+        tokens = torch.zeros(B, length, dtype=torch.long)
+        for b, row in enumerate(ids):
+            tokens[b, :len(row)] = torch.tensor(row)
+        mask = torch.arange(length) < lengths[:, None]  # (B, T)
+
+        # Run the model. Hidden states of inner layers are kept only if one of them is used.
+        needs_inner_layers = any(layer < self.n_layers for layer in self.layers)
+        output = model(input_ids=tokens.to(self.device), attention_mask=mask.long().to(self.device),
+                       output_hidden_states=needs_inner_layers)
+
         states = []
         for layer in self.layers:
-            inside = layer < self.n_layers
-            hidden = (out.hidden_states[layer] if inside else out.last_hidden_state).cpu()  # (B, T, width)
-            if self.read == "mean":
-                states.append((hidden.float() * real[..., None]).sum(1) / lengths[:, None])
-            elif self.read == "first":
+            hidden = self.hidden_states(output, layer, B, length)  # (B, T, width)
+
+            if self.state_token == "mean":
+                total = (hidden.float() * mask[..., None]).sum(1)
+                states.append(total / lengths[:, None])
+            elif self.state_token == "first":
                 states.append(hidden[:, 0])
             else:
-                for back in range(1, self.positions + 1):  # the last token first
-                    states.append(hidden[torch.arange(len(ids)), (lengths - back).clamp(min=0)])
+                # Step back from the last token. A text that is too short repeats its first token.
+                for back in range(1, self.positions + 1):
+                    position = (lengths - back).clamp(min=0)
+                    states.append(hidden[torch.arange(B), position])
+
         states = torch.stack(states, dim=1).to(self.dtype)
         if not states.isfinite().all():
             raise ValueError(f"{self.name} gives states that are not finite: leave this expert out")
         return states
 
+    def hidden_states(self, output, layer, B, length):
+        """The states of one layer in a model's output, on the CPU: (B, T, width)."""
+        if layer == self.n_layers:
+            hidden = output.last_hidden_state
+        else:
+            hidden = output.hidden_states[layer]
+        if hidden.shape != (B, length, self.width):
+            raise ValueError(f"layer {layer} of {self.name} gives states of shape {tuple(hidden.shape)}, but "
+                             f"{(B, length, self.width)} was expected: use --layers -1 or another expert")
+        return hidden.cpu()
+
     @torch.no_grad()
     def texts_of(self, model, ids, length):
-        """What follows B lists of token ids, greedily, until a line ends: ids (B, tokens), -1 behind the end.
-        Padding stands on the left, so that all go on at one column."""
-        stop = sorted({*stop_tokens(self.folder, model.config), *line_ends(self.tokenizer)})
-        tokens = torch.stack([F.pad(torch.tensor(row), (length - len(row), 0), value=stop[0]) for row in ids])
-        real = torch.stack([torch.arange(length) >= length - len(row) for row in ids]).long()
-        greedy = transformers.GenerationConfig(max_new_tokens=self.tokens, do_sample=False, eos_token_id=stop)
-        model.generation_config = greedy  # its own may hold penalties that this one does not mention
-        wrote = model.generate(input_ids=tokens.to(self.device), attention_mask=real.to(self.device),
-                               generation_config=greedy)[:, length:].cpu()
-        ended = torch.isin(wrote, torch.tensor(stop)).cumsum(1) > 0
-        return F.pad(wrote.masked_fill(ended, -1), (0, self.tokens - wrote.shape[1]), value=-1).int()
+        """Continue B texts, given as lists of token ids. Returns new token ids (B, max_new), -1 after the end.
+
+        The model stops at a stop token or at the end of a line. The stop token is left out, and so is a token
+        that is only a line end. A token like "]\\n" stays, because its "]" is part of the answer. The tokens
+        returned here are those that `write_texts` decodes and that own_text reads.
+        length: the number of tokens to which every text is padded.
+        """
+        end_ids = sorted({*self.stop_ids, *line_ends(self.tokenizer)})
+
+        # Pad on the left, so that all texts go on at the same position. The mask is 1 where a real token is.
+        tokens = torch.full((len(ids), length), end_ids[0])
+        mask = torch.zeros(len(ids), length, dtype=torch.long)
+        for b, row in enumerate(ids):
+            tokens[b, length - len(row):] = torch.tensor(row)
+            mask[b, length - len(row):] = 1
+
+        # Always take the most likely token. The model's own settings may hold penalties: replace them.
+        greedy = transformers.GenerationConfig(max_new_tokens=self.max_new, do_sample=False,
+                                               eos_token_id=end_ids, pad_token_id=end_ids[0])
+        model.generation_config = greedy
+        output = model.generate(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device),
+                                generation_config=greedy)
+        new_tokens = output[:, length:].tolist()
+
+        # Keep the tokens before the end, and the token at the end if it holds a part of the answer.
+        written = torch.full((len(ids), self.max_new), -1, dtype=torch.int32)
+        for b, row in enumerate(new_tokens):
+            n = 0
+            while n < len(row) and row[n] not in end_ids:
+                n += 1
+            if n < len(row) and self.holds_text(row[n]):
+                n += 1
+            written[b, :n] = torch.tensor(row[:n])
+        return written
+
+    def holds_text(self, token):
+        """True for a token with text before its line end, such as "]\\n"; False for a stop token or "\\n"."""
+        if token in self.stop_ids:
+            return False
+        text = self.tokenizer.decode([token]).partition("\n")[0]
+        return text.strip() != ""
+
+    @torch.no_grad()
+    def reads_padding(self, model):
+        """True for a model that reads padding on the left although the mask hides it. RWKV is one.
+
+        We run the same text twice, behind padding of two different tokens. A model that obeys the mask gives
+        the same logits to the last bit.
+        """
+        text, n_padding = [2, 3, 4], 13
+        vocab_size = self.config.get_text_config().vocab_size
+        mask = torch.tensor([[0] * n_padding + [1] * len(text)])
+
+        logits = []
+        for padding in (self.stop_ids[0], (self.stop_ids[0] + 1) % vocab_size):
+            tokens = torch.tensor([[padding] * n_padding + text]) % vocab_size
+            output = model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device))
+            logits.append(output.logits[0, -1])
+        return not torch.equal(logits[0], logits[1])
+
+    def load(self, kind):
+        """The model with its weights, on the expert's device. kind: "states", or "texts" for one that writes.
+
+        Raises ValueError if weights are missing, or stored in a form that the model does not understand.
+        """
+        auto = transformers.AutoModel if kind == STATES else transformers.AutoModelForCausalLM
+
+        # The control: random weights, the same ones every time, without disturbing other random numbers.
+        if self.untrained:
+            with loading("model", self.source), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = auto.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
+            return model.to(self.device).eval()
+
+        # Read the weights from the same files that were counted, whatever else is in the folder.
+        config = copy.deepcopy(self.config)
+        has_index = (self.folder / INDEX).is_file()
+        config.transformers_weights = INDEX if has_index else "model.safetensors"
+        with loading("model", self.source):
+            model, report = auto.from_pretrained(self.folder, config=config, dtype=self.dtype,
+                                                 use_safetensors=True, trust_remote_code=False,
+                                                 output_loading_info=True)
+
+        # A missing tensor was filled with random numbers. Only BERT's pooler may be missing: it is not used.
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise ValueError(f"{self.source} is not complete, {len(missing)} tensors are not in its files, "
+                             f"among them {missing[0]}: fetch it again or name another model")
+
+        # A scale that the model does not use means that the weights are quantized: they are wrong without it.
+        scales = sorted(key for key in report["unexpected_keys"] if key.endswith(SCALES))
+        if scales:
+            raise ValueError(f"{self.source} seems to be quantized, as it has {scales[0]}, which its model does "
+                             "not use: name a version of it that is not quantized")
+        return model.to(self.device).eval()
+
+    def fingerprint(self, kind):
+        """sha256 (hex) of all that decides a result, except the text. It names the folder in the cache."""
+        settings = []
+        if kind == STATES:
+            settings += [self.state_token, self.layers, self.positions]
+        if kind == TEXTS or self.own_text:
+            settings += [self.max_new]
+        if self.device.type != "cpu":  # another processor rounds differently
+            settings += [self.device.type]
+
+        # The commit identifies the weights of a hub model. The weights of a local folder are hashed.
+        files = tokenizer_and_config_files(self.folder)
+        if self.revision is None:
+            files += weight_files(self.folder)
+
+        parts = [FORMAT, kind, settings, self.dtype, self.prompt_format, self.cue, self.revision,
+                 self.untrained, *named_digests(files)]
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+
+# -- What all experts read, and what they write
 
 def read_states(experts, texts, progress=True):
-    """H, what every expert makes of every problem: (n, N * K, D), D the widest expert's width.
+    """H, the states of all N experts for n problems: (n, N * K, D), D the width of the widest expert.
 
-    texts: N lists of n strings, texts[e][i] is problem i as expert e is to see it. Only what is not in the
-    cache is read. Narrower states are padded with zeros; their dtype is kept, or float32 if they differ.
+    texts: N lists of n strings; texts[e][i] is the prompt of problem i for expert e. Narrower states are
+    padded with zeros. Example: an expert of width 64 that gives 4 states and one of width 96 that gives 1
+    state make H (n, 5, 96), and H[:, :4, 64:] is zero. H has the experts' dtype, or float32 if they differ.
     """
-    D = max(expert.width for expert in experts)
-    columns = [F.pad(cached_rows(expert, STATES, prompts, progress), (0, D - expert.width))
-               for expert, prompts in zip(experts, texts)]
-    return torch.cat(columns, dim=1)
-
-def write_texts(experts, texts, progress=True):
-    """What every expert would say to every problem: N lists of n lines of text, "" of one that only reads."""
+    widest = max(expert.width for expert in experts)
     columns = []
     for expert, prompts in zip(experts, texts):
-        written = [""] * len(prompts)
-        if expert.writes:
-            rows = [row[row >= 0].tolist() for row in cached_rows(expert, TEXTS, prompts, progress)]
-            written = expert.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        columns.append([" ".join(text.split()) for text in written])
+
+        # With own_text, let the expert write first. It then reads each prompt together with its answer.
+        answers = None
+        if expert.own_text:
+            answers = written_ids(expert, prompts, progress)
+
+        states = cached_rows(expert, STATES, prompts, answers, progress)  # (n, K, width)
+        columns.append(F.pad(states, (0, widest - expert.width)))
+    return torch.cat(columns, dim=1)
+
+
+def write_texts(experts, texts, progress=True):
+    """The answer of each of N experts to n problems: N lists of n lines of text. "" if it cannot write."""
+    columns = []
+    for expert, prompts in zip(experts, texts):
+        if not expert.writes:
+            columns.append([""] * len(prompts))
+            continue
+
+        # Decode all tokens, then cut at the end of the first line. (One token can hold "]" and a line end.)
+        lines = []
+        for ids in written_ids(expert, prompts, progress):
+            text = expert.tokenizer.decode(ids, skip_special_tokens=True)
+            line = text.partition("\n")[0]
+            lines.append(" ".join(line.split()))
+        columns.append(lines)
     return columns
 
-# -- The cache: <cache>/<kind>/<fingerprint>/<checksum>.safetensors, each with `keys` (n, 32) uint8, the
-# sha256 of n texts, and `rows`, one a text. Processes may share it: at worst two read the same text.
 
-def cached_rows(expert, kind, texts, progress=True):
-    """The row of each text, stacked: from the cache or, where it is not there, from the model now."""
+def written_ids(expert, prompts, progress=True):
+    """The token ids that the expert writes after each prompt: n lists, see `Expert.texts_of`."""
+    rows = cached_rows(expert, TEXTS, prompts, progress=progress)
+    return [row[row >= 0].tolist() for row in rows]
+
+
+# -- The cache on disk. Its files, the shards, are <cache_dir>/<kind>/<fingerprint>/<checksum>.safetensors. A
+# shard holds `keys` (n, 32) uint8, the sha256 of n texts, and `rows`, one result for each. Several processes
+# may use the cache at once: at worst a text is read twice.
+
+def cached_rows(expert, kind, prompts, answers=None, progress=True):
+    """The result ("row") of each prompt, stacked: from the cache, or computed now and stored.
+
+    kind     "states": rows (K, width); "texts": rows (max_new,) of token ids, -1 after the end
+    answers  n lists of token ids that are read after the prompts, or None
+    """
     folder = cache_dir() / kind / expert.fingerprint(kind)
-    keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+
+    # 1. Look up every prompt by the sha256 of its text.
+    keys = [text_key(prompt) for prompt in prompts]
     rows = stored_rows(folder)
-    missing = {key: text for key, text in zip(keys, texts) if key not in rows}
+
+    # 2. Collect the prompts that are not there. A prompt that occurs twice is computed once.
+    missing = {}  # {key: index of the prompt}
+    for index, key in enumerate(keys):
+        if key not in rows and key not in missing:
+            missing[key] = index
+
+    # 3. Compute and store them.
     if missing:
-        rows |= fill_cache(expert, kind, missing, folder, progress)
-        torch.cuda.empty_cache()  # the weights' memory; without a GPU nothing happens
+        indices = list(missing.values())
+        room = expert.max_new if kind == TEXTS else 0
+        ids = expert.tokenize([prompts[i] for i in indices], room)
+        if answers is not None:
+            ids = [row + answers[i] for row, i in zip(ids, indices)]
+        rows |= compute_rows(expert, kind, list(missing), ids, folder, progress)
+        torch.cuda.empty_cache()  # give back the memory of the weights; does nothing without a GPU
+
     return torch.stack([rows[key] for key in keys])
+
+
+def text_key(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def compute_rows(expert, kind, keys, ids, folder, progress=True):
+    """{key: row} for n lists of token ids, one for each key. Only here are an expert's weights in memory.
+
+    Rows are stored every 20 seconds, at the end, and when something interrupts the work.
+    """
+    with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
+        # Load the model, and choose what it does.
+        model = expert.load(kind)
+        if kind == STATES:
+            verb, compute, max_length, pad = "reads", expert.states_of, expert.window, True
+        else:
+            verb, compute, max_length = "writes", expert.texts_of, expert.window - expert.max_new
+            pad = not expert.reads_padding(model)
+        bar.set_description(f"{expert.name} {verb}", refresh=False)
+        bar.unpause()  # the time of loading does not count in the estimate
+
+        rows, unsaved = {}, {}
+        last_save = time.monotonic()
+        try:
+            for indices, length, size in batches(ids, max_length, expert.device.type, pad):
+                # Repeat the first text until the batch has the shape of all batches of this length.
+                batch = [ids[i] for i in indices]
+                batch += [batch[0]] * (size - len(batch))
+
+                # Results of the repeated texts are at the end: zip leaves them out.
+                for index, row in zip(indices, compute(model, batch, length)):
+                    unsaved[keys[index]] = row
+                bar.update(len(indices))
+
+                # Store what is new from time to time.
+                if time.monotonic() - last_save > SECONDS_BETWEEN_SAVES:
+                    write_shard(folder, unsaved)
+                    rows |= unsaved
+                    unsaved = {}
+                    last_save = time.monotonic()
+        finally:
+            if unsaved:
+                write_shard(folder, unsaved)
+    return rows | unsaved
+
+
+def batches(ids, max_length, device, pad=True):
+    """Yield (indices into ids, padded length, number of rows) for each batch.
+
+    Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. With pad=False
+    only texts of equal length do, and there is no padding. The longest texts come first: if memory does not
+    suffice, that shows at once.
+    """
+    lengths = []
+    for row in ids:
+        padded = math.ceil(len(row) / 16) * 16
+        lengths.append(min(padded, max_length) if pad else len(row))
+
+    batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
+    for length in sorted(set(lengths), reverse=True):
+        size = max(1, batch_tokens // length)
+        indices = [i for i in range(len(ids)) if lengths[i] == length]
+        for start in range(0, len(indices), size):
+            yield indices[start:start + size], length, size
+
 
 def stored_rows(folder):
     """{key: row} of all shards in a folder. A damaged shard is deleted, with a warning."""
@@ -222,51 +457,17 @@ def stored_rows(folder):
     for path in sorted(folder.glob("*.safetensors")):
         try:
             shard = read_tensors(path)
-            rows |= {key.tobytes(): row for key, row in zip(shard["keys"].numpy(), shard["rows"])}
         except (ValueError, OSError) as error:
             warnings.warn(f"{error}; its texts are read again", stacklevel=2)
             path.unlink(missing_ok=True)
+            continue
+        for key, row in zip(shard["keys"].numpy(), shard["rows"]):
+            rows[key.tobytes()] = row
     return rows
 
-def fill_cache(expert, kind, missing, folder, progress):
-    """{key: row} of the texts in `missing` ({key: text}), computed and stored, a shard every 20 seconds and
-    at the end, even if that is an interruption. Only in here are the weights in memory."""
-    compute = expert.states_of if kind == STATES else expert.texts_of
-    room = expert.tokens if kind == TEXTS else 0
-    keys, ids = list(missing), expert.tokenize(missing.values(), room)
-    if kind == STATES and expert.own_text:  # a prompt that leaves no room for its own text: ValueError here
-        own = cached_rows(expert, TEXTS, missing.values(), progress)
-        ids = [row + written[written >= 0].tolist() for row, written in zip(ids, own)]
-    model, rows, fresh, since = expert.load(kind), {}, {}, time.monotonic()
-    verb = "reads" if kind == STATES else "writes"
-    quiet = None if progress else True  # None: tqdm shows the bar on a terminal, not in a log file
-    try:
-        with tqdm(total=len(keys), desc=f"{expert.name} {verb}", unit="text", disable=quiet) as bar:
-            for places, length, size in batches(ids, expert.window - room, expert.device.type):
-                batch = [ids[i] for i in places]
-                batch += batch[:1] * (size - len(batch))  # the shape that every batch of this length has
-                fresh |= zip([keys[i] for i in places], compute(model, batch, length))
-                bar.update(len(places))
-                if time.monotonic() - since > SHARD_SECONDS:
-                    write_shard(folder, fresh)
-                    rows, fresh, since = rows | fresh, {}, time.monotonic()
-    finally:
-        if fresh:
-            write_shard(folder, fresh)
-    return rows | fresh
-
-def batches(ids, window, device):
-    """(places in `ids`, padded length, number of rows) of each batch: texts of about one length together,
-    the longest first, so that what does not fit fails at once."""
-    lengths = [min(math.ceil(len(row) / 16) * 16, window) for row in ids]
-    for length in sorted(set(lengths), reverse=True):
-        size = max(1, BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"]) // length)
-        places = [place for place, padded in enumerate(lengths) if padded == length]
-        for start in range(0, len(places), size):
-            yield places[start:start + size], length, size
 
 def write_shard(folder, rows):
-    """Add a shard of {key: row}. A full disk costs the cache, not the run."""
+    """Store {key: row} in a new file. If the disk is full: warn, and continue without storing."""
     keys = torch.tensor([list(key) for key in rows], dtype=torch.uint8)  # (n, 32)
     try:
         write_tensors(folder, {"keys": keys, "rows": torch.stack(list(rows.values()))})
@@ -274,12 +475,261 @@ def write_shard(folder, rows):
         warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the "
                       f"disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
 
-# -- Files of ours: complete or not there, and damage shows, as a name ends with its content's checksum
+
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+# -- Tokens
+
+def prompt_ids(tokenizer, texts, prompt_format, stop_ids):
+    """Token ids of each prompt, a list of lists.
+
+    In the chat format the text has its special tokens already. In the plain format the tokenizer adds its
+    own. Some tokenizers append an end-of-text token, after which a model has nothing more to say: trailing
+    tokens in `stop_ids` are removed. An encoder has no stop_ids, so it keeps its [SEP].
+    """
+    plain = prompt_format == "plain"
+    ids = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
+    if plain:
+        for row in ids:
+            while row and row[-1] in stop_ids:
+                row.pop()
+    return ids
+
+
+def stop_tokens(folder, config):
+    """The ids of the tokens that end a text, from generation_config.json, or else from config.json.
+
+    Raises ValueError if neither names a token of the vocabulary.
+    """
+    config = config.get_text_config()  # of a vision-language model: the config of its language model
+    ids = getattr(config, "eos_token_id", None)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with loading("generation_config.json", folder):
+            generation_ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        if generation_ids is not None:
+            ids = generation_ids
+
+    if not isinstance(ids, list):
+        ids = [ids]
+    if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
+        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no text ends: add it "
+                         "to its config.json")
+    return ids
+
+
+def line_ends(tokenizer):
+    """The ids of all tokens that contain a line end, as "\\n", "]\\n" and " \\n\\n" do."""
+    marks = ("\n", "Ċ", "<0x0A>")  # as it is, in byte-level vocabularies, and in SentencePiece's
+    ids = []
+    for token, i in tokenizer.get_vocab().items():
+        if any(mark in token for mark in marks):
+            ids.append(i)
+    return ids
+
+
+# -- A model's folder, on this computer or on the hub. Its content is checked and never trusted.
+
+REPOSITORY = Path(__file__).resolve().parent
+INDEX = "model.safetensors.index.json"  # of a model in several files: {"weight_map": {tensor: file name}}
+META_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # config and tokenizer
+HUB_FILES = [*META_FILES, "model*.safetensors", "README.md"]
+
+WEIGHT_DTYPES = ("F32", "BF16", "F16")  # float32, bfloat16 and float16, as safetensors call them
+BUFFERS = ("position_ids", "token_type_ids", "attn.bias", "attention.bias", "masked_bias", "causal_mask",
+           "inv_freq", "num_batches_tracked")  # no weights: they may have any dtype
+SCALES = ("scale", "scales", "scale_inv")  # of quantized weights, as in q_proj.weight_scale_inv
+
+# `Expert.load` checks the report of loading, so transformers need not print it, nor a bar for each model. But
+# its switch for bars also hides the hub's bars for downloads: show those again.
+transformers.logging.set_verbosity_error()
+hub_bars_are_hidden = huggingface_hub.utils.are_progress_bars_disabled()
+transformers.logging.disable_progress_bar()
+if not hub_bars_are_hidden:
+    huggingface_hub.utils.enable_progress_bars()
+
+
+def find_model(source):
+    """The folder of a model, and its commit if it comes from the hub, else None.
+
+    source: a folder (~ is the home folder); a folder in this repository, such as tiny/logic; or a model of
+    the Hugging Face hub, "org/name" or "org/name@revision", which is downloaded if it is not on this computer.
+    Raises ValueError if there is no such model.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder, None
+
+    try:
+        folder = Path(hub_snapshot(source))
+    except Exception as error:  # the errors of the hub's client have no common class
+        raise ValueError(f"{source} is no folder and cannot be fetched from the Hugging Face hub: name a "
+                         "folder, or check name, network and HF_HUB_OFFLINE "
+                         f"({first_line(error)})") from error
+    return folder, folder.name
+
+
+def local_folder(source):
+    """The folder that a source names, as a Path, or None if it is not on this computer."""
+    folder = Path(os.path.expanduser(source))
+    if folder.is_dir():
+        return folder
+    if (REPOSITORY / folder).is_dir():
+        return REPOSITORY / folder
+    return None
+
+
+def hub_snapshot(source, dry_run=False):
+    """Download a model of the hub. Returns its folder; in a dry run, a list of its files with their sizes."""
+    repo, _, revision = source.partition("@")
+    return huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=HUB_FILES,
+                                             ignore_patterns=["*/*"], dry_run=dry_run)
+
+
+def to_fetch(sources):
+    """[(hub name, bytes)] of the models that have to be downloaded. Without a network it is not known: []."""
+    downloads = []
+    for source in dict.fromkeys(sources):
+        if local_folder(source) is not None:
+            continue
+        try:
+            files = hub_snapshot(source, dry_run=True)
+        except Exception:  # find_model will say what is wrong
+            continue
+        size = sum(file.file_size or 0 for file in files if file.will_download)
+        if size:
+            downloads.append((source.partition("@")[0], size))
+    return downloads
+
+
+def portable(source):
+    """The name under which config.json stores a model, so that it is found from any folder.
+
+    A folder in this repository is stored relative to it ("tiny/logic"), as the repository may move; any other
+    folder as an absolute path; a model of the hub with its commit ("org/name@commit").
+    """
+    return pinned_source(source, *find_model(source))
+
+
+def pinned_source(source, folder, revision):
+    if revision is not None:
+        repo = source.partition("@")[0]
+        return f"{repo}@{revision}"
+    folder = folder.resolve()
+    if folder.is_relative_to(REPOSITORY):
+        folder = folder.relative_to(REPOSITORY)
+    return folder.as_posix()
+
+
+def weight_files(folder):
+    """The safetensors files of a model, a list of Paths: those that its index names, if it has an index.
+
+    Raises ValueError if there are none, or if one that the index names is missing.
+    """
+    if (folder / INDEX).is_file():
+        with loading(INDEX, folder):
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            names = sorted(set(index["weight_map"].values()))
+            files = [folder / Path(name).name for name in names]  # never a file outside the folder
+        for path in files:
+            if not path.is_file():
+                raise ValueError(f"{folder} lacks {path.name}, which its {INDEX} names: fetch it again")
+    else:
+        files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
+
+    if not files:
+        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
+                         "(other formats can run code and are never loaded)")
+    return files
+
+
+def check_weight_headers(files):
+    """The number of parameters in a model's safetensors files, of which only the headers are read.
+
+    Raises ValueError for a tensor that is in two files, and for weights of any dtype but float32, bfloat16
+    and float16: other numbers are quantized weights, which are wrong without their scales.
+    """
+    n_parameters = 0
+    file_of_tensor = {}
+    for path in files:
+        with loading(f"header of {path.name}", path.parent):
+            header = huggingface_hub.parse_local_safetensors_file_metadata(path)
+
+        for name, tensor in header.tensors.items():
+            if name in file_of_tensor:
+                raise ValueError(f"{path.parent} has the tensor {name} in both {file_of_tensor[name]} and "
+                                 f"{path.name}: delete the file that does not belong to the model")
+            file_of_tensor[name] = path.name
+
+            if tensor.dtype not in WEIGHT_DTYPES and not name.endswith(BUFFERS):
+                raise ValueError(f"{path.parent} stores {name} as {tensor.dtype}, but weights must be "
+                                 "float32, bfloat16 or float16: name a version of it that is not quantized")
+            n_parameters += tensor.parameter_count
+    return n_parameters
+
+
+def read_config(folder, source):
+    """The model's config. Raises ValueError for a kind of model that cannot be an expert."""
+    with loading("config", source):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text_config = config.get_text_config()
+        width, n_layers = text_config.hidden_size, text_config.num_hidden_layers
+        usual_size = 1 <= width <= 65_536 and 1 <= n_layers <= 1_000
+        if config.is_encoder_decoder or not usual_size:
+            raise ValueError(f"no causal model or encoder: width {width}, {n_layers} layers")
+    return config
+
+
+def read_tokenizer(folder, source):
+    """The model's tokenizer: tokenizer.json as it is, if there is one.
+
+    AutoTokenizer would choose a class by the type of the model, such as Qwen's for any model of type qwen2.
+    """
+    kind = transformers.AutoTokenizer
+    if (folder / "tokenizer.json").is_file():
+        kind = transformers.PreTrainedTokenizerFast
+    with loading("tokenizer", source):
+        return kind.from_pretrained(folder, trust_remote_code=False)
+
+
+def output_width(text_config):
+    """How many numbers a state of the last layer has. OPT-350m projects it to a smaller width."""
+    return getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
+
+
+def generates_text(config):
+    """True for a model that was trained to continue a text and that AutoModelForCausalLM can load.
+
+    AutoModelForCausalLM also loads encoders, with a head that was never trained. Their config names another
+    architecture, such as BertForMaskedLM.
+    """
+    endings = ("CausalLM", "LMHeadModel", "ConditionalGeneration")
+    trained_to_write = any(name.endswith(endings) for name in config.architectures or [])
+    return trained_to_write and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+@contextlib.contextmanager
+def loading(part, source):
+    """Turn whatever a library raises in this block into a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:  # the same mistake comes as an OSError, KeyError, RuntimeError, ...
+        raise ValueError(f"the {part} of {source} cannot be loaded: fetch it again or name another model "
+                         f"({first_line(error)})") from error
+
+
+def first_line(error):
+    """The type of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+# -- Files. A file is complete or not there; a name that ends with a checksum of the content shows damage.
 
 def write_tensors(folder, tensors, prefix=""):
-    """Write {name: tensor} as <prefix><checksum>.safetensors. Raises OSError."""
+    """Write {name: tensor} to <folder>/<prefix><checksum>.safetensors. Raises OSError."""
     data = save(tensors)
     write_atomic(folder / f"{prefix}{checksum(data)}.safetensors", data)
+
 
 def read_tensors(path):
     """{name: tensor} of a file of `write_tensors`. Raises ValueError if it is damaged."""
@@ -288,90 +738,106 @@ def read_tensors(path):
         raise ValueError(f"{path} is damaged, its checksum does not match")
     return load(data)
 
-@functools.cache
-def file_digest(path, modified):
-    """sha256 (hex) of a file as it was at that time: weights are gigabytes, and asked for at each split."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def checksum(data):
+    """The first 16 hexadecimal digits of the sha256 of bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
 
+
 def write_atomic(path, data):
-    """Write bytes so that the file is complete or not there, whatever happens meanwhile. Raises OSError."""
+    """Write bytes under another name, then rename the file: nobody ever sees half of it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{uuid.uuid4().hex}.part")
     try:
-        with open(aside, "wb") as file:
+        with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(part, path)
     finally:
-        aside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
-def pick_device(name):
-    there = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
-    kind, _, index = (there[0] if name == "auto" else name).partition(":")
-    index = (os.environ.get("LOCAL_RANK", "") if kind == "cuda" else "") or index  # a GPU for each rank
+
+def weights_fingerprint(folder):
+    """sha256 (hex) of a model's weights, tokenizer and config. A copy in another folder has the same one."""
+    folder = Path(folder)
+    files = tokenizer_and_config_files(folder) + weight_files(folder)
+    return hashlib.sha256("\n".join(named_digests(files)).encode()).hexdigest()
+
+
+def tokenizer_and_config_files(folder):
+    files = []
+    for pattern in META_FILES:
+        files += folder.glob(pattern)
+    return files
+
+
+def named_digests(files):
+    """["<name> <sha256>"] of files, in the order of their paths."""
+    return [f"{path.name} {file_digest(path)}" for path in sorted(files)]
+
+
+def file_digest(path):
+    """sha256 (hex) of a file."""
+    # In the hub's cache a file is a link to blobs/<sha256>: there is nothing to compute.
+    target = path.resolve()
+    if target.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", target.name):
+        return target.name
+    status = path.stat()
+    return digest_of_version(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache  # weights are gigabytes, and this is called for every split of every task
+def digest_of_version(path, size, modified):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, progress_bar(size, f"checking {path.name}", "B", delay=1) as bar:
+        while chunk := file.read(2**24):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def progress_bar(total, description, unit, show=True, delay=0):
+    """A tqdm bar that appears after `delay` seconds. In a log file it appears every 30 seconds.
+
+    If torchrun has started several processes, only the first one shows it.
+    """
+    show = show and os.environ.get("RANK", "0") == "0"
+    mininterval = 0.1
+    if not sys.stderr.isatty():
+        mininterval = delay = 30
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", disable=not show,
+                delay=delay, mininterval=mininterval)
+
+
+# -- Devices
+
+def pick_device(name, small=False):
+    """The device to use: "cpu", "mps", "cuda" or "cuda:1". Raises ValueError if it is not there.
+
+    name: one of these, or "auto" for the fastest. small: the model is so small that a Mac's CPU is faster
+    than its GPU. If torchrun has started several processes, each gets a GPU of its own.
+    """
+    available = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    if name == "auto":
+        name = available[0]
+        if name == "mps" and small:
+            name = "cpu"
+
+    # torchrun numbers the processes on a computer. Process 1 uses GPU 1.
+    kind, _, index = name.partition(":")
+    local_rank = os.environ.get("LOCAL_RANK", "")
+    if kind == "cuda" and local_rank:
+        index = local_rank
     device = f"{kind}:{index}" if index else kind
-    if kind not in there or (index and (not index.isdigit() or int(index) >= torch.cuda.device_count())):
-        raise ValueError(f"there is no {device} here: use --device {' or '.join(there)}, and no more "
-                         "ranks than GPUs")
+
+    known_index = not index or (index.isdigit() and int(index) < torch.cuda.device_count())
+    if kind not in available or not known_index:
+        sentence = f"there is no {device} here: use --device {' or '.join(available)}"
+        if local_rank:
+            sentence += ", and start no more processes than there are GPUs"
+        raise ValueError(sentence)
+
     if kind == "cuda":
         torch.cuda.set_device(int(index or 0))
     return device
-
-# -- A model's folder: found, checked, never trusted
-
-def find_model(source):
-    """(folder, commit): a local folder and None, or the snapshot of a hub model "org/name[@revision]"."""
-    if os.path.isdir(source):
-        return Path(source), None
-    repo, _, revision = source.partition("@")
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, ignore_patterns=["*/*"],
-                                        allow_patterns=[*META_FILES, "model*.safetensors", "README.md"]))
-    except Exception as error:  # the errors of the hub's client share no base class
-        raise ValueError(f"{source} is no folder and cannot be had from the Hugging Face hub: name a folder, "
-                         f"or check name, network and HF_HUB_OFFLINE ({brief(error)})") from error
-    return folder, folder.name
-
-def weight_files(folder):
-    """The safetensors files of a model. Raises ValueError if there are none."""
-    files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
-                         "(other formats can run code and are never loaded)")
-    return files
-
-def stop_tokens(folder, config):
-    """Ids that end a text: generation_config.json's, else config.json's. ValueError if there are none."""
-    config = config.get_text_config()  # of a vision-language model: its language model's config
-    ids = getattr(config, "eos_token_id", None)
-    if (folder / "generation_config.json").is_file():
-        with loading("generation_config.json", folder):
-            own = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-        ids = ids if own is None else own
-    ids = ids if isinstance(ids, list) else [ids]
-    if not ids or not all(type(i) is int and 0 <= i < config.vocab_size for i in ids):
-        raise ValueError(f"{folder} names no eos_token_id in its vocabulary ({ids}), so no text ends: add it "
-                         "to its config.json")
-    return ids
-
-def line_ends(tokenizer):
-    """Ids of all tokens that end a line: as is, in byte-level vocabularies, in SentencePiece's."""
-    marks = ("\n", "Ċ", "<0x0A>")
-    return [i for token, i in tokenizer.get_vocab().items() if any(mark in token for mark in marks)]
-
-@contextlib.contextmanager
-def loading(part, source):
-    """Turn whatever a library raises into one sentence."""
-    try:
-        yield
-    except Exception as error:  # one mistake may come as an OSError, KeyError, RuntimeError, ...
-        raise ValueError(f"the {part} of {source} cannot be loaded: fetch it again or name another model "
-                         f"({brief(error)})") from error
-
-def brief(error):
-    return f"{type(error).__name__}: {error}".split("\n")[0]

@@ -1,15 +1,23 @@
 """
-Where problems come from, and how an answer is verified without running anything. What is easy to get wrong:
-- The verifier is the teacher: whatever it pays for is what the policy learns.
-- An answer is text to be compared, never code: nine of Reasoning Gym's scorers execute it, one pays for any.
-  So no scorer is asked. An answer is compared with the gold answer, as a fraction where that is a number,
-  else as folded text; a dataset where other answers are right too is refused.
-- Seeds do not separate train from test: Reasoning Gym draws item i from Random(seed + i). Here the sha256 of
-  a question decides its split, so that no question is in two splits, whatever sizes are asked for.
-- A truncated "1" may be the head of "12", and a list of several numbers is no answer.
+What counts as a right answer, and where the problems come from.
+
+The reward of reinforcement learning is made here: `verify` compares what a model wrote with the gold answer
+of the problem and gives 1 or 0. The rest of the file turns problems into prompts and divides them into
+training, validation and test problems. What is easy to get wrong:
+
+- The verifier is the teacher: the policy learns whatever it rewards, and also what it rewards by mistake.
+- An answer is text to compare, never code to run. Nine of Reasoning Gym's own scorers execute the answer, and
+  one rewards any text, so we never call them. An answer is compared with the gold answer: as an exact
+  fraction where the gold answer is a number, and as normalized text elsewhere. A dataset with several right
+  answers for a question is refused, because only one of them is known.
+- A completion that hit the token limit may be incomplete: "1" may be the beginning of "12". And a list of
+  several numbers is not an answer, even if the right one is among them.
+- Different seeds do not separate training questions from test questions. Reasoning Gym draws item i from
+  Random(seed + i), so two seeds give mostly the same items. Here the sha256 of a question decides its split.
 """
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import io
@@ -22,382 +30,896 @@ import urllib.request
 from fractions import Fraction
 from pathlib import Path
 
-SPLITS = ("train", "val", "test")
-REASONS = ("right", "wrong", "no_answer", "unclosed", "several", "too_long", "not_a_number", "truncated")
+from tqdm import tqdm
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     question: str
-    answer: str  # the gold answer
-    task: str = "gsm8k"  # the part of a mix it belongs to: "arithmetic" in "arithmetic+logic"
-    dataset: str = "gsm8k"
-    split: str = "train"
+    answer: str              # the gold answer
+    task: str = "gsm8k"      # the part of a mix that it belongs to: "arithmetic" in "arithmetic+logic"
+    dataset: str = "gsm8k"   # "gsm8k", or the name of a Reasoning Gym dataset: "chain_sum"
+    split: str = "train"     # "train", "val" or "test"
+
+
+# -- The verifier: is this completion right?
+
+REASONS = (
+    "right",         # the only reason with reward 1
+    "wrong",         # another number or text than the gold answer
+    "no_answer",     # no answer tags, nothing between them, or an empty first line
+    "unclosed",      # <answer> without </answer> after it
+    "several",       # more than one answer
+    "too_long",      # far longer than an answer to this problem can be
+    "not_a_number",  # the gold answer is a number, and this is none: "3 * 12", "17 18"
+    "truncated",     # the token limit came before the end of the answer
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    strict: bool  # one exact, well-formed answer: this is trained on
-    lenient: bool  # a generous reader would find the answer: this is only reported
-    reward: float  # 1.0 if strict, else 0.0
-    reason: str  # one of REASONS
+    reward: float  # 1.0 for a right answer in the requested format, else 0.0: the policy is trained on this
+    reason: str    # one of REASONS
+    lenient: bool  # whether a generous reader would find the right answer: this is only reported
 
-# Tasks and levels
-TINY = {  # level "tiny": what the embedded experts in tiny/ were taught
+
+def verify(completion, problem, answer_format="tagged", truncated=False):
+    """Judge a completion: the text that a model wrote after its prompt. Returns a Verdict.
+
+    answer_format  "tagged": the answer stands between <answer> and </answer>. After the thought, if the
+                   model has written one, each of these tags must occur once.
+                   "plain": the first line is the answer.
+    truncated      the completion hit the token limit. Then a first line without an end does not count. An
+                   answer between tags does.
+    The text of a stop token (<|im_end|>) at the end of the completion is allowed.
+    Raises ValueError for an unknown answer_format, and never for a completion, whatever it holds.
+
+    >>> problem = Problem("A box holds 12 pencils. How many pencils do 3 boxes hold?", "36")
+    >>> verify("3 * 12 = 36. <answer>$36.00</answer>", problem)        # the same number
+    Verdict(reward=1.0, reason='right', lenient=True)
+    >>> verify("<answer>36 pencils</answer>", problem)                 # between tags, a unit may follow
+    Verdict(reward=1.0, reason='right', lenient=True)
+    >>> verify("<answer>38</answer>", problem)
+    Verdict(reward=0.0, reason='wrong', lenient=False)
+    >>> verify("<answer>3 * 12</answer>", problem)                     # no number, but a way to get it
+    Verdict(reward=0.0, reason='not_a_number', lenient=False)
+    >>> verify("The answer is 36.", problem)                           # right, but not in the right format
+    Verdict(reward=0.0, reason='no_answer', lenient=True)
+    >>> verify("36\\nNext question:", problem, "plain")
+    Verdict(reward=1.0, reason='right', lenient=True)
+    >>> verify("36", problem, "plain", truncated=True)                 # may be the beginning of 365
+    Verdict(reward=0.0, reason='truncated', lenient=True)
+    """
+    if answer_format not in ("tagged", "plain"):
+        raise ValueError(f"unknown answer format {answer_format!r}: choose tagged or plain")
+
+    # Find the answer in the completion, then compare it with the gold answer.
+    answer, reason = extract(completion, answer_format, truncated)
+    if reason is None:
+        words_may_follow = answer_format == "tagged"
+        reason = grade(answer, problem, words_may_follow)
+
+    # Only "right" is rewarded. Note, for the report, what a generous reader would say.
+    right = reason == "right"
+    return Verdict(float(right), reason, right or lenient(completion[-2000:], problem.answer))
+
+
+OPEN_TAG, CLOSE_TAG = "<answer>", "</answer>"
+ANSWER_TAGS = re.compile(f"{OPEN_TAG}|{CLOSE_TAG}")
+THOUGHT_TAGS = (  # what models that think before they answer put around the thought
+    ("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"), ("<|START_THINKING|>", "<|END_THINKING|>"))
+STOP_TEXTS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<end_of_turn>")
+
+
+def extract(completion, answer_format, truncated):
+    """Find the answer. Returns (answer as it was written, None), or ("", the reason why there is none)."""
+    if answer_format == "plain":
+        answer, reason = extract_first_line(completion, truncated)
+    else:
+        answer, reason = extract_tagged(completion, truncated)
+
+    if reason is None and not answer.strip():
+        reason = "no_answer"
+    if reason is not None:
+        answer = ""
+    return answer, reason
+
+
+def extract_first_line(completion, truncated):
+    """The plain format: the answer is the first line, without the text of a stop token."""
+    line, line_end, _ = completion.partition("\n")
+    if truncated and not line_end:
+        return "", "truncated"
+
+    for stop in STOP_TEXTS:
+        line = line.removesuffix(stop)
+    return line, None
+
+
+def extract_tagged(completion, truncated):
+    """The tagged format: the answer stands between <answer> and </answer>, after the thought."""
+    # Leave the thought out: all that stands before the last tag that closes one. The tag that opens it may be
+    # missing, because some chat templates write it at the end of the prompt.
+    text = completion
+    for _, closing in THOUGHT_TAGS:
+        text = text.rpartition(closing)[2]
+
+    # Require <answer> and </answer> once each, in this order.
+    tags = ANSWER_TAGS.findall(text)
+    if len(tags) > 2 and OPEN_TAG in tags and CLOSE_TAG in tags:
+        return "", "several"
+    if tags != [OPEN_TAG, CLOSE_TAG]:
+        if truncated:
+            return "", "truncated"
+        if OPEN_TAG in tags:
+            return "", "unclosed"
+        return "", "no_answer"
+
+    # Refuse an answer inside a thought that was never closed: there the model may try several answers.
+    before, _, rest = text.partition(OPEN_TAG)
+    for opening, _ in THOUGHT_TAGS:
+        if opening in before:
+            if truncated:
+                return "", "truncated"
+            return "", "no_answer"
+
+    return rest.partition(CLOSE_TAG)[0], None
+
+
+# Gold answers like 18 and -2.5 are compared as numbers. 007 and 1/2 are compared as text: the problem may
+# have asked for exactly these digits, or for lowest terms.
+PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
+# The answers of these datasets are grids. A grid with the same numbers in other rows is another answer.
+GRIDS = ("arc_agi", "binary_matrix", "futoshiki", "manipulate_matrix", "mini_sudoku", "modulo_grid",
+         "pool_matrix", "rearc", "rotate_matrix", "sudoku", "survo")
+
+
+def grade(answer, problem, words_may_follow):
+    """Compare an extracted answer with the gold answer. Returns one of REASONS.
+
+    words_may_follow: "36 pencils" is read as 36.
+    """
+    gold = problem.answer.strip()
+    if problem.dataset != "gsm8k":
+        answer = answer.strip()
+
+    if problem.dataset == "gsm8k" or PLAIN_NUMBER.fullmatch(gold):
+        return grade_number(answer, gold, problem.dataset, words_may_follow)
+    return grade_text(answer, gold, problem.dataset)
+
+
+def grade_number(answer, gold, dataset, words_may_follow):
+    """Compare two numbers exactly: 36, 36.00 and $36 are the same."""
+    if len(answer) > MAX_NUMBER:
+        return "too_long"
+
+    # Reject 8/4 and 1e2, except in GSM8K. Elsewhere 8/4 may be the question itself, and 1e2 hexadecimal.
+    if dataset != "gsm8k" and re.search(r"/|[0-9][eE]", answer):
+        return "not_a_number"
+
+    value = number(answer, words_may_follow)
+    if value is None:
+        return "not_a_number"
+    if value != number(gold):
+        return "wrong"
+    return "right"
+
+
+def grade_text(answer, gold, dataset):
+    """Compare two texts in their normalized form."""
+    if len(answer) > 4 * len(gold) + 64:
+        return "too_long"
+
+    # Compare line by line where the gold answer has several lines, or is a grid, which may have a single row.
+    # In any other text a line break is as good as a space.
+    if "\n" in gold or dataset in GRIDS:
+        same = normalize_lines(answer) == normalize_lines(gold)
+    else:
+        same = normalize(answer) == normalize(gold)
+
+    if not same:
+        return "wrong"
+    return "right"
+
+
+def normalize(text):
+    """A text in the form in which texts are compared, for example "[ '1', 2.50 ]" -> "[1,2.5]".
+
+    Everything is in lower case. Quotes, line breaks, double spaces, spaces beside a mark, and zeros at the
+    end of decimals are removed.
+    """
+    text = text.casefold().replace("\u2212", "-")  # \u2212 is the mathematical minus sign
+    text = text.replace("'", "").replace('"', "")
+    text = " ".join(text.split())
+    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
+    return re.sub(r"[0-9]+\.[0-9]+", without_zeros, text)
+
+
+def without_zeros(decimal):
+    """2.50 -> 2.5 and 3.0 -> 3. `decimal` is a match of a regular expression."""
+    return decimal[0].rstrip("0").rstrip(".")
+
+
+def normalize_lines(text):
+    """The lines of a text, each normalized, without the empty ones."""
+    lines = [normalize(line) for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+# What a number looks like. \u2009 and \u202f are thin spaces, which group thousands as the comma does.
+MAX_NUMBER = 200  # characters; int() needs time that grows with the square of the length
+THIN_SPACES = "\u2009\u202f"
+
+
+def thousands(mark):
+    """The pattern of digits in groups of three with `mark` between them: 1,000,000."""
+    return rf"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+"
+
+
+DIGITS = "(?:" + "|".join(thousands(mark) for mark in "," + THIN_SPACES) + "|[0-9]+)"  # 18 or 1,000
+DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"             # 18.50, .5 or 1e3
+QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"                                      # 36/2, but not 1/0
+NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{QUOTIENT})")  # -$5
+
+# What may stand around a number without changing it: (before it, after it).
+DECORATIONS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}")]
+for sign in ("\\$", "$", "€", "\\%", "%"):
+    DECORATIONS += [(sign, ""), ("", sign)]
+
+# Up to three words may follow a number ("18 apples per day"), but none of those that would change it
+# ("18 thousand", "18 or nineteen").
+NOT_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
+    "millions? billions? trillions? dozens? half halves thirds? quarter fourths? fifths? sixths? eighths? "
+    "tenths? hundredths? thousandths? k or to not plus minus times over point squared cubed e x")
+UNITS = re.compile(rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b)[A-Za-z]+){{1,3}}\Z")
+
+
+def number(text, units=True):
+    """Read a text that is one number. Returns an exact Fraction, or None if the text is not one number.
+
+    "$1,000.50" -> 2001/2, "**18** apples." -> 18, "36/2" -> 18.
+    "eighteen", "18, 19", "10-20", "9 + 9" -> None. A text of more than 200 characters gives None too.
+    units: whether up to three words may follow the number.
+    """
+    if len(text) > MAX_NUMBER:
+        return None
+    text = text.replace("\u2212", "-").strip()
+
+    # Take off decorations, one full stop and the units, until nothing is left to take off. They come in any
+    # order: "**18 apples.**", "$18$ apples."
+    may_have_stop, may_have_units = True, units
+    before = None
+    while text != before:
+        before = text
+        text = without_decorations(text)
+
+        if may_have_stop and text.endswith("."):
+            text = text[:-1].rstrip()
+            may_have_stop = False
+
+        if may_have_units:
+            text, n_taken_off = UNITS.subn("", text)
+            may_have_units = n_taken_off == 0
+
+    # Read what is left. Fraction reads signs, decimals, exponents and quotients, but no marks in thousands.
+    match = NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["value"]))
+
+
+def without_decorations(text):
+    """A text without one pair of each kind of decoration around it: "$**18**" -> "18"."""
+    for left, right in DECORATIONS:
+        if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
+            text = text[len(left):len(text) - len(right)].strip()
+    return text
+
+
+NUMBER_IN_TEXT = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN_SPACES}]*")
+
+
+def lenient(ending, gold):
+    """Whether a generous reader would find the gold answer in the end of a completion.
+
+    This is reported and not trained on. It shows what a policy knows but does not write in the right format.
+    """
+    value = number(gold)
+
+    # A gold answer that is a text must be the last line. Answer tags end a line too.
+    if value is None:
+        lines = ending.replace(OPEN_TAG, "\n").replace(CLOSE_TAG, "\n").strip()
+        last_line = lines.rpartition("\n")[2].strip()
+        return last_line != "" and last_line.casefold() == gold.strip().casefold()
+
+    # If there is a \boxed{...}, the last one must hold the number.
+    if "\\boxed{" in ending:
+        inside, closing, _ = ending.rpartition("\\boxed{")[2].partition("}")
+        return closing == "}" and number(inside) == value
+
+    # If there is a ####, as in the solutions of GSM8K, only the line after the first one is read.
+    if "####" in ending:
+        ending = ending.partition("####")[2].split("\n")[0]
+        if number(ending) == value:
+            return True
+
+    # The last number of all must be the gold answer.
+    return last_number(ending) == value
+
+
+def last_number(text):
+    """The last number in a text, or None."""
+    candidates = NUMBER_IN_TEXT.findall(text.replace("\u2212", "-"))
+    for candidate in reversed(candidates):
+        value = number(candidate.rstrip(".,/" + THIN_SPACES), units=False)
+        if value is not None:
+            return value
+    return None
+
+
+def check_answer_format(problems, answer_format):
+    """Raise ValueError if the verifier would not accept the gold answers of `problems` in this format.
+
+    A policy would be trained on such problems without ever getting a reward. For example the answer to a
+    sudoku has several lines, but in the plain format only the first line is read.
+    """
+    for problem in problems[:10_000]:  # the answers of a dataset look alike, so the first ones tell
+        completion = problem.answer
+        if answer_format == "tagged":
+            completion = OPEN_TAG + problem.answer + CLOSE_TAG
+
+        verdict = verify(completion, problem, answer_format)
+        if verdict.reward == 1.0:
+            continue
+
+        advice = "choose another --task"
+        if answer_format == "plain":
+            advice = "use --answer_format tagged (the policy needs a chat template), or choose another --task"
+        gold = problem.answer.strip()
+        if len(gold) > 60:
+            gold = gold[:60] + "..."
+        raise ValueError(f"{problem.dataset} cannot be learned with --answer_format {answer_format}, because "
+                         f"even the right answer {gold!r} would be judged {verdict.reason!r}: {advice}")
+
+
+# -- Prompts: what a model reads
+
+INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the final answer, and nothing "
+               "else, between <answer> and </answer>.")
+# A solved problem as the first turns of the chat. Without it a model of half a billion parameters rarely
+# writes the tags.
+EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken out, how many are left?",
+           "The boxes hold 3 * 12 = 36 pencils. Without 10 of them, 36 - 10 = 26 are left. "
+           "<answer>26</answer>")
+
+
+def render_prompt(problem, prompt_format="plain", tokenizer=None, instruct=True):
+    """The text that a model reads for a problem.
+
+    prompt_format  "plain": the question, and "\\nAnswer:" after it unless it ends in "=".
+                   "chat": a chat in the form of the tokenizer's chat template.
+    instruct       for chat. True: the chat holds a solved example and the question, and asks for answer tags.
+                   False, for experts: it holds the question alone.
+    Raises ValueError if the chat template cannot render the chat.
+    """
+    question = problem.question.strip()
+    if prompt_format == "plain":
+        if question.endswith("="):
+            return question
+        return question + "\nAnswer:"
+
+    if instruct:
+        turns = [dict(role="user", content=EXAMPLE[0] + INSTRUCTION),
+                 dict(role="assistant", content=EXAMPLE[1]),
+                 dict(role="user", content=question + INSTRUCTION)]
+    else:
+        turns = [dict(role="user", content=question)]
+    return render_chat(turns, tokenizer)
+
+
+def render_chat(turns, tokenizer):
+    """The text of a chat up to where the model's turn begins. It is the same on any day."""
+    try:
+        template = with_fixed_date(tokenizer.get_chat_template())
+        # Turn long thoughts before the answer off: experts are read, and policies hit the token limit, long
+        # before such a thought ends. Templates without this setting ignore it.
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False,
+                                             add_generation_prompt=True, enable_thinking=False)
+    except Exception as error:  # mostly jinja2.TemplateError, but a template may raise anything
+        name = getattr(tokenizer, "name_or_path", "") or "the model"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template of {name} cannot render the problem ({reason}): choose another "
+                         "model, or --answer_format plain if it is the policy") from error
+
+    # The templates of some models begin a thought in any case. Close it, so that the answer comes next.
+    for opening, closing in THOUGHT_TAGS:
+        if text.rstrip().endswith(opening):
+            text = f"{text.rstrip()}\n\n{closing}\n\n"
+    return text
+
+
+FIXED_DATE = datetime.date(2024, 7, 26)  # what Llama 3's own template writes where it cannot know the date
+
+
+def with_fixed_date(template):
+    """A chat template that writes FIXED_DATE where it would write today's date.
+
+    Some templates call strftime_now("%d %B %Y"). With today's date in a prompt, experts' states would be read
+    again every day, and a resumed run would differ from one that was not stopped. transformers passes no
+    functions on to a template. So strftime_now is defined at the beginning of the template, as a macro that
+    replaces each %-code.
+    """
+    if "strftime_now" not in template:
+        return template
+
+    date = "format"
+    for letter in "aAbBdHIjmMpSyY":
+        code = "%" + letter
+        date += f" | replace('{code}', '{FIXED_DATE.strftime(code)}')"
+    return "{% macro strftime_now(format) %}{{ " + date + " }}{% endmacro %}\n" + template
+
+
+# -- Problems and splits
+
+SPLITS = ("train", "val", "test")
+MAX_PROBLEMS = 1_000_000  # of a split; they are all made before the training begins
+TINY_LEVEL = {  # level "tiny": what the experts in tiny/ were trained on
     "arithmetic": {"chain_sum": {"min_terms": 4, "max_terms": 4, "min_digits": 1, "max_digits": 1}},
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-FAMILIES = {  # at every other level; a constant answer solves less than a third of any of these
+FAMILIES = {  # at every other level; one and the same answer is right for less than a third of any of these
     "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
     "logic": ("family_relationships", "knights_knaves", "color_cube_rotation", "aiw"),
     "algorithmic": ("count_primes", "number_sorting", "spell_backward", "base_conversion", "caesar_cipher"),
 }
-STEPS = {"easy": 0, "hard": 2}  # of a dataset's own curriculum; level "default" is its default parameters
-TOO_HARD = ("caesar_cipher", "survo")  # these forbid step 2 of their own curriculum: "hard" is step 1
-SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all their items when they are built
-UNFIT = {  # why: which datasets; what was measured of every one is in results/fitness.md
+
+
+def get_problems(task, split, n, data_path=None, level=None, least=None, progress=True):
+    """A list of n problems.
+
+    task       "gsm8k", a family ("arithmetic"), a Reasoning Gym dataset ("chain_sum"), or several of these,
+               joined with "+", which then take turns
+    split      "train", "val" or "test". No question is in two splits. val and test hold each question once.
+               train repeats its questions in a new random order when there are no more.
+    data_path  a file or folder with problems in place of the official GSM8K, see `gsm8k`
+    level      "easy", "default", "hard", "tiny" or "parameter=value,...", for all tasks but gsm8k
+    least      the fewest problems to return, where fewer than n are enough (default: n)
+    progress   show a bar if it takes more than a second
+    The same arguments always give the same problems. A smaller n gives the beginning of the same list.
+
+    Raises ValueError for a task, split, level or file that cannot be used, for an option without effect, and
+    if there are fewer than `least` problems. It checks all parts of the task before it makes a problem, and
+    needs no model.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
+    if n > MAX_PROBLEMS:
+        options = {"train": "--steps or --batch", "val": "--val", "test": "--test"}
+        raise ValueError(f"{n:,} {split} problems are too many, {MAX_PROBLEMS:,} are the most: "
+                         f"lower {options[split]}")
+
+    # Open every part of the task. This finds the mistakes in all options, but draws no problem yet.
+    names = [known_task(name.strip()) for name in task.split("+")]
+    check_use_of_options(names, data_path, level)
+    parts = [open_part(name, split, data_path, level or "default") for name in names]
+
+    # Draw n problems, or all that there are, from the parts in turn.
+    hide_bar = True
+    if progress:
+        hide_bar = None  # tqdm then shows the bar on a terminal, and not in a file
+    problems = []
+    with tqdm(total=n, desc=f"{split} problems", delay=1, leave=False, disable=hide_bar) as bar:
+        for problem in itertools.islice(take_turns(parts), n):
+            problems.append(problem)
+            bar.update()
+
+    if least is None:
+        least = n
+    if len(problems) < least:
+        advice = "choose another --level"
+        if "gsm8k" in names:
+            advice = "pass a larger file as --data"
+        raise ValueError(f"{task} has only {len(problems)} distinct {split} questions, but {least} are "
+                         f"needed: {advice}, or ask for fewer")
+    return problems
+
+
+def check_use_of_options(names, data_path, level):
+    """Raise ValueError for an option that would be ignored. names: the parts of the task."""
+    if set(names) == {"gsm8k"} and level not in (None, "", "default"):
+        raise ValueError(f"--level {level} has no effect on gsm8k, which has no levels: leave --level out")
+    if data_path and "gsm8k" not in names:
+        raise ValueError(f"--data {data_path} has no effect on --task {'+'.join(names)}, only on gsm8k: "
+                         "leave --data out, or use --task gsm8k")
+
+
+def open_part(name, split, data_path, level):
+    """An iterator over the problems of one part of a task. It has no end if the split is train.
+
+    Raises ValueError for an unknown level, a bad file, or a dataset that cannot be built.
+    """
+    if name in FAMILIES and level not in ("tiny", "default", *CURRICULUM_STEPS):
+        raise ValueError(f"unknown level {level!r} of {name}: choose easy, default, hard or tiny")
+
+    # Open the datasets of the part.
+    parts = {}
+    if name == "gsm8k":
+        rows = gsm8k(data_path)[split]
+        parts[name] = (Problem(question, answer, split=split) for question, answer in rows)
+    else:
+        datasets = FAMILIES.get(name, [name])
+        if name in TINY_LEVEL and level == "tiny":
+            datasets = TINY_LEVEL[name]
+        for dataset in datasets:
+            items = draw_items(open_dataset(dataset, level), dataset, level)
+            parts[dataset] = distinct_problems(items, name, dataset, split)
+
+    # Training begins again, in a new order, when a dataset has no more questions.
+    if split == "train":
+        for dataset, problems in parts.items():
+            parts[dataset] = repeat(problems, dataset)
+    return take_turns(parts.values())
+
+
+def take_turns(parts):
+    """Yield a problem of each part in turn, until one part ends.
+
+    A question of val or test that two parts have is given only once.
+    """
+    parts = list(parts)
+    seen = set()
+    while True:
+        for part in parts:
+            problem = next_new(part, seen)
+            if problem is None:
+                return
+            seen.add(problem.question)
+            yield problem
+
+
+def next_new(part, seen):
+    """The next problem of a part. For val and test its question is not in `seen`. None if there is none."""
+    for problem in part:
+        if problem.split == "train" or problem.question not in seen:
+            return problem
+    return None
+
+
+def distinct_problems(items, task, dataset, split):
+    """Yield the problems of one split of a dataset, each once, in the order in which they are drawn.
+
+    items: an iterator over (question, gold answer), in which questions may come again.
+    """
+    seen = set()
+    last_new = -1
+    for drawn, (question, answer) in enumerate(items):
+        if question not in seen and answer:  # nobody can give an empty answer
+            seen.add(question)
+            last_new = drawn
+            if split_of(question) == split:
+                yield Problem(question, answer, task, dataset, split)
+
+        # Stop after many draws without a new question of any split. So all splits end at the same draw, and
+        # it does not matter which one is asked for.
+        if drawn - last_new >= max(200, 3 * len(seen)):
+            return
+
+
+def split_of(question):
+    """The split of a question that was drawn: half of all are train, a quarter is val, a quarter is test.
+
+    Do not change this: the models in tiny/ were trained on this train split.
+    """
+    digest = hashlib.sha256(question.encode()).hexdigest()
+    return ("train", "train", "val", "test")[int(digest, 16) % 4]
+
+
+def repeat(problems, name):
+    """Yield the problems in order, and then, without end, all of them again in a new random order."""
+    drawn = []
+    for problem in problems:
+        drawn.append(problem)
+        yield problem
+    if not drawn:
+        return
+
+    for epoch in itertools.count(1):
+        order = list(drawn)
+        random.Random(f"{name} {epoch}").shuffle(order)  # a text as seed: the same order on every machine
+        yield from order
+
+
+def next_in_dataset(problems):
+    """For each problem the index of the next problem of its dataset; for the last one, that of the first.
+
+    For example the datasets a, b, a, a give [2, 1, 3, 0].
+    """
+    indices_of = {}
+    for i, problem in enumerate(problems):
+        indices_of.setdefault(problem.dataset, []).append(i)
+
+    partner = [0] * len(problems)
+    for indices in indices_of.values():
+        for here, following in zip(indices, indices[1:] + indices[:1]):
+            partner[here] = following
+    return partner
+
+
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+# Reasoning Gym: which datasets can be used, and what a level means
+
+# A level is a step of a dataset's own curriculum. "default" is its default parameters.
+CURRICULUM_STEPS = {"easy": 0, "hard": 2}
+NO_STEP_2 = ("caesar_cipher", "survo")  # "hard" is step 1 of these
+SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all of their items when they are built
+UNFIT = {  # why: which datasets. results/fitness.md says what was measured
     "several answers are right, and only one of them is known":
         "countdown cryptarithm group_anagrams intermediate_integration jugs kakurasu n_queens "
         "palindrome_generation palindrome_partitioning polynomial_multiplication puzzle24 quantum_lock "
         "shortest_path simple_integration sokoban tower_of_hanoi",
-    "its items have no gold answer, and its own scorer raises, hangs or pays for nonsense":
+    "its items have no gold answer, and its own scorer raises, hangs or rewards nonsense":
         "boxnet graph_color propositional_logic rubiks_cube rush_hour",
     "its items change with PYTHONHASHSEED: no two runs would see the same questions":
         "codeio isomorphic_strings knight_swap list_functions ransom_note word_ladder",
     "its gold answers are not rounded as its questions ask": "coin_flip number_format power_function",
     "one of its items can take a minute to make": "number_sequence",
-    "it is a mix of other datasets, which + makes too": "composite",
+    "it is a mix of other datasets, which --task can make with +": "composite",
 }
-REFUSED = {name: reason for reason, names in UNFIT.items() for name in names.split()}
+REFUSED = {}  # {dataset: why}
+for why, unfit_datasets in UNFIT.items():
+    REFUSED |= dict.fromkeys(unfit_datasets.split(), why)
+
 
 def registry():
-    """{name: (dataset class, configuration class)}. Imported late: it takes 1.6 s, and GSM8K does without."""
-    import reasoning_gym
+    """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym."""
+    import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS
 
-def known(name):
-    """The name, if it is a task's; else ValueError, which says what to choose."""
+
+def known_task(name):
+    """Return the name if it is a known task, else raise ValueError with suggestions."""
     if name in REFUSED:
-        raise ValueError(f"the dataset {name} is refused because {REFUSED[name]}: choose another one")
+        raise ValueError(f"the dataset {name} is refused because {REFUSED[name]}: choose another --task")
+
     if name != "gsm8k" and name not in FAMILIES and name not in registry():
         names = ["gsm8k", *FAMILIES, *sorted(registry().keys() - REFUSED.keys())]
-        near = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:4]
-        raise ValueError(f"unknown task {name!r}: choose {', '.join(near)} or another Reasoning Gym dataset")
+        suggestions = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:4]
+        raise ValueError(f"unknown task {name!r}: choose {', '.join(suggestions)} or another Reasoning Gym "
+                         "dataset")
     return name
 
-def parameters(dataset, level):
-    """{parameter: value} of a dataset at a level; {} is its default level. ValueError if unknown."""
+
+def open_dataset(dataset, level):
+    """A Reasoning Gym dataset at a level. Raises ValueError if it cannot be built."""
+    dataset_class, config_class = registry()[dataset]
+    parameters = level_parameters(dataset, level)
+    parameters |= dict(seed=1, size=SIZES.get(dataset, 10**9))
+    try:
+        return dataset_class(config_class(**parameters))
+    except Exception as error:
+        raise cannot_build(dataset, level, error) from error
+
+
+def draw_items(items, dataset, level):
+    """Yield (question, gold answer) of an open dataset. Raises ValueError if an item cannot be made."""
+    try:
+        for i in range(items.size):
+            with contextlib.redirect_stdout(io.StringIO()):  # the dataset "bf" prints while it makes an item
+                item = items[i]
+            yield item["question"], str(item["answer"])
+    except Exception as error:
+        raise cannot_build(dataset, level, error) from error
+
+
+def cannot_build(dataset, level, error):
+    return ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another --level")
+
+
+def level_parameters(dataset, level):
+    """{parameter: value} that a level sets in a dataset. Raises ValueError for an unknown level."""
     from reasoning_gym.factory import create_curriculum, has_curriculum
-    if level == "default" or (level in STEPS and not has_curriculum(dataset)):
+
+    if level == "default":
         return {}
+
     if level == "tiny":
-        found = [family[dataset] for family in TINY.values() if dataset in family]
-        if not found:
-            raise ValueError(f"level tiny exists only for {', '.join(TINY)}, not for {dataset}: "
-                             "choose --level easy, or --preset small")
-        return found[0]
-    if level in STEPS:
+        for family in TINY_LEVEL.values():
+            if dataset in family:
+                return dict(family[dataset])
+        raise ValueError(f"level tiny exists only for {', '.join(TINY_LEVEL)}, not for {dataset}: "
+                         "choose --level easy, or --preset small")
+
+    if level in CURRICULUM_STEPS:
+        if not has_curriculum(dataset):
+            return {}
+        step = CURRICULUM_STEPS[level]
+        if dataset in NO_STEP_2:
+            step = min(step, 1)
         curriculum = create_curriculum(dataset)
-        curriculum.set_global_level(1 if level == "hard" and dataset in TOO_HARD else STEPS[level])
-        return vars(curriculum.generate_configuration())
-    kinds = {field.name: field.type for field in dataclasses.fields(registry()[dataset][1])
-             if field.type in (bool, int, float, str) and field.name not in ("seed", "size")}
+        curriculum.set_global_level(step)
+        return dict(vars(curriculum.generate_configuration()))
+
+    return written_parameters(dataset, level)
+
+
+def written_parameters(dataset, level):
+    """{parameter: value} of a level that is written as "min_terms=2,max_terms=3"."""
+    # List the parameters that can be written so, with their types.
+    types = {}
+    for field in dataclasses.fields(registry()[dataset][1]):
+        if field.type in (bool, int, float, str) and field.name not in ("seed", "size"):
+            types[field.name] = field.type
+
     values = {}
     for part in level.split(","):
         name, _, value = part.replace(" ", "").partition("=")
         try:
-            kind = kinds[name]
-            values[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+            values[name] = read_value(value, types[name])
         except (KeyError, ValueError):
-            choices = ", ".join(f"{name} ({kind.__name__})" for name, kind in kinds.items())
+            choices = ", ".join(f"{name} ({type_.__name__})" for name, type_ in types.items()) or "none"
             raise ValueError(f"unknown level {part!r} of {dataset}: choose easy, default, hard or "
-                             f"parameter=value,... of {choices or 'none'}") from None
+                             f"parameter=value,... of {choices}") from None
     return values
 
-def draws(dataset, level):
-    """Yields (question, answer) of a Reasoning Gym dataset. ValueError if it, or an item, cannot be built."""
-    make, config = registry()[dataset]
-    values = parameters(dataset, level) | dict(seed=1, size=SIZES.get(dataset, 10**9))
-    try:
-        found = make(config(**values))
-        for i in range(found.size):
-            with contextlib.redirect_stdout(io.StringIO()):  # bf prints
-                item = found[i]
-            yield item["question"], str(item["answer"])
-    except Exception as error:
-        raise ValueError(f"{dataset} or an item of it cannot be built at level {level} ({error!r}): choose "
-                         "another") from error
 
-def split_of(question):
-    """The split of a generated question: 1/2 train, 1/4 val, 1/4 test. Final: tiny/ is trained on it."""
-    return ("train", "train", "val", "test")[int(hashlib.sha256(question.encode()).hexdigest(), 16) % 4]
+def read_value(text, type_):
+    """A text as a value of a type. Raises KeyError or ValueError if it is none."""
+    if type_ is bool:
+        return {"true": True, "false": False}[text.lower()]
+    return type_(text)
 
-def dataset_problems(task, dataset, split, level):
-    """Yields the distinct problems of one dataset in one split, in the order in which they are drawn."""
-    seen, last_new = set(), -1
-    for drawn, (question, answer) in enumerate(draws(dataset, level)):
-        if question not in seen and answer:  # an empty answer cannot be given
-            seen.add(question)
-            last_new = drawn
-            if split_of(question) == split:
-                yield Problem(question, answer, task, dataset, split)
-        # so many draws without a new question of any split: what a split holds does not depend on the others
-        if drawn - last_new >= max(200, 3 * len(seen)):
-            return
 
-def epochs(items, name):
-    """Yields the items in order, then without end one reshuffled epoch of them after another."""
-    kept = []
-    for item in items:
-        kept.append(item)
-        yield item
-    for epoch in itertools.count(1) if kept else ():
-        order = list(kept)
-        random.Random(f"{name} {epoch}").shuffle(order)  # seeded by text: the same on every machine
-        yield from order
+# GSM8K: its files, and those of one's own
 
-def take_turns(parts):
-    """Yields an item of each part in turn until one ends; a held-out question of two parts comes once."""
-    seen = set()
-    for part in itertools.cycle(parts):
-        item = next((item for item in part if item.split == "train" or item.question not in seen), None)
-        if item is None:
-            return
-        seen.add(item.question)
-        yield item
+GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+GSM8K_FILES = {  # name: (bytes, sha256) of the official files
+    "train.jsonl": (4_166_206, "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "test.jsonl": (749_738, "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+}
+GSM8K_ADVICE = "pass --data FOLDER with train.jsonl and test.jsonl of github.com/openai/grade-school-math"
 
-def task_problems(task, split, data, level):
-    """An iterator over one part of a mix: without end for train, each problem once for val and test."""
-    if task in FAMILIES and level not in ("tiny", "default", *STEPS):
-        raise ValueError(f"unknown level {level!r} of {task}: choose easy, default, hard or tiny")
-    if task == "gsm8k":
-        parts = {task: (Problem(*row, split=split) for row in gsm8k(data)[split])}
-    else:
-        names = TINY[task] if task in TINY and level == "tiny" else FAMILIES.get(task, [task])
-        parts = {name: dataset_problems(task, name, split, level) for name in names}
-    if split == "train":
-        parts = {name: epochs(items, name) for name, items in parts.items()}
-    return take_turns(parts.values())
 
-def problems(task, split, n, data=None, level=None, least=None):
-    """A list of n problems of a task: gsm8k, a family, a Reasoning Gym dataset, or several joined with "+".
+def gsm8k(data_path=None):
+    """{split: [(question, gold answer)]}. Raises ValueError for a file that is missing or has wrong lines.
 
-    A shorter list begins a longer one. val and test hold no question twice; train begins again, reshuffled.
-    `data`: see gsm8k. `level`: easy, default, hard, tiny, or "parameter=value,..."; gsm8k ignores it.
-    ValueError for an unknown task, split or level, a refused dataset, and where there are fewer than `least`
-    (default: n).
+    test is test.jsonl. val is the last 256 problems of train.jsonl, at most a quarter of it. train is the
+    rest.
+    data_path: a folder with these two files, or one file, whose problems are divided by `split_of`. If it is
+    train.jsonl or test.jsonl and the other file is next to it, both are used. Without a data_path the
+    official files are used, which are downloaded once.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
-    names = [known(name.strip()) for name in task.split("+")]
-    parts = [task_problems(name, split, data, level or "default") for name in names]
-    found = list(itertools.islice(take_turns(parts), n))
-    if len(found) < (n if least is None else least):
-        mend = "pass a larger file as --data" if "gsm8k" in names else "choose another --level"
-        raise ValueError(f"{task} has only {len(found)} distinct {split} questions: {mend}, or ask for fewer")
-    return found
+    # Find the two files, or divide the problems of a single file by their questions.
+    if data_path:
+        path = find_data(data_path)
+        if not path.is_dir():
+            return divide_by_question(read_gsm8k_file(path))
+        train_file, test_file = path / "train.jsonl", path / "test.jsonl"
+    else:
+        train_file, test_file = official_file("train.jsonl"), official_file("test.jsonl")
 
-def next_of_dataset(problems):
-    """For each problem the index of the next one of its dataset; for the last one, of the first."""
-    partner = [0] * len(problems)
-    for dataset in {problem.dataset for problem in problems}:
-        places = [i for i, problem in enumerate(problems) if problem.dataset == dataset]
-        for here, there in zip(places, places[1:] + places[:1]):
-            partner[here] = there
-    return partner
+    # Leave out training problems that are also in test.jsonl. (The official files have none.)
+    test = read_gsm8k_file(test_file)
+    train = []
+    for question, answer in read_gsm8k_file(train_file).items():
+        if question not in test:
+            train.append((question, answer))
 
-# GSM8K
-URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
-SHA256 = {"train.jsonl": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-          "test.jsonl": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
-MEND = "pass --data FOLDER with train.jsonl and test.jsonl of github.com/openai/grade-school-math"
+    n_val = min(256, len(train) // 4)
+    n_train = len(train) - n_val
+    return {"train": train[:n_train], "val": train[n_train:], "test": list(test.items())}
 
-def cache_dir():
-    """The folder for downloads: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers."""
-    return Path(os.environ.get("N_MUSKETEERS_CACHE") or Path.home() / ".cache" / "n-musketeers")
 
-def download(name):
-    """The path of an official file: fetched once, checked, and given its name only when it is complete."""
-    path = cache_dir() / "gsm8k" / name
-    try:
-        if not path.exists():
-            content = urllib.request.urlopen(URL + name, timeout=30).read()
-            if hashlib.sha256(content).hexdigest() != SHA256[name]:
-                raise OSError("its sha256 is not the official file's")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{name}.{os.getpid()}.part")
-            part.write_bytes(content)
-            part.replace(path)
-    except Exception as error:
-        raise ValueError(f"GSM8K's {name} could not be downloaded ({error}): {MEND}") from error
+def find_data(data_path):
+    """The path of the file or folder that --data names. Raises ValueError if it is not there."""
+    path = expand_home(data_path, "--data")
+    if not os.path.exists(path):
+        raise ValueError(f"--data {data_path} is not there: check the path, or {GSM8K_ADVICE}")
+
+    both_files_are_there = all((path.parent / name).is_file() for name in GSM8K_FILES)
+    if path.name in GSM8K_FILES and both_files_are_there:
+        return path.parent
     return path
 
-def read_rows(path):
-    """{question: gold number as text} of a file; ValueError names a wrong line."""
+
+def divide_by_question(rows):
+    """{question: gold answer} -> {split: [(question, gold answer)]}"""
+    splits = {split: [] for split in SPLITS}
+    for question, answer in rows.items():
+        splits[split_of(question)].append((question, answer))
+    return splits
+
+
+def read_gsm8k_file(path):
+    """{question: gold answer} of a file with a JSON object in each line. A ValueError names a wrong line."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark at the beginning of some files
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there: {GSM8K_ADVICE}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path} ({error}): {MEND}") from error
+        raise ValueError(f"cannot read {path} ({error}): {GSM8K_ADVICE}") from error
+
     rows = {}
-    for at, line in enumerate(lines, start=1):
+    for i, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            question = row["question"].strip()
-            _, gold = row["answer"].rsplit("####", 1)
-            if not question or number(gold) is None:
-                raise ValueError("an empty question, or no number")
-        except Exception:  # this, or no JSON, or JSON of another shape
-            raise ValueError(f'{path}, line {at}: it needs a "question", and an "answer" ending in #### 18')
-        rows.setdefault(question, gold.strip().replace(",", ""))
+            question, answer = read_gsm8k_line(line)
+        except Exception as error:  # no JSON, JSON of another shape, or an answer without a number
+            raise ValueError(f'{path}, line {i}: it needs a "question", and an "answer" '
+                             'ending in #### 18') from error
+        rows.setdefault(question, answer)
     return rows
 
-def gsm8k(data=None):
-    """{split: [(question, answer)]}: test is test.jsonl, val the last 256 of train.jsonl, train the others.
 
-    `data`: a folder with both files, or one file, whose questions split_of divides. train.jsonl or test.jsonl
-    with the other beside it stands for the folder. Without `data` the official files are downloaded once.
+def read_gsm8k_line(line):
+    """The line {"question": "How many?", "answer": "600 + 1,200 #### 1,800"} gives ("How many?", "1800")."""
+    row = json.loads(line)
+    question = row["question"].strip()
+    _, answer = row["answer"].rsplit("####", 1)
+    if not question or number(answer) is None:
+        raise ValueError("an empty question, or no number")
+    return question, answer.strip().replace(",", "")
+
+
+def official_files_to_fetch():
+    """[(name, bytes)] of the official GSM8K files that are not yet in the cache."""
+    missing = []
+    for name, (size, _) in GSM8K_FILES.items():
+        if not (cache_dir() / "gsm8k" / name).exists():
+            missing.append((name, size))
+    return missing
+
+
+def official_file(name):
+    """The path of an official GSM8K file in the cache. It is downloaded if it is not there.
+
+    Raises ValueError if the download fails.
     """
-    data = Path(data).expanduser() if data else None
-    if data and data.name in SHA256 and all((data.parent / name).is_file() for name in SHA256):
-        data = data.parent
-    if data and data.is_file():
-        rows = read_rows(data)
-        return {split: [row for row in rows.items() if split_of(row[0]) == split] for split in SPLITS}
-    train, test = [read_rows(data / name if data else download(name)) for name in SHA256]
-    train = [row for row in train.items() if row[0] not in test]  # nothing to do in the official files
-    first_held = len(train) - min(256, len(train) // 4)
-    return {"train": train[:first_held], "val": train[first_held:], "test": list(test.items())}
+    path = cache_dir() / "gsm8k" / name
+    try:
+        if not path.exists():
+            content = download(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
 
-INSTRUCTION = ("\n\nFirst think in one or two short sentences. Then write the final answer, and nothing "
-               "else, between <answer> and </answer>.")
-# a solved problem, the chat's first turns: without it half a billion parameters seldom write the tags
-EXAMPLE = ("A shelf has 3 boxes with 12 pencils each. If 10 pencils are taken out, how many are left?",
-           "The boxes hold 3 * 12 = 36 pencils. Without 10 of them, 36 - 10 = 26 are left. "
-           "<answer>26</answer>")
+            # Give the file its name only when it is complete.
+            unfinished = path.with_name(f"{name}.{os.getpid()}.part")
+            unfinished.write_bytes(content)
+            unfinished.replace(path)
+    except Exception as error:
+        raise ValueError(f"GSM8K's {name} could not be downloaded ({error}): {GSM8K_ADVICE}") from error
+    return path
 
-def prompt(problem, template="plain", tokenizer=None, ask=True):
-    """The text a model reads.
 
-    plain: the question, then "\\nAnswer:" unless it ends in "=". chat: the tokenizer's template around a
-    solved example and the question, both asking for answer tags; if not `ask` (experts) the question alone.
-    """
-    question = problem.question.strip()
-    if template == "plain":
-        return question if question.endswith("=") else question + "\nAnswer:"
-    texts = [EXAMPLE[0] + INSTRUCTION, EXAMPLE[1], question + INSTRUCTION] if ask else [question]
-    turns = [dict(role=role, content=text) for role, text in zip(("user", "assistant", "user"), texts)]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+def download(name):
+    """The content of an official GSM8K file, checked. Raises OSError."""
+    size, sha256 = GSM8K_FILES[name]
+    content = b""
+    bar = tqdm(total=size, desc=f"GSM8K {name}", unit="B", unit_scale=True, leave=False, disable=None)
+    with bar, urllib.request.urlopen(GSM8K_URL + name, timeout=30) as response:
+        while chunk := response.read(2**16):
+            content += chunk
+            bar.update(len(chunk))
 
-# Verification
-OPEN, CLOSE, THOUGHT = "<answer>", "</answer>", "</think>"
-STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>", "<end_of_turn>")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise OSError("its sha256 is not that of the official file")
+    return content
 
-def verify(completion, problem, form="tagged", truncated=False):
-    """The Verdict on a completion: text, with the text of its stop token or without. It never raises on text.
 
-    form "tagged": after the last </think>, exactly one <answer>...</answer> holds nothing but the answer.
-    form "plain": the first line is nothing but the answer. `truncated`: the completion hit the token limit;
-    a complete block still counts, an unended first line does not.
-    """
-    if form not in ("tagged", "plain"):
-        raise ValueError(f"unknown answer form {form!r}: choose tagged or plain")
-    text, reason = extract(completion, form, truncated)
-    reason = reason or grade(text, problem, units=form == "tagged")
-    strict = reason == "right"
-    return Verdict(strict, strict or lenient(completion[-2000:], problem.answer), float(strict), reason)
+def cache_dir():
+    """The folder for downloads and experts' states: $N_MUSKETEERS_CACHE, else ~/.cache/n-musketeers."""
+    folder = os.environ.get("N_MUSKETEERS_CACHE") or "~/.cache/n-musketeers"
+    return expand_home(folder, "N_MUSKETEERS_CACHE")
 
-def extract(completion, form, truncated):
-    """(answer as written, None), or ("", the reason why there is none)."""
-    if form == "plain":
-        answer, newline, _ = completion.partition("\n")
-        for stop in STOPS:
-            answer = answer.removesuffix(stop)
-        if truncated and not newline:
-            return "", "truncated"
-    else:
-        text = completion.rpartition(THOUGHT)[2]
-        tags = re.findall(f"{OPEN}|{CLOSE}", text)
-        if len(tags) > 2 and OPEN in tags and CLOSE in tags:
-            return "", "several"
-        if tags != [OPEN, CLOSE]:
-            return "", "truncated" if truncated else "unclosed" if OPEN in tags else "no_answer"
-        answer = text.partition(OPEN)[2].partition(CLOSE)[0]
-    return (answer, None) if answer.strip() else ("", "no_answer")
 
-PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")  # not 007; not 1/2: lowest terms may be the task
-
-def grade(text, problem, units):
-    """The reason of the verdict on an extracted answer; `units`: words may follow a number."""
-    gold = problem.answer.strip()
-    text = text if problem.dataset == "gsm8k" else text.strip()
-    is_number = problem.dataset == "gsm8k" or PLAIN_NUMBER.fullmatch(gold)
-    if len(text) > (MAX_NUMBER if is_number else 4 * len(gold) + 64):
-        return "too_long"
-    if not is_number:
-        return "right" if fold(text) == fold(gold) else "wrong"
-    value = number(text, units)
-    # beyond GSM8K a division may be the question itself, and 1e2 a hexadecimal number
-    if value is None or (problem.dataset != "gsm8k" and re.search(r"/|[0-9][eE]", text)):
-        return "not_a_number"
-    return "right" if value == number(gold) else "wrong"
-
-def fold(text):
-    """A text without case, quotes, spaces beside a mark, and zeros at the end of decimals."""
-    text = " ".join(text.casefold().replace("\u2212", "-").replace("'", "").replace('"', "").split())
-    text = re.sub(r" ?([^\w ]) ?", r"\1", text)
-    return re.sub(r"[0-9]+\.[0-9]+", lambda decimal: decimal[0].rstrip("0").rstrip("."), text)
-
-MAX_NUMBER = 200  # characters: int() is quadratic in them
-THIN = "\u2009\u202f"  # thin space, narrow no-break space: they group thousands, as the comma does
-DIGITS = "(?:" + "|".join(f"[1-9][0-9]{{0,2}}(?:{mark}[0-9]{{3}})+" for mark in "," + THIN) + "|[0-9]+)"
-DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"  # 18, 1,000.50, .5, 1e3
-RATIO = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"  # 36/2, but not 1/0
-NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{RATIO})")  # -$5
-NUMBER_TOKEN = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN}]*")
-PAIRS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}")]
-PAIRS += [pair for sign in ("\\$", "$", "€", "\\%", "%") for pair in ((sign, ""), ("", sign))]
-NOT_UNITS = (  # words that would change the number they follow: "18 thousand", "18 or nineteen"
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
-    "millions? billions? trillions? dozens? half halves thirds? quarter fourths? fifths? sixths? eighths? "
-    "tenths? hundredths? thousandths? k or to not plus minus times over point squared cubed e x")
-UNITS = re.compile(rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b)[A-Za-z]+){{1,3}}\Z")  # 1 to 3 other words
-
-def number(text, units=True):
-    """The one number that `text` is, as a Fraction; None if it is no number, several, a range, an expression.
-
-    Taken off: space, $ € %, bold and italic, \\boxed{}, \\( \\), a full stop, up to 3 words if `units`.
-    """
-    if len(text) > MAX_NUMBER:
-        return None
-    text, stop, before = text.replace("\u2212", "-").strip(), True, None
-    while text != before:  # every round takes something off, or is the last
-        before = text
-        for left, right in PAIRS:
-            if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
-                text = text[len(left):len(text) - len(right)].strip()
-        if stop and text.endswith("."):
-            text, stop = text[:-1].rstrip(), False
-        if units:
-            text, taken = UNITS.subn("", text)
-            units = not taken  # units come off in one round alone
-    match = NUMBER.fullmatch(text)
-    return Fraction(match["sign"] + re.sub(r"[\s,]", "", match["value"])) if match else None
-
-def lenient(tail, gold):
-    """Would a generous reader find the gold answer in the end of a completion? Reported, never trained on."""
-    value = number(gold)
-    if value is None:  # the text of the last line or answer block
-        last = tail.replace(OPEN, "\n").replace(CLOSE, "\n").strip().rpartition("\n")[2].strip()
-        return bool(last) and last.casefold() == gold.strip().casefold()
-    if "\\boxed{" in tail:  # the last one
-        inside, closed, _ = tail.rpartition("\\boxed{")[2].partition("}")
-        return bool(closed) and number(inside) == value
-    if "####" in tail:  # what follows the first one
-        tail = tail.partition("####")[2].split("\n")[0]
-        if number(tail) == value:
-            return True
-    tokens = reversed(NUMBER_TOKEN.findall(tail.replace("\u2212", "-")))  # else the last number
-    values = (number(token.rstrip(".,/" + THIN), units=False) for token in tokens)
-    return next((found for found in values if found is not None), None) == value
+def expand_home(path, name):
+    """The path with ~ replaced by the home folder. Raises ValueError that names the option or variable."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"the home folder in {path} is not known: set {name} to a path without ~") from error

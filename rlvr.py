@@ -1,23 +1,40 @@
 """
-Reinforcement learning with verifiable rewards: the pieces of GRPO (2402.03300) and of stage 0, for train.py.
+Reinforcement learning with verifiable rewards: GRPO, comparing experts, and stage 0.
 
-    build         policy, experts and router from the settings
-    Dataset       problems with all that never changes: the policy's prompts, the experts' states and texts
-    align         stage 0: the router learns to write, and the policy to read, what an expert would say
-    rollout       G completions of each prompt, sampled from the policy that has read the context tokens
-    advantages    how much better each completion did than its own group
-    grpo_loss     makes what did better likelier, token by token
+GRPO in one formula. For each problem the policy samples a group of G answers, and the verifier gives each of
+them the reward r_g, 1 for a right answer and 0 for any other. Every token t of answer g is then made likelier
+or less likely by how much better the answer was than its group (2402.03300, section 4.1):
+
+    advantage  a_g  =  (r_g - mean(r)) / std(r)
+    loss            =  - mean over the tokens of all answers of   a_g * pi(t) / pi_sampled(t)
+
+How this differs from the textbook:
+1. One optimizer step for each rollout. The policy that is trained is the policy that sampled, so the ratio
+   pi / pi_sampled is 1, and there is nothing to clip. Its gradient is a_g times the gradient of log pi(t).
+2. The loss is a mean over all tokens of the step, not first over the tokens of each answer.
+3. Two experts are compared (ours). Half of a group is sampled while the policy sees one expert, the other
+   half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
+   BETWEEN the halves, rewards teach the router whom to believe: `draw_pair` and `choice_loss`.
+4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
+   it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
+5. There is no KL term after stage 0. Its reference is the frozen policy, which cannot read a context, so that
+   KL would undo stage 0. Without stage 0 (preset *paper*) it is there, with weight 0.04.
+
+Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
+experts mixed by an attention that is still even, it has to learn from a mixture that it cannot read, and
+whether it ever finds out whom to believe is luck. When each half sees one expert alone, its context is one
+that the policy can read, and the two mean rewards say at once which of the two experts knows more.
 
 What is easy to get wrong:
-- The stop token is part of the completion and is trained on, else the policy never learns to stop.
-- Loss and sampler share one temperature, without top-k or top-p: else the ratio is not the policy's.
-- The router runs again in the training forward (train.py): the context of the rollout has no gradient.
-- After stage 0 there is no KL term: its reference, the frozen policy, cannot read, and KL would undo it.
+- The stop token is part of the completion and is trained on, or the policy never learns to stop.
+- Loss and sampler use the same temperature, and no top-k or top-p, or the ratio is not the policy's.
+- The rollout has no gradient, so train.py runs the router again when it scores the answers.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
-- With one epoch per rollout the ratio is 1 and the loss about 0 by construction: watch the reward.
-- Stage 0 sees no gold answer and no reward, and all writers equally often: GRPO learns whom to attend to.
+- The loss is about 0 by construction, as the ratio is 1: watch the reward, not the loss.
+- Stage 0 sees no gold answer and no reward, and reads all writing experts equally often.
 """
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -25,325 +42,73 @@ import random
 import sys
 import time
 import warnings
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after the ranks have met, it would keep their threads alive
+import torch.distributed.nn  # must be imported before init_process_group, or the process hangs at its end
 import torch.nn.functional as F
 
-from experts import Expert, brief, line_ends, read_states, read_tensors, write_tensors, write_texts
-from model import Policy, bucket
-from rewards import next_of_dataset, problems, prompt, verify
-from router import ROUTERS, reads_states
+from experts import (Expert, find_model, first_line, line_ends, pick_device, portable, prompt_ids,
+                     read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors, write_texts)
+from model import Policy, bucket, pick_dtype
+from rewards import check_answer_format, get_problems, render_prompt, verify
+from router import ROUTERS, by_expert, reads_states
 
-# -- Several devices: every rank runs the same program on its share of the prompts (torchrun sets these)
+GRAD_CLIP = 1.0  # the largest norm of a gradient
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
-def share(items):
-    """This rank's part of a list or tensor: contiguous, in rank order, lengths differ by one at most."""
-    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
-
-def meet(collective, *args, **options):
-    """Do what all ranks do together. Raises ConnectionError where one of them does not come."""
-    try:
-        if WORLD > 1:
-            collective(*args, **options)
-    except RuntimeError as error:  # gloo's only kind; nccl's is a subclass of it
-        raise ConnectionError(f"another rank is gone, see what it printed ({brief(error)})") from error
-
-def gather(value):
-    """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
-    values = [value] * WORLD
-    meet(dist.all_gather_object, values, value)
-    return values
-
-def total(number):
-    """A number summed over the ranks."""
-    return sum(gather(number))
-
-def add_gradients(parameters):
-    """Every gradient becomes the sum over the ranks: one flat tensor, one all-reduce."""
-    if WORLD == 1:
-        return
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    meet(dist.all_reduce, flat)
-    for p, new in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = new.view_as(p)
-
-@contextlib.contextmanager
-def ranks():
-    """Meet the other ranks, and part at the end. Only rank 0 prints."""
-    patience = timedelta(minutes=float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30)))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    meet(dist.init_process_group, backend, timeout=patience)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
-        yield
-    meet(dist.destroy_process_group)
-
-# -- What a run is made of
-
-def build(args):
-    """Policy, experts and router. In args "auto" becomes what was chosen, and hub names get their commits."""
-    torch.manual_seed(args.seed)
-    experts = [Expert(source, args.read, args.layer, args.positions, args.own_text, tokens=args.write,
-                      cue=args.cue, device=args.device, untrained=args.control == "untrained")
-               for source in args.experts]
-    for i, expert in enumerate(experts):  # two folders may end alike; attention is reported by name
-        expert.name += f"-{i}" if any(expert.name == other.name for other in experts[:i]) else ""
-    if args.align and not any(expert.writes for expert in experts):
-        raise ValueError("stage 0 has nothing to read, as no expert writes: use --align 0, or another expert")
-    files = Expert(args.policy)  # the policy's tokenizer and size, without weights
-    if args.form == "auto":
-        args.form = "tagged" if files.template == "chat" else "plain"
-    if args.form == "tagged" and files.template == "plain":
-        raise ValueError(f"{files.name} has no chat template: use --form plain")
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if files.params >= 50e6 else "float32"
-    policy = Policy.from_pretrained(args.policy, args.lora_rank, args.lora_alpha, getattr(torch, args.dtype),
-                                    args.device, args.neutral)
-    policy.tokenizer = files.tokenizer
-    if args.form == "plain":  # the answer is the first line
-        policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
-    args.policy = files.pinned  # so that --resume finds the same weights
-    args.experts = [expert.pinned for expert in experts]
-    if args.collab not in ROUTERS:
-        return policy, experts, None
-    # a fresh prefix: close to the mean embedding, or, measured from zero, half as large as an embedding
-    init_scale = 0.02 if args.neutral == "mean" else 0.5
-    router = ROUTERS[args.collab]([expert.width for expert in experts for _ in range(expert.entries)],
-                                  policy.config.hidden_size, args.latents, args.router_heads, args.router_dim,
-                                  args.router_temperature, init_scale)
-    return policy, experts, router.to(args.device)
-
-def load_problems(args, split, n=None):
-    """The problems of a split. Training problems are shuffled by seed within fixed blocks, so that a longer
-    run begins with the same ones. A small dataset gives as many held-out ones as it has."""
-    if split != "train":
-        skipped = args.test_skip if split == "test" else 0
-        n = skipped + (n or getattr(args, split))
-        return problems(args.task, split, n, args.data, args.level, least=skipped + WORLD)[skipped:]
-    n = n or max(args.steps * args.batch, 2000 if args.align else 32)
-    block = max(256, 8 * args.batch)
-    found = problems(args.task, "train", math.ceil(n / block) * block, args.data, args.level)
-    for start in range(0, len(found), block):
-        part = found[start:start + block]
-        random.Random(f"{args.seed} {start}").shuffle(part)
-        found[start:start + block] = part
-    return found[:n]
-
-@dataclass
-class Batch:
-    """B problems: prompt tokens (B, P) padded on the right, lengths (B,), expert states H (B, N, D)."""
-    problems: list
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    H: torch.Tensor
-
-    def __getitem__(self, part):
-        return Batch(self.problems[part], self.tokens[part], self.lengths[part], self.H[part])
-
-class Dataset:
-    """Problems and all about them that never changes during training, in lists of one order.
-
-    problems  n of them       prompts  the text that the policy reads       ids  its tokens
-    H         (n, N, D)       the experts' states ((n, 0, 0) where none are read)
-    owner     (N,)            whose state each of the N is: an expert may give several
-    texts     [experts][n]    what each expert would say ([] where nobody asks)
-    targets   [experts][n]    the same as tokens of an answer, stop token included; [] for no text
-    Raises ValueError for a prompt that leaves no room in the policy's window.
-    """
-
-    def __init__(self, problems, policy, experts, args, progress=True):
-        self.problems, self.device, plain = problems, policy.embed.device, args.form == "plain"
-        asked = [problems] * len(experts)
-        if args.control in ("wrong", "partly"):  # the last expert reads another problem
-            last = max(p.dataset for p in problems)
-            asked[-1] = [problems[other] if args.control == "wrong" or p.dataset == last else p
-                         for p, other in zip(problems, next_of_dataset(problems))]
-        mine = [share([expert.prompt(p) for p in column]) for expert, column in zip(experts, asked)]
-        self.texts = []
-        if args.align or args.collab == "text":
-            parts = gather(write_texts(experts, mine, progress and RANK == 0))
-            self.texts = [sum(column, []) for column in zip(*parts)]
-        self.H = torch.zeros(len(problems), 0, 0)
-        if reads_states(args.collab):
-            self.H = torch.cat(gather(read_states(experts, mine, progress and RANK == 0)))
-            generator = torch.Generator().manual_seed(args.seed)
-            if args.control == "shuffled":  # the states of another problem
-                order = torch.randperm(len(problems), generator=generator)
-                self.H[order] = self.H[order.roll(1)]
-            if args.control == "noise":  # of the same mean and std as the states, but nothing else
-                std, mean = torch.std_mean(self.H.float(), dim=0, correction=0)
-                self.H = (mean + std * torch.randn(self.H.shape, generator=generator)).to(self.H.dtype)
-        self.owner = torch.tensor([e for e, expert in enumerate(experts) for _ in range(expert.entries)])
-        self.targets = [[answer_ids(policy, text, args.form) for text in column] for column in self.texts]
-        self.prompts = []
-        for i, p in enumerate(problems):
-            if args.collab == "text":
-                lines = [f"{e.name}: {texts[i]}\n" for e, texts in zip(experts, self.texts) if e.writes]
-                p = replace(p, question="".join(lines) + p.question)
-            self.prompts.append(prompt(p, "plain" if plain else "chat", policy.tokenizer))
-        self.ids = policy.tokenizer(self.prompts, add_special_tokens=plain)["input_ids"]
-        written = max(map(len, sum(self.targets, [])), default=0)
-        room = policy.window - max(args.max_new, written) - args.latents
-        longest = max(map(len, self.ids))
-        if longest > room:
-            raise ValueError(f"a prompt of {longest} tokens leaves no room in a window of {policy.window}: "
-                             "use an easier --level, a lower --max_new (or --write), or another --policy")
-
-    def __len__(self):
-        return len(self.problems)
-
-    def reading_mask(self, chosen):
-        """True for a state of expert `chosen` or of one without texts: (N,); (B, N) for chosen (B, 1)."""
-        silent = torch.tensor([not any(self.texts[e]) for e in self.owner.tolist()], dtype=torch.bool)
-        return ((self.owner == chosen) | silent).to(self.device)
-
-    def batch(self, rows):
-        ids = [self.ids[i] for i in rows]
-        width = bucket(max(map(len, ids)))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(self.device)
-        lengths = torch.tensor([len(row) for row in ids]).to(self.device)
-        return Batch([self.problems[i] for i in rows], tokens, lengths, self.H[rows].float().to(self.device))
-
-def answer_ids(policy, text, form):
-    """Tokens of a text as the policy would give it for an answer, stop token included; [] for no text."""
-    if not text:
-        return []
-    answer = f"<answer>{text}</answer>" if form == "tagged" else f" {text}"
-    return policy.tokenizer(answer, add_special_tokens=False)["input_ids"] + [policy.config.stop[0]]
-
-# -- Stage 0: alignment. Sparse rewards do not teach a policy to read vectors that it has never seen. It
-# learns that first, without rewards, from what the experts themselves would say.
-
-WORDS_BATCH = 256  # problems a step of words: the policy is not run
-
-def align(policy, router, data, args, start, moments):
-    """Train router and LoRA on the experts' texts, from step `start` with `moments` (see `make_optimizer`):
-
-    words    The policy is not run. The context tokens are trained to be the policy's embeddings of the
-             prompt's last token and an expert's text. At the prompt's end that token comes again, and a
-             language model tends to copy what followed it before. For a router that reads states.
-    reading  Problem and context in, the expert's text out: LoRA learns to read aloud, the router follows
-             slowly. Without a router (`--collab single`) the same texts are learned from the problem alone.
-
-    Words use the second half of the problems, reading the second quarter; GRPO begins with the first.
-    Why apart: on states that the router knows by heart, a policy learns to trust it blindly. A step draws
-    problems, by seed and step alone, and for each an expert that writes; other writers are masked out,
-    encoders stay, to be ignored. Yields (part, loss per token, optimizer) after each step.
-    """
-    words, reading = align_steps(args)
-    writers = torch.tensor([e for e, column in enumerate(data.texts) if any(column)])
-    if not len(writers):
-        raise ValueError("no expert wrote a word for stage 0: use --align 0, a --cue or a higher --write")
-    half = len(data) // 2
-    used = sorted({token for column in data.targets for ids in column for token in ids}
-                  | {ids[-1] for ids in data.ids})
-    for step in range(start, words + reading):
-        spelling = step < words
-        size = WORDS_BATCH if spelling else args.align_batch
-        first, last = (half, len(data)) if spelling else (half // 2, half)
-        if step in (start, words):  # an optimizer for each part; moments are of a part that goes on
-            rates = (0.0, args.align_words_lr) if spelling else (args.align_lr, args.align_router_lr)
-            optimizer = make_optimizer(policy, router, *rates, moments=moments if step != words else None)
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        rows = share(torch.randint(first, last, (size,), generator=generator).tolist())
-        chosen = share(writers[torch.randint(len(writers), (size,), generator=generator)])
-        targets = [data.targets[e][i] for e, i in zip(chosen.tolist(), rows)]
-        H = data.H[rows].float().to(policy.embed.device)
-        mask = data.reading_mask(chosen[:, None])  # (B, N)
-        context = router(H, mask)[0] if router else None
-        if spelling:
-            spelled = [[data.ids[i][-1], *ids] if ids else [] for i, ids in zip(rows, targets)]
-            loss, count = words_loss(policy, context, spelled, used)
-        else:
-            loss, count = reading_loss(policy, data.batch(rows), context, targets)
-        loss = loss / max(1.0, total(count))  # all texts of a batch may be empty
-        loss.backward()
-        add_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
-        if not math.isfinite(norm):
-            raise ValueError("stage 0 has a gradient that is not finite: start anew with a lower --align_lr, "
-                             "--align_router_lr and --align_words_lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        yield "words" if spelling else "reading", total(loss.item()), optimizer
-
-def align_steps(args):
-    """(steps of words, steps of reading) of stage 0."""
-    return (args.align_words if args.align and reads_states(args.collab) else 0), args.align
-
-def words_loss(policy, context, targets, used):
-    """Context token i against token i of a text, among the tokens `used` in any: cross-entropy of inner
-    products, plus a little of the squared distance, which also fixes the norm. context (B, L, d), targets
-    [B][tokens]. Returns the sum over the first L tokens of the texts, and their number."""
-    B, L, d = context.shape
-    embeddings = (policy.embed[used].float() - policy.neutral) / policy.embed_std  # (n, d), in prefix units
-    index = {token: i for i, token in enumerate(used)}
-    target = torch.tensor([[index[token] for token in ids[:L]] + [-1] * (L - len(ids)) for ids in targets])
-    target = target.to(context.device)  # (B, L)
-    context, target = context[target >= 0], target[target >= 0]  # (n, d), (n,)
-    loss = F.cross_entropy(context @ embeddings.T / d**0.5, target, reduction="sum")
-    distance = (context - embeddings[target]).square().mean(-1).sum()
-    return loss + 0.1 * distance, len(target)
-
-def reading_loss(policy, batch, context, targets):
-    """Negative log-likelihood of the texts' tokens behind the prompts, summed, and their number."""
-    T = max(1, *map(len, targets))
-    tokens = torch.tensor([[ids + [-1] * (T - len(ids))] for ids in targets]).to(batch.H.device)  # (B, 1, T)
-    cache = policy.prefill(batch.tokens, batch.lengths, context)
-    logp, _ = policy.logprobs(cache, tokens.clamp(min=0), tokens >= 0)
-    return -logp.sum(), sum(map(len, targets))
-
-# -- GRPO
-
-def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
-    """AdamW over LoRA, router and the router's trust, each at its own rate: LoRA starts from a trained model,
-    they from nothing. Betas 0.9 and 0.98: a memory shorter than 0.999 suits runs of few hundred steps.
-    To go on, moments: {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
-    named = list(router.named_parameters()) if router else []
-    trust = [p.requires_grad_(trust_lr > 0) for name, p in named if name.startswith("trust")]
-    rest = [p for name, p in named if not name.startswith("trust")]
-    groups = [dict(params=params, lr=rate, base_lr=rate) for params, rate in (
-        (policy.parameters(), lr), (rest, router_lr), (trust if trust_lr else [], trust_lr))]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
-    optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments or {}))
-    return optimizer
+# -- GRPO: sample a group of answers, and compare each with its group
 
 @dataclass
 class Rollout:
-    """G completions of each of B problems. mask: True up to and including the stop token."""
-    problems: list
-    tokens: torch.Tensor  # (B, G, T)
-    mask: torch.Tensor  # (B, G, T)
-    texts: list  # [B][G]
-    verdicts: list  # [B][G]
-    rewards: torch.Tensor  # (B, G)
-    truncated: torch.Tensor  # (B, G)
-    attention: torch.Tensor | None  # (B, heads, L, N)
-    seconds: float
+    """G answers to each of B problems, T tokens at most."""
+    problems: list             # B
+    tokens: torch.Tensor       # (B, G, T)
+    mask: torch.Tensor         # (B, G, T) True up to and including the stop token
+    texts: list                # [B][G]
+    verdicts: list             # [B][G]
+    rewards: torch.Tensor      # (B, G)
+    truncated: torch.Tensor    # (B, G) True where there is no stop token
+    attention: torch.Tensor    # (B, heads, L, N), None for a router without attention
+    seconds: float             # of sampling, without verifying
+
 
 @torch.no_grad()
 def rollout(policy, router, batch, args, group, temperature, generator=None):
-    """Sample `group` completions of every problem and verify each."""
+    """Sample `group` answers to every problem of the batch, and verify each of them."""
     start = time.perf_counter()
-    context, attention = router(batch.H) if router else (None, None)
-    cache = policy.prefill(batch.tokens, batch.lengths, context)
-    tokens, mask = policy.generate(cache, group, args.max_new, temperature, generator)
-    truncated = ~(policy.ends[tokens] & mask).any(-1)  # (B, G): no stop token
-    rows = [row[keep].tolist() for row, keep in zip(tokens.flatten(0, 1).cpu(), mask.flatten(0, 1).cpu())]
+
+    # Read: the router turns states into context tokens, and the policy reads context and prompt once.
+    context, attention = router(batch.H, batch.visible)
+    prefill = policy.prefill(batch.tokens, batch.lengths, context)
+
+    # Write: sample the whole group from this one reading.
+    tokens, mask = policy.generate(prefill, group, args.max_new, temperature, generator)
+    is_stop = policy.ends[tokens] & mask
+    truncated = ~is_stop.any(-1)  # (B, G)
+    tokens_cpu, kept_cpu = tokens.cpu(), (mask & ~is_stop).cpu()
     seconds = time.perf_counter() - start
-    decoded = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    texts = [decoded[i:i + group] for i in range(0, len(decoded), group)]
-    verdicts = [[verify(text, problem, args.form, truncated=cut) for text, cut in zip(answers, cuts)]
-                for problem, answers, cuts in zip(batch.problems, texts, truncated.tolist())]
-    rewards = torch.tensor([[v.reward for v in row] for row in verdicts], device=tokens.device)
+
+    # Decode every answer without its stop token. Other special tokens stay: <answer> may be one.
+    texts, verdicts = [], []
+    for b, problem in enumerate(batch.problems):
+        ids = [tokens_cpu[b, g][kept_cpu[b, g]].tolist() for g in range(group)]
+        answers = policy.tokenizer.batch_decode(ids, skip_special_tokens=False)
+        texts.append(answers)
+
+        # Let the verifier compare every answer with the gold answer of its problem.
+        was_cut = truncated[b].tolist()
+        verdicts.append([verify(answer, problem, args.answer_format, cut)
+                         for answer, cut in zip(answers, was_cut)])
+
+    rewards = torch.tensor([[verdict.reward for verdict in row] for row in verdicts], device=tokens.device)
     return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
+
 
 def advantages(rewards):
     """(reward - mean) / std within each group. rewards (B, G) -> (B, G) (2402.03300, section 4.1.2)
@@ -355,75 +120,940 @@ def advantages(rewards):
     std = rewards.std(1, keepdim=True, correction=0)
     return torch.where(std > 1e-6, centered / std.clamp(min=1e-6), 0.0)
 
-def kl_estimate(logp, ref):
-    """KL(policy || reference) of each token from the sampled token alone: unbiased, never negative
-    (Schulman's k3; 2402.03300, equation 4)."""
-    return torch.exp(ref - logp) - (ref - logp) - 1
 
-def grpo_loss(logp, old, ref, advantage, mask, args):
-    """Summed over the tokens of a micro-batch; the caller divides by the tokens of the whole step.
+def informative(advantage, beta):
+    """The rows of advantage (B, G) that have a gradient, as indices.
 
-    logp, old, ref (B, G, T): log-probability of the sampled tokens under the policy now, the policy that
-    sampled them, and the reference (None: no KL term). advantage (B, G), mask (B, G, T). The ratio may fall
-    to 1 - clip and rise to 1 + clip_high (above clip: DAPO, 2503.14476) before its gradient stops.
+    A group of equal rewards has advantage 0, so without a KL term (beta 0) it can be left out. If all groups
+    are like that, the first one is kept, so that a NaN in the weights is still noticed.
     """
-    ratio = torch.exp(logp - old)
-    advantage = advantage[..., None]  # the same for every token of a completion
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - args.clip, 1 + args.clip_high) * advantage)
-    if ref is not None:
-        loss = loss + args.beta * kl_estimate(logp, ref)
+    if beta:
+        return torch.arange(len(advantage))
+    rows = advantage.any(1).nonzero()[:, 0].cpu()
+    return rows if len(rows) else torch.tensor([0])
+
+
+def grpo_loss(logp, reference_logp, advantage, mask, beta):
+    """The loss, summed over the tokens of a micro-batch. The caller divides by the tokens of the whole step.
+
+    logp            (B, G, T)  log-probability of the sampled tokens, with gradient
+    reference_logp  (B, G, T)  the same under the frozen policy; None for no KL term
+    advantage       (B, G)     the same for every token of an answer
+    mask            (B, G, T)  True up to and including the stop token
+
+    The ratio pi / pi_sampled is 1 in value, as the policy has not changed since it sampled; what counts is
+    its gradient. With an advantage of 2 and three tokens the loss is -6, and each logp has the gradient -2.
+    """
+    ratio = torch.exp(logp - logp.detach())
+    loss = -ratio * advantage[..., None]
+    if reference_logp is not None:
+        loss = loss + beta * kl_estimate(logp, reference_logp)
     return loss.masked_fill(~mask, 0.0).sum()
 
-# -- A checkpoint is one safetensors file, which cannot run code: weights, AdamW's moments, the ranks' random
-# generators, and as JSON text how far the run is.
 
-def trainable(policy, router):
-    """{name: tensor} of everything that training changes or fixes: LoRA and the router."""
-    lora = {f"policy.{name}": p.detach() for name, p in policy.named_parameters()}
-    return lora | {f"router.{name}": t for name, t in (router.state_dict() if router else {}).items()}
+def kl_estimate(logp, reference_logp):
+    """KL(policy || reference) of each token, estimated from the sampled token alone.
 
-def save_checkpoint(path, policy, router, state, optimizer, generator):
-    """All ranks call, rank 0 writes. The checksum is added to the name. optimizer: None for no moments."""
-    generators = gather(generator.get_state())
-    tensors = trainable(policy, router) | {f"generator.{rank}": t for rank, t in enumerate(generators)}
-    for i, moments in (optimizer.state_dict()["state"] if optimizer else {}).items():
-        tensors |= {f"optimizer.{i}.{name}": t for name, t in moments.items()}
-    tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    Schulman's estimator k3, exp(x) - x - 1 with x = reference - logp: unbiased and never negative
+    (2402.03300, equation 4).
+    """
+    x = reference_logp - logp
+    return torch.exp(x) - x - 1
+
+
+# -- Comparing experts: half of a group sees one expert, half another one; the better half earns trust
+
+EXPLORE = 0.2  # the part of the first draw that ignores the router's attention
+
+
+def candidates(router, dataset, args):
+    """The experts that can be compared, as a list of indices; [] when there is nothing to compare.
+
+    These are the experts that stage 0 taught the policy to read, those that write; without stage 0, all of
+    them. The router must have an attention that comparing can train.
+    """
+    if not args.compare or not getattr(router, "compares", False):
+        return []
+    experts = dataset.writers
+    if not args.reading_steps:
+        experts = list(range(len(dataset.visible_alone)))
+    return experts if len(experts) >= 2 else []
+
+
+def draw_pair(shares, experts, u):
+    """Draw two different experts for each problem.
+
+    shares (B, E): how much each problem attends to each expert. experts: the candidates, C indices.
+    u (B, 2): random numbers in [0, 1). Returns (B, 2), indices of experts.
+
+    The first is drawn from the attention, of which a fifth is even, so that nobody is forgotten; the second
+    evenly from the others. With two candidates both are always drawn, in an order that does not matter.
+    """
+    experts = torch.tensor(experts, device=shares.device)
+    C = len(experts)
+
+    # First: the attention among the candidates, mixed with an even draw.
+    p = shares[:, experts]
+    p = p / p.sum(1, keepdim=True).clamp(min=1e-9)
+    p = (1 - EXPLORE) * p + EXPLORE / C
+    edges = p.cumsum(1)[:, :-1].contiguous()  # (B, C - 1)
+    first = torch.searchsorted(edges, u[:, :1].contiguous(), right=True)[:, 0]
+
+    # Second: one of the C - 1 others.
+    distance = 1 + (u[:, 1] * (C - 1)).long()
+    second = (first + distance) % C
+    return torch.stack((experts[first], experts[second]), dim=1)
+
+
+def pair_probabilities(attention, expert_of_state, pair):
+    """How a problem's attention divides between its two experts. Returns p (B, 2); p[b] sums to 1.
+
+    attention (B, heads, L, N) is the full one, with all experts visible; pair (B, 2). If a problem attends
+    to three experts with 0.6, 0.2 and 0.2, and the pair is (0, 1), p is (0.75, 0.25).
+    """
+    shares = by_expert(attention, expert_of_state).mean((1, 2))  # (B, E)
+    p = shares.gather(1, pair)
+    return p / p.sum(1, keepdim=True).clamp(min=1e-9)
+
+
+def choice_loss(p, half_rewards):
+    """Minus the expected reward of choosing an expert with probability p, summed over the problems.
+
+    p (B, 2), with gradient; half_rewards R (B, 2), the mean reward of the half that saw each expert.
+
+        - sum over b and e of  p[b, e] * (R[b, e] - mean(R[b]))
+
+    With p = (0.5, 0.5) and R = (1, 0) the loss is 0, and its gradient with respect to p is (-0.5, +0.5): p
+    moves to the expert whose half was right. With R = (1, 1) there is no gradient. Subtracting the mean
+    changes no gradient in the attention, as p sums to 1; it is there to keep the numbers small.
+    """
+    return -(p * (half_rewards - half_rewards.mean(1, keepdim=True))).sum()
+
+
+# -- Stage 0: learn to read the experts, one at a time, from what they themselves would say
+
+WORDS_BATCH = 256  # problems in a step of words; the policy is not run, so that they cost little
+
+
+def learn_words(policy, router, dataset, args):
+    """Stage 0a, the router alone: context token i becomes the policy's embedding of token i of a text.
+
+    The text is what the one visible expert would say, behind the last token of the prompt. Why this token
+    first? The context then looks like the end of the prompt followed by an answer. Language models tend to
+    repeat: when a token comes again, they continue as it was continued before (induction heads, 2209.11895).
+    So when the policy reaches the end of its prompt, it tends to go on with the expert's text.
+
+    Yields the loss per token of each step.
+    """
+    optimizer = make_optimizer(policy, router, 0.0, args.words_lr)
+    vocabulary = words_vocabulary(dataset)
+    for step in range(args.words_steps):
+        set_rates(optimizer, stage0_rate(step, args.words_steps))
+        loss, n_tokens = loss_of_words(policy, router, dataset, vocabulary, args, step)
+        loss = loss / max(1.0, all_reduce_sum(n_tokens))  # the experts may have written nothing at all
+        loss.backward()
+        update(optimizer)
+        yield all_reduce_sum(loss.item())
+
+
+def loss_of_words(policy, router, dataset, vocabulary, args, step):
+    """The loss of a step of `learn_words`, summed over the tokens of this rank's problems; their number."""
+    # Draw problems, and for each of them one expert that is visible.
+    seed = args.seed * 1_000_003 + step
+    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, WORDS_BATCH, seed)
+    visible = dataset.visible_alone[experts].to(dataset.device)
+    context, _ = router(dataset.states(indices), visible)
+
+    # The target: the last token of the prompt, then the expert's text.
+    targets = []
+    for i, e in zip(indices, experts):
+        text = dataset.targets[e][i]
+        targets.append([dataset.ids[i][-1], *text] if text else [])
+    return words_loss(policy, context, targets, vocabulary)
+
+
+def learn_to_read(policy, router, dataset, args):
+    """Stage 0b, LoRA and, slowly, the router: context and prompt in, the expert's text out.
+
+    With a router that has no context the same texts are learned from the prompt alone: a control.
+    Yields the loss per token of each step.
+    """
+    optimizer = make_optimizer(policy, router, args.reading_lr, args.reading_router_lr)
+    for step in range(args.reading_steps):
+        set_rates(optimizer, stage0_rate(step, args.reading_steps))
+        loss, n_tokens = loss_of_reading(policy, router, dataset, args, step)
+        loss = loss / max(1.0, all_reduce_sum(n_tokens))
+        loss.backward()
+        update(optimizer)
+        yield all_reduce_sum(loss.item())
+
+
+def loss_of_reading(policy, router, dataset, args, step):
+    """The loss of a step of `learn_to_read`, summed over the tokens of this rank's problems; their number."""
+    # Draw problems, and for each of them one expert that is visible.
+    seed = args.seed * 1_000_003 + args.words_steps + step
+    indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, args.reading_batch, seed)
+    batch = dataset.batch(indices)
+    batch.visible = dataset.visible_alone[experts].to(dataset.device)
+
+    # How likely is what this expert would say?
+    context, _ = router(batch.H, batch.visible)
+    targets = [dataset.targets[e][i] for i, e in zip(indices, experts)]
+    return reading_loss(policy, batch, context, targets)
+
+
+def words_and_reading(args):
+    """(steps of words, steps of reading) of stage 0. Words need a router that reads states."""
+    has_words = args.reading_steps and reads_states(args.router)
+    return (args.words_steps if has_words else 0), args.reading_steps
+
+
+def stage0_parts(problems):
+    """The problems of reading and those of words, as two lists of indices, one for each different question.
+
+    Reading uses the second quarter of the questions, words the second half, and GRPO begins with the first.
+    They are apart because a router knows the states that it was trained on by heart: on these a policy would
+    learn to trust it blindly. A question that comes twice belongs to the part where it comes first.
+    """
+    first_place = {}
+    for i, problem in enumerate(problems):
+        first_place.setdefault(problem.question, i)
+    indices = list(first_place.values())
+    half = len(indices) // 2
+    return indices[half // 2:half] or indices, indices[half:] or indices
+
+
+def group_by_text(texts, indices):
+    """Indices of problems -> one list for each different text of the expert; problems without text left out.
+
+    With the texts ["7", "3", "7", ""] the indices 0 to 3 become [[0, 2], [1]].
+    """
+    groups = {}
+    for i in indices:
+        if texts[i]:
+            groups.setdefault(texts[i], []).append(i)
+    return list(groups.values())
+
+
+def draw_stage0(groups, writers, size, seed):
+    """This rank's part of `size` draws of stage 0: a list of problems, and a list of experts, as indices.
+
+    Each draw takes an expert that writes, then one of its different texts, then a problem with this text, all
+    of them evenly. If problems were drawn evenly, a rare answer such as -13 would hardly be learned. The draw
+    depends on the seed alone.
+    """
+    generator = random.Random(seed)
+    indices, experts = [], []
+    for _ in range(size):
+        e = generator.choice(writers)
+        same_text = generator.choice(groups[e])
+        indices.append(generator.choice(same_text))
+        experts.append(e)
+    return my_part(indices), my_part(experts)
+
+
+def stage0_rate(step, steps):
+    """The learning rate of a step of stage 0, as a fraction: it falls linearly from 1 to nearly 0."""
+    return 1 - step / steps
+
+
+def words_vocabulary(dataset):
+    """The token ids that occur in any target of `learn_words`, in order."""
+    used = {ids[-1] for ids in dataset.ids}
+    for column in dataset.targets:
+        for ids in column:
+            used.update(ids)
+    return sorted(used)
+
+
+def words_loss(policy, context, targets, vocabulary):
+    """How far the context tokens are from the embeddings of the target tokens.
+
+    context (B, L, d), targets [B][tokens] (longer ones are cut at L), vocabulary: the possible target tokens.
+    Returns the sum over all target tokens, and their number.
+
+    Two terms for a context token c and its target's embedding e: the cross-entropy of the inner products
+    c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that c is nearest to the right one; and 0.1
+    times the mean square of c - e, which also brings c to the right length. For example, with two tokens in
+    the vocabulary and inner products of 2 (right) and 0 (wrong) the cross-entropy is log(1 + exp(-2)) = 0.13.
+    """
+    B, L, d = context.shape
+
+    # The embeddings, in the units of a context token: the prefix is origin + std * context.
+    embeddings = (policy.embed[vocabulary].float() - policy.prefix_origin) / policy.embed_std  # (n, d)
+    place = {token: i for i, token in enumerate(vocabulary)}
+
+    # The target of each context token: a place in the vocabulary, -1 where there is none.
+    target = torch.full((B, L), -1)
+    for b, ids in enumerate(targets):
+        for position, token in enumerate(ids[:L]):
+            target[b, position] = place[token]
+    target = target.to(context.device)
+
+    has_target = target >= 0
+    context, target = context[has_target], target[has_target]  # (n, d), (n,)
+    cross_entropy = F.cross_entropy(context @ embeddings.T / d**0.5, target, reduction="sum")
+    distance = (context - embeddings[target]).square().mean(-1).sum()
+    return cross_entropy + 0.1 * distance, len(target)
+
+
+def reading_loss(policy, batch, context, targets):
+    """Minus the log-probability of the texts after their prompts, summed, and the number of their tokens.
+
+    targets [B][tokens], stop token included; [] for a problem to which the expert says nothing.
+    """
+    T = max(1, *map(len, targets))
+    tokens = torch.zeros(len(targets), 1, T, dtype=torch.long)
+    mask = torch.zeros(len(targets), 1, T, dtype=torch.bool)
+    for b, ids in enumerate(targets):
+        tokens[b, 0, :len(ids)] = torch.tensor(ids, dtype=torch.long)
+        mask[b, 0, :len(ids)] = True
+    tokens, mask = tokens.to(batch.H.device), mask.to(batch.H.device)
+
+    logp, _ = policy.score(batch, context, tokens, mask)
+    return -logp.sum(), int(mask.sum())
+
+
+# -- The optimizer
+
+def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
+    """AdamW over LoRA, the router and the router's trust, each with a learning rate of its own.
+
+    Trust has a rate of 0 in stage 0 and in the paper's method; it then stays as it is. The betas are 0.9 and
+    0.98: a memory shorter than the usual 0.999 suits runs of few hundred steps. moments: those of a
+    checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}.
+    """
+    trust, others = [], []
+    for name, parameter in router.named_parameters():
+        if name.startswith("trust"):
+            parameter.requires_grad_(trust_lr > 0)
+            trust.append(parameter)
+        else:
+            others.append(parameter)
+
+    groups = [dict(params=list(policy.parameters()), lr=lr, full_lr=lr, name="lora"),
+              dict(params=others, lr=router_lr, full_lr=router_lr, name="router"),
+              dict(params=trust if trust_lr else [], lr=trust_lr, full_lr=trust_lr, name="trust")]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
+    if moments:
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
+    return optimizer
+
+
+def set_rates(optimizer, fraction):
+    """Set the learning rates of LoRA and the router to a fraction of the full ones.
+
+    Trust always has its full rate: it starts from zero, and a large first step can spoil nothing.
+    """
+    for group in optimizer.param_groups:
+        if group["name"] != "trust":
+            group["lr"] = fraction * group["full_lr"]
+
+
+def parameters_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def update(optimizer):
+    """One step of stage 0, with the gradients of all ranks.
+
+    Raises ValueError for a gradient that is not finite.
+    """
+    norm = clip_gradients(parameters_of(optimizer))
+    if not math.isfinite(norm):
+        raise ValueError("a gradient of stage 0 is not finite: start again with a lower --reading_lr, "
+                         "--reading_router_lr and --words_lr")
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def clip_gradients(parameters):
+    """Sum the gradients over the ranks, and clip their norm. Returns the norm before clipping."""
+    all_reduce_gradients(parameters)
+    return torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
+
+
+# -- Problems with everything that never changes while the policy trains
+
+@dataclass
+class Batch:
+    """B problems, ready for the policy and the router."""
+    problems: list                 # B
+    tokens: torch.Tensor           # (B, P) the prompts, padded on the right
+    lengths: torch.Tensor          # (B,) their real lengths
+    H: torch.Tensor                # (B, N, D) the experts' states
+    visible: torch.Tensor          # (B, N) False hides a state from the router
+    visible_alone: torch.Tensor    # (E, N) what is visible when one expert is shown, see Dataset
+
+    def __len__(self):
+        return len(self.problems)
+
+    def __getitem__(self, rows):
+        """Some of the problems: rows is a tensor of indices."""
+        problems = [self.problems[i] for i in rows.tolist()]
+        rows = rows.to(self.H.device)
+        return Batch(problems, self.tokens[rows], self.lengths[rows], self.H[rows], self.visible[rows],
+                     self.visible_alone)
+
+    def with_experts(self, pair):
+        """Each problem twice, with the one and with the other expert of its pair (B, 2): 2 B problems."""
+        twice = self[torch.arange(len(self)).repeat_interleave(2)]
+        twice.visible = self.visible_alone[pair.flatten()]
+        return twice
+
+
+class Dataset:
+    """Problems, with what the experts make of them and what the policy reads.
+
+    problems         n of them
+    prompts          n texts: what the policy reads
+    ids              n lists: the tokens of these prompts
+    H                (n, N, D): the experts' states; (n, 0, 0) where none are read
+    expert_of_state  (N,): which expert each state belongs to
+    texts            [experts][n]: what each expert would say; [] where nobody asks
+    targets          [experts][n]: these texts as the policy's tokens, stop token included; [] for no text
+    writers          the indices of the experts that say anything
+    words_groups     [experts][different texts][problems]: what stage 0a draws from, see `group_by_text`
+    reading_groups   the same for stage 0b
+    visible_alone    (E, N): row e is True for the states of expert e and of all experts that only read.
+                     Encoders write nothing, so stage 0 cannot teach to read them; they are always visible
+                     and are never compared.
+    Raises ValueError for a prompt that does not fit into the policy's window.
+    """
+
+    def __init__(self, problems, policy, experts, args, progress=True):
+        self.problems = problems
+        self.device = policy.embed.device
+        shows_progress = progress and RANK == 0
+
+        # Let each expert write what it would say, and read the states. Both come from a cache on disk.
+        expert_prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
+        self.texts = []
+        if args.reading_steps or args.expert_text:
+            parts = all_gather(write_texts(experts, expert_prompts, shows_progress))
+            self.texts = [[text for part in parts for text in part[e]] for e in range(len(experts))]
+        self.H = torch.zeros(len(problems), 0, 0)
+        if reads_states(args.router):
+            self.H = torch.cat(all_gather(read_states(experts, expert_prompts, shows_progress)))
+        expert_of_state = [e for e, expert in enumerate(experts) for _ in range(expert.states_per_text)]
+        self.expert_of_state = torch.tensor(expert_of_state, dtype=torch.long)
+
+        # A control experiment replaces states or texts.
+        control = CONTROLS[args.control]
+        self.H, self.texts = control(self.H, self.texts, problems, self.expert_of_state, args.seed)
+
+        # Which experts write, and which problems stage 0 draws.
+        self.writers = [e for e, column in enumerate(self.texts) if any(column)]
+        reading_part, words_part = stage0_parts(problems)
+        self.reading_groups = [group_by_text(column, reading_part) for column in self.texts]
+        self.words_groups = [group_by_text(column, words_part) for column in self.texts]
+
+        # What is visible when one expert is shown.
+        only_reads = torch.zeros(len(experts), dtype=torch.bool)
+        if self.texts:
+            only_reads = torch.tensor([e not in self.writers for e in range(len(experts))], dtype=torch.bool)
+        self.visible_alone = torch.zeros(0, len(self.expert_of_state), dtype=torch.bool)
+        if experts:
+            own = torch.arange(len(experts))[:, None] == self.expert_of_state
+            self.visible_alone = own | only_reads[self.expert_of_state]
+
+        # The policy's prompts. With --expert_text, what the experts say stands before the question.
+        prompt_format = "plain" if args.answer_format == "plain" else "chat"
+        self.prompts = []
+        for i, problem in enumerate(problems):
+            if args.expert_text:
+                said = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
+                problem = replace(problem, question=said + problem.question)
+            self.prompts.append(render_prompt(problem, prompt_format, policy.tokenizer))
+        self.ids = prompt_ids(policy.tokenizer, self.prompts, prompt_format, policy.config.stop)
+
+        # The experts' texts as the policy would write them after its prompt.
+        self.targets = [self.as_answers(column, policy, args.answer_format) for column in self.texts]
+        self.check_window(policy, args)
+
+    def as_answers(self, texts, policy, answer_format):
+        """Token ids of n texts as answers to the n prompts, stop token included; [] for no text.
+
+        They are the tokens of prompt and answer, without those of the prompt: a tokenizer may split an answer
+        differently when it stands alone.
+        """
+        prompt_format = "plain" if answer_format == "plain" else "chat"
+        answers = []
+        for text in texts:
+            answers.append(f"<answer>{text}</answer>" if answer_format == "tagged" else f" {text}")
+        together = [prompt + answer for prompt, answer in zip(self.prompts, answers)]
+        together_ids = prompt_ids(policy.tokenizer, together, prompt_format, policy.config.stop)
+        alone_ids = policy.tokenizer(answers, add_special_tokens=False)["input_ids"]
+
+        targets = []
+        for i, text in enumerate(texts):
+            n = len(self.ids[i])
+            # If prompt and answer merge into one token, the answer's own tokens are the best there is.
+            merged = together_ids[i][:n] != self.ids[i]
+            ids = alone_ids[i] if merged else together_ids[i][n:]
+            targets.append([*ids, policy.config.stop[0]] if text else [])
+        return targets
+
+    def check_window(self, policy, args):
+        """Raises ValueError if prompt, context and answer together do not fit into the policy's window."""
+        longest_text = max((len(ids) for column in self.targets for ids in column), default=0)
+        room = policy.window - max(args.max_new, longest_text) - args.latents
+        longest = max(map(len, self.ids))
+        if longest > room:
+            raise ValueError(f"a prompt of {longest} tokens, {args.latents} --latents and an answer do not "
+                             f"fit into the policy's window of {policy.window} tokens: use an easier "
+                             "--level, a lower --max_new, --write or --latents, or another --policy")
+
+    def __len__(self):
+        return len(self.problems)
+
+    def states(self, indices):
+        """H of some problems (B, N, D), in fp32 on the policy's device."""
+        return self.H[indices].float().to(self.device)
+
+    def batch(self, indices):
+        """Some problems as a Batch in which all experts are visible."""
+        indices = list(indices)
+        ids = [self.ids[i] for i in indices]
+        width = bucket(max(map(len, ids)))
+        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(self.device)
+        lengths = torch.tensor([len(row) for row in ids]).to(self.device)
+        visible = torch.ones(len(indices), self.H.shape[1], dtype=torch.bool, device=self.device)
+        return Batch([self.problems[i] for i in indices], tokens, lengths, self.states(indices), visible,
+                     self.visible_alone.to(self.device))
+
+
+# Control experiments: what replaces the states H (n, N, D) and the texts [experts][n] of a Dataset. To add
+# one, write a function like these and add it to CONTROLS.
+
+def no_control(H, texts, problems, expert_of_state, seed):
+    return H, texts
+
+
+def shuffled_states(H, texts, problems, expert_of_state, seed):
+    """Every problem has the states of another one."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(H), generator=generator)
+    shuffled = H.clone()
+    shuffled[order] = H[order.roll(1)]
+    return shuffled, texts
+
+
+def noise_states(H, texts, problems, expert_of_state, seed):
+    """Noise with the mean and the standard deviation of the states, and nothing else of them."""
+    generator = torch.Generator().manual_seed(seed)
+    std, mean = torch.std_mean(H.float(), dim=0, correction=0)
+    return (mean + std * torch.randn(H.shape, generator=generator)).to(H.dtype), texts
+
+
+CONTROLS = {  # by --control
+    "none": no_control,
+    "shuffled": shuffled_states,
+    "noise": noise_states,
+    "untrained": no_control,  # experts with random weights, see build
+}
+DRAWN_FOR_ALL = ("shuffled", "noise")  # drawn for all problems at once: more problems give other states
+
+
+def load_problems(args, split, n=None):
+    """The problems of a split: n of them, by default as many as the run needs.
+
+    Training problems are shuffled within blocks of fixed size, so that a longer run begins with the same
+    ones. A small dataset gives as many held-out problems as it has.
+    """
+    if split != "train":
+        skipped = args.test_skip if split == "test" else 0
+        n = skipped + (n or getattr(args, split))
+        problems = get_problems(args.task, split, n, args.data, args.level, skipped + WORLD, RANK == 0)
+        return problems[skipped:]
+
+    n = n or max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    block = max(256, 8 * args.batch)
+    n_blocks = math.ceil(n / block)
+    problems = get_problems(args.task, "train", n_blocks * block, args.data, args.level, None, RANK == 0)
+    for start in range(0, len(problems), block):
+        part = problems[start:start + block]
+        random.Random(f"{args.seed} {start}").shuffle(part)
+        problems[start:start + block] = part
+    return problems[:n]
+
+
+def build(args):
+    """The policy, the experts and the router of a run, from its settings.
+
+    Also fills in what the settings leave open: args.answer_format and args.dtype, and the revision of models
+    from the hub, so that --resume finds the same weights.
+    """
+    torch.manual_seed(args.seed)
+
+    # The experts: tokenizers and sizes. Their weights are loaded only while they read.
+    experts = []
+    for source in args.experts:
+        expert = Expert(source, args.state_token, args.layers, args.positions, args.own_text,
+                        max_new=args.write, cue=args.cue, device=args.device,
+                        untrained=args.control == "untrained")
+        if expert.name in [other.name for other in experts]:
+            expert.name += f"-{len(experts)}"  # attention is reported by name, so names must differ
+        experts.append(expert)
+    if args.reading_steps and not any(expert.writes for expert in experts):
+        raise ValueError("stage 0 needs an expert that writes, and these only read: use --reading_steps 0, "
+                         "or add another expert")
+
+    # The policy. An Expert of the same folder knows its tokenizer and its size.
+    files = Expert(args.policy)
+    if args.answer_format == "auto":
+        args.answer_format = "tagged" if files.prompt_format == "chat" else "plain"
+    if args.answer_format == "tagged" and files.prompt_format == "plain":
+        raise ValueError(f"{files.name} has no chat template: use --answer_format plain")
+    if args.dtype == "auto":
+        args.dtype = str(pick_dtype(args.device, files.params)).removeprefix("torch.")
+    policy = Policy.from_pretrained(args.policy, args.lora_rank, getattr(torch, args.dtype), args.device,
+                                    args.prefix_origin)
+    policy.tokenizer = files.tokenizer
+    if args.answer_format == "plain":  # the answer is the first line
+        policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
+
+    # The router. How large a fresh prefix is: close to the mean embedding, or half as large as an embedding.
+    init_scale = 0.02 if args.prefix_origin == "mean" else 0.5
+    widths, expert_of_state = [], []
+    for e, expert in enumerate(experts):
+        widths += [expert.width] * expert.states_per_text
+        expert_of_state += [e] * expert.states_per_text
+    router = ROUTERS[args.router](widths, expert_of_state, policy.config.hidden_size, args.latents,
+                                  args.router_heads, args.router_dim, args.router_temperature, init_scale)
+
+    args.policy = files.pinned
+    args.experts = [expert.pinned for expert in experts]
+    return policy, experts, router.to(args.device)
+
+
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+# Several devices: every rank runs the same program on its part of the problems. torchrun sets these two.
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def my_part(items):
+    """This rank's part of a list or tensor. Parts are contiguous, and their lengths differ by one at most."""
+    return items[len(items) * RANK // WORLD:len(items) * (RANK + 1) // WORLD]
+
+
+def collective(operation, *args, **options):
+    """Run an operation of torch.distributed. Raises ConnectionError if another rank has died."""
+    if WORLD == 1:
+        return
+    try:
+        operation(*args, **options)
+    except RuntimeError as error:  # gloo's only kind of error; nccl's is a subclass of it
+        raise ConnectionError("another rank has stopped, see what it printed "
+                              f"({first_line(error)})") from error
+
+
+def all_gather(value):
+    """[value of rank 0, value of rank 1, ...] on every rank; tensors in it must be on the CPU."""
+    values = [value] * WORLD
+    collective(dist.all_gather_object, values, value)
+    return values
+
+
+def all_reduce_sum(number):
+    """A number, summed over the ranks."""
+    return sum(all_gather(number))
+
+
+def barrier():
+    """Wait for all ranks."""
+    all_gather(None)
+
+
+def all_reduce_gradients(parameters):
+    """Replace every gradient by its sum over the ranks: one flat tensor, one all-reduce."""
+    if WORLD == 1:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    collective(dist.all_reduce, flat)
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, summed in zip(parameters, flat.split(sizes)):
+        parameter.grad = summed.view_as(parameter)
+
+
+@contextlib.contextmanager
+def ranks():
+    """A process group for the duration of a run. Only rank 0 prints."""
+    minutes = float(os.environ.get("N_MUSKETEERS_TIMEOUT", 30))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    collective(dist.init_process_group, backend, timeout=timedelta(minutes=minutes))
+    with open(os.devnull, "w") as nowhere:
+        with contextlib.redirect_stdout(nowhere if RANK else sys.stdout):
+            yield
+    collective(dist.destroy_process_group)
+
+
+# A run's folder: config.json, records as .jsonl, checkpoints as .safetensors, and a lock.
+
+def write_config(out, args):
+    """Write the settings of a run, and the fingerprints of its models, to config.json."""
+    settings = dict(vars(args))
+    settings["policy"] = portable(args.policy)
+    settings["experts"] = [portable(source) for source in args.experts]
+    models = [model_fingerprint(source) for source in (args.policy, *args.experts)]
+    config = dict(args=settings, models=models, ranks=WORLD, torch=torch.__version__)
+    write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+
+
+def read_config(folder):
+    """What `write_config` wrote: {"args": settings, "models": fingerprints, "ranks": number}.
+
+    Raises ValueError if the folder holds no run, or its config.json cannot be read.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no run yet (no config.json): name a folder that train.py wrote. If "
+                         "a run there was stopped while its experts were reading, start the same command "
+                         "again: what they have read is kept")
+    try:
+        config = json.loads(path.read_text())
+        return dict(args=dict(config["args"]), models=list(config["models"]), ranks=int(config["ranks"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise bad_config(folder, error) from error
+
+
+def import_extension(path):
+    """Import a Python file of the user's. Raises ValueError if it is not there."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--extension {path} is not there: name a Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def bad_config(folder, error):
+    return ValueError(f"{folder}/config.json is damaged, or of another version of this program: start the "
+                      f"run again in another folder ({first_line(error)})")
+
+
+def check_names(folder, args):
+    """Raises ValueError if the run uses a router or a control that is not registered in this process."""
+    for option, name, registry, place in (("router", args.router, ROUTERS, "router.ROUTERS"),
+                                          ("control", args.control, CONTROLS, "rlvr.CONTROLS")):
+        if name not in registry:
+            raise ValueError(f"the {option} of {folder}, {name!r}, is not in {place}: import the file that "
+                             "adds it, with --extension FILE")
+
+
+def model_fingerprint(source):
+    """What tells one model from another: the commit of a hub model, or a checksum of a folder's weights."""
+    folder, revision = find_model(source)
+    return revision or weights_fingerprint(folder)
+
+
+def check_models(folder, args, fingerprints):
+    """Raises ValueError if the models of `args` do not have the weights that the run was made with."""
+    for source, expected in zip((args.policy, *args.experts), fingerprints):
+        if model_fingerprint(source) != expected:
+            raise ValueError(f"{source} does not hold the weights that {folder} was trained with: name the "
+                             "folder that does, with --policy or --experts")
+
+
+def open_run(folder, device="auto", stage0=False, policy=None, experts=None):
+    """(args, policy, experts, router) of a finished run, or of its state after stage 0.
+
+    policy, experts: where the same models lie now, if they have moved. Raises ValueError for a folder that
+    holds no run or no checkpoint, or whose models have changed.
+    """
+    config = read_config(folder)
+    args = Namespace(**config["args"])
+    try:
+        check_names(folder, args)
+        args.policy = policy or args.policy
+        args.experts = experts or args.experts
+        args.device = pick_device(device)
+        check_models(folder, args, config["models"])
+        policy, experts, router = build(args)
+    except (AttributeError, TypeError) as error:
+        raise bad_config(folder, error) from error
+
+    if stage0:
+        found = list(Path(folder).glob("stage0-*.safetensors"))
+        if not found:
+            raise ValueError(f"{folder} has no weights of stage 0: it had none, or has not finished it yet")
+        load_checkpoint(found[0], policy, router)
+    elif not load_newest(Path(folder), policy, router)[0]["step"]:
+        raise ValueError(f"{folder} has no checkpoint of GRPO yet: continue it with train.py --resume "
+                         f"{folder}")
+    return args, policy, experts, router
+
+
+def without_nan(value):
+    """The same record with None in place of numbers that JSON does not know: NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def append(path, record):
+    """Add a record to a .jsonl file."""
     if RANK == 0:
-        tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(without_nan(record), allow_nan=False) + "\n")
+
+
+def read_records(path):
+    """The records of a .jsonl file, [] if there is none. A torn last line of a killed process is skipped."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def drop_records(path, progress):
+    """Drop the records that are newer than the checkpoint, as these steps will be made again."""
+    stage0_is_done = progress["stage0"]
+    kept = []
+    for record in read_records(path):
+        of_stage0 = path.name == "stage0.jsonl"
+        if record.get("step", 0) <= progress["step"] and (stage0_is_done or not of_stage0):
+            kept.append(record)
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+@contextlib.contextmanager
+def one_process(out):
+    """Only one process trains in a folder. The lock is released when the process ends, however it ends.
+
+    Raises ValueError if another process trains there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(out / "lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise ValueError(f"another process trains in {out}: wait for it, or choose another --out") from None
+    except (OSError, NotImplementedError) as error:
+        warnings.warn(f"{out} cannot be locked, as its file system has no locks ({first_line(error)}): make "
+                      "sure that only one process trains there", stacklevel=3)
+    try:
+        for torn in out.glob("*.part"):  # a file that was being written when a process was killed
+            torn.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+# A checkpoint is one safetensors file, which cannot run code: the weights, AdamW's moments, the random
+# generators of the ranks, and how far the run is, as JSON text.
+
+def trained_tensors(policy, router):
+    """{name: tensor} of everything that training changes or measures: LoRA and the router."""
+    tensors = {f"policy.{name}": parameter.detach() for name, parameter in policy.named_parameters()}
+    for name, tensor in router.state_dict().items():
+        tensors[f"router.{name}"] = tensor
+    return tensors
+
+
+def save_checkpoint(path, policy, router, progress, optimizer, generator):
+    """All ranks call this, rank 0 writes <path><checksum>.safetensors. optimizer: None for no moments."""
+    tensors = trained_tensors(policy, router)
+    for rank, state in enumerate(all_gather(generator.get_state())):
+        tensors[f"generator.{rank}"] = state
+    if optimizer:
+        for i, moments in optimizer.state_dict()["state"].items():
+            for name, moment in moments.items():
+                tensors[f"optimizer.{i}.{name}"] = moment
+    tensors["progress"] = torch.tensor(list(json.dumps(progress).encode()), dtype=torch.uint8)
+    if RANK == 0:
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_tensors(path.parent, tensors, path.name)
-    total(0)  # the ranks meet: the file is there for all
+    barrier()  # from here the file exists for all ranks
+
 
 def load_checkpoint(path, policy, router, generator=None):
-    """Put weights and generator in place; returns (state, AdamW's moments). Raises ValueError, changing
-    nothing, for a file that is damaged or was made for other models."""
-    tensors, named = read_tensors(path), trainable(policy, router)
-    shapes = {name: t.shape for name, t in tensors.items() if name.startswith(("policy.", "router."))}
-    if shapes != {name: t.shape for name, t in named.items()}:
+    """Load weights and generator from a checkpoint. Returns (progress, AdamW's moments).
+
+    Raises ValueError, before anything is changed, for a file that is damaged or belongs to other models.
+    """
+    saved, current = read_tensors(path), trained_tensors(policy, router)
+    shapes = {name: t.shape for name, t in saved.items() if name.startswith(("policy.", "router."))}
+    if shapes != {name: t.shape for name, t in current.items()}:
         raise ValueError(f"{path} was made for other models: its tensors have other names or shapes")
-    for name, t in named.items():
-        t.copy_(tensors[name])
+
+    for name, tensor in current.items():
+        tensor.copy_(saved[name])
     if generator:
-        generator.set_state(tensors[f"generator.{RANK}"])
+        generator.set_state(saved[f"generator.{RANK}"])
     moments = {}
-    for name in tensors:
+    for name in saved:
         if name.startswith("optimizer."):
             _, i, moment = name.split(".")
-            moments.setdefault(int(i), {})[moment] = tensors[name]
-    return json.loads(bytes(tensors["state"].tolist())), moments
+            moments.setdefault(int(i), {})[moment] = saved[name]
+    return json.loads(bytes(saved["progress"].tolist())), moments
+
 
 def checkpoints(out):
-    """The checkpoints of a run, newest first: step-..., then aligned-..., then align-..."""
-    return sorted(out.glob("*.safetensors"), reverse=True)
+    """The checkpoints of a run, newest first; the one after stage 0 is the last."""
+    steps = sorted(out.glob("step-*.safetensors"), reverse=True)
+    return steps + list(out.glob("stage0-*.safetensors"))
+
 
 def load_newest(out, policy, router, generator=None):
-    """Load the newest checkpoint that is complete; returns (state, AdamW's moments). One that is damaged is
-    passed over with a warning. Raises ValueError if none can be loaded."""
-    for path in checkpoints(out):
+    """Load the newest checkpoint that is complete. Returns (progress, AdamW's moments).
+
+    A damaged one is skipped with a warning. Raises ValueError if there are some, and none can be loaded.
+    """
+    found = checkpoints(out)
+    for path in found:
         try:
             return load_checkpoint(path, policy, router, generator)
         except ValueError as error:
-            warnings.warn(f"{error}; the checkpoint before it is taken", stacklevel=2)
-    if checkpoints(out):
-        raise ValueError(f"no checkpoint in {out} can be loaded, see above: start anew with another --out")
-    return dict(align=0, aligned=False, step=0), {}
+            warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
+    if found:
+        raise ValueError(f"no checkpoint in {out} can be loaded, see above: start again with another --out")
+    return dict(stage0=False, step=0), {}
+
+
+# What a program does when something is wrong.
+
+def run_cli(program, run):
+    """Call run(), and return the exit code. What a user can fix is one printed sentence; a bug is raised."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal in latin-1 must not end a run
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="replace")
+    try:
+        run()
+        return 0
+    except KeyboardInterrupt:
+        print(f"\n{program}: stopped; what the experts have read is kept, and so is the last checkpoint, if "
+              "there is one; the same command, or --resume, continues", file=sys.stderr)
+        return 130
+    except SystemExit as error:  # argparse has already said what is wrong
+        return error.code
+    except OSError as error:  # a full disk, a folder without permission, another rank that has stopped
+        message = f"{error}: fix this and continue (train.py: with --resume)"
+    except ValueError as error:
+        message = str(error)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
+                   "models, or a lower --batch, --group or --max_new")
+    print(f"{program}: {message}", file=sys.stderr)
+    return 2
+
+
+def out_of_memory(error):
+    """Is this error a lack of memory? Every kind of device words it differently."""
+    words = ("allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)

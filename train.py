@@ -1,15 +1,17 @@
 """
-n-Musketeers, end to end: a policy learns by reinforcement to read the hidden states of frozen experts.
+n-Musketeers, end to end: a policy learns by reinforcement to use the hidden states of frozen experts.
 
-$ python train.py                                    # three tiny experts in this repository: no GPU
+$ python train.py                                    # three tiny experts in this repository; no network
 $ python train.py --task gsm8k                       # the paper's setting, on one GPU
-$ python train.py --collab single                    # the same policy without experts: the first control
+$ python train.py --router none                      # the same policy without experts: the first control
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
+
+`main` below is the whole method, in the order in which things happen. Its steps stand in rlvr.py.
 """
 import os
 import signal
 
-# Before torch is imported: threads that hardly spin while they wait are kind to busy neighbours.
+# Let idle OpenMP threads sleep. On a shared machine, threads that wait by spinning slow everybody down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if __name__ == "__main__":
@@ -17,423 +19,944 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import math
-import runpy
+import shlex
 import sys
 import textwrap
+import threading
 import time
-from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
-from eval import (accuracy, append, bar, by_dataset, damaged, drop_rows, evaluate, log_alignment, one_process,
-                  one_sentence, out_of_memory, read_back, read_config, show_gate, show_report, test_report)
-from experts import pick_device, write_atomic
-from rewards import SPLITS, known
-from rlvr import (RANK, WORLD, Dataset, add_gradients, advantages, align, align_steps, build, checkpoints,
-                  gather, grpo_loss, kl_estimate, load_newest, load_problems, make_optimizer, ranks, rollout,
-                  save_checkpoint, share, total)
+from eval import accuracy, by_dataset, evaluate, show_report, test_report
+from experts import pick_device, to_fetch, write_texts
+from rewards import SPLITS, check_answer_format, known_task, official_files_to_fetch, verify
+from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
+                  append, bad_config, build, candidates, check_models, check_names, choice_loss,
+                  clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
+                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, loss_of_reading,
+                  loss_of_words, make_optimizer, my_part, one_process, out_of_memory, pair_probabilities,
+                  parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint, set_rates,
+                  words_and_reading, words_vocabulary, write_config)
 from router import ROUTERS, by_expert, reads_states
 
-def arg(default, why):
-    return field(metadata={"help": why}, **(
-        dict(default_factory=lambda: default) if isinstance(default, list) else dict(default=default)))
 
-@dataclass
-class Args:  # the defaults are the paper's where it names them; PRESETS below has smaller settings
-    preset: Literal["", "tiny", "small", "paper"] = arg("", "default: tiny, or with --task what fits")
-    # task
-    task: str = arg("gsm8k", "gsm8k, arithmetic, logic, algorithmic, a Reasoning Gym dataset; joined by +")
-    level: str = arg("default", "of generated tasks: tiny, easy, default, hard, or min_terms=2,max_terms=3")
-    data: str = arg("", "GSM8K: folder with train.jsonl and test.jsonl, or a file (default: downloaded once)")
-    # models
-    policy: str = arg("Qwen/Qwen2.5-3B-Instruct", "Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3; folder or hub name")
-    experts: list[str] = arg(["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
-                              "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
-                             "frozen, of any architecture (the paper does not name its own)")
-    form: Literal["auto", "tagged", "plain"] = arg("auto", "tagged: a chat, answer in tags; plain: one line")
-    collab: str = arg("soft", "soft: the router; hard, linear, prefix: its controls; text: experts' words in "
-                              "the prompt; single: LoRA alone")
-    control: Literal["none", "shuffled", "noise", "untrained", "wrong", "partly"] = arg(
-        "none", "wrong: the last expert reads another problem; partly: so on the last dataset alone")
-    read: Literal["last", "first", "mean"] = arg("last", "which token's state is read (last: paper)")
-    layer: list[int] = arg([-1], "which layers' states; 0 is the embedding (last: paper)")
-    positions: int = arg(1, "states of this many last tokens (1: paper)")
-    own_text: bool = arg(False, "an expert reads its own text behind the prompt: states while it answers")
-    cue: str = arg("", "text behind the experts' prompts, such as 'The answer is ' (none: paper)")
-    write: int = arg(16, "tokens an expert may write, for stage 0 and --collab text")
+# -- The settings. The defaults are the run that `python train.py` makes; PRESETS below override them.
+
+def option(default, help, choices=None, minimum=None, above=None, maximum=None):
+    """A setting: its default, a sentence about it, and the values that it may have."""
+    metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Args:
+    # the run
+    preset: str = option("",
+        "Settings to begin with. Without it: tiny, or with --task what fits this machine.",
+        choices=["", "tiny", "small", "paper"])
+    out: str = option("", "Folder of the run. Without it: runs/<task>-<time>.")
+    resume: str = option("",
+        "Folder of a run to continue. With it only --steps, --micro_batch, --device, --extension, "
+        "--policy and --experts may be given.")
+    extension: str = option("",
+        "A Python file of yours that is imported first. It may add a router or a control.")
+    plan: bool = option(False, "Print the memory that this run would need, and end.")
+    seed: int = option(0,
+        "Seed of fresh weights, of the order of problems and of sampling.", minimum=0, maximum=2**31)
+    device: str = option("auto", "cpu, cuda, cuda:1 or mps; auto takes the best there is.")
+    dtype: str = option("auto",
+        "Number format of the policy's frozen weights. auto: float32 below 50 million parameters, above "
+        "that bfloat16 or what the device has instead.", choices=["auto", "float32", "bfloat16", "float16"])
+
+    # the task
+    task: str = option("arithmetic+logic+algorithmic",
+        "What to learn: gsm8k, arithmetic, logic, algorithmic, a Reasoning Gym dataset, or several joined"
+        " by +.")
+    level: str = option("tiny",
+        "Difficulty of generated problems: tiny, easy, default, hard, or parameters such as "
+        "min_terms=2,max_terms=3.")
+    data: str = option("",
+        "Problems of your own for --task gsm8k: a .jsonl file, or a folder with train.jsonl and "
+        "test.jsonl. Without it GSM8K is downloaded once.")
+    answer_format: str = option("plain",
+        "tagged: the answer stands between <answer> and </answer> in a chat. plain: it is the first line."
+        " auto: tagged for a policy with a chat template.", choices=["auto", "tagged", "plain"])
+    val: int = option(120, "Number of validation problems.", minimum=1)
+    test: int = option(256, "Number of test problems.", minimum=1)
+    test_skip: int = option(0, "Number of test problems before these that are left out.", minimum=0)
+    eval_every: int = option(5, "Steps of GRPO between two validations.", minimum=1)
+
+    # the models
+    policy: str = option("tiny/policy",
+        "The policy: a folder or a name on the Hugging Face hub; Llama, SmolLM2, Qwen2, Qwen2.5 or Qwen3.")
+    experts: list[str] = option(["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"],
+        "The frozen experts: folders or names on the hub, of any architecture.")
+    router: str = option("attention",
+        "What stands between experts and policy. attention: the method. hard, linear, constant, none: "
+        "control experiments, see router.py.")
+    expert_text: bool = option(False,
+        "Put what the experts say into the policy's prompt (with --router none).")
+    control: str = option("none",
+        "Replace the experts' states by those of other problems (shuffled), by noise (noise), or by those"
+        " of models with random weights (untrained).")
+
+    # what is read of an expert
+    state_token: str = option("last",
+        "Which token's hidden state is read.", choices=["last", "first", "mean"])
+    layers: list[int] = option([-1],
+        "Which layers' states are read; 0 is the embedding, -1 the last layer.")
+    positions: int = option(1,
+        "How many last tokens are read, with --state_token last.", minimum=1, maximum=64)
+    own_text: bool = option(False, "Let an expert first write its own answer, and read the states of that.")
+    cue: str = option("", "Text at the end of every expert's prompt, such as 'The answer is:'.")
+    write: int = option(1,
+        "Most tokens that an expert may write, for stage 0 and --expert_text.", minimum=1, maximum=4096)
+
     # router and LoRA
-    latents: int = arg(8, "context tokens (paper)")
-    router_dim: int = arg(512, "width of the router (paper)")
-    router_heads: int = arg(8, "its attention heads (paper)")
-    router_temperature: float = arg(1.0, "of its attention; below 1 sharpens")
-    neutral: Literal["zero", "mean"] = arg("zero", "an empty prefix: zero (paper) or the mean embedding")
-    lora_rank: int = arg(8, "of LoRA (paper)")
-    lora_alpha: float = arg(16.0, "updates are scaled by alpha / rank; twice the rank is usual")
+    latents: int = option(8, "Number of context tokens.", minimum=1, maximum=512)
+    router_dim: int = option(64, "Width of the router's attention.", minimum=1)
+    router_heads: int = option(4, "Number of heads of the router's attention.", minimum=1)
+    router_temperature: float = option(0.5,
+        "Temperature of the router's attention; below 1 it is sharper.", above=0)
+    prefix_origin: str = option("mean",
+        "The vector to which context tokens are added: zero (paper), or the mean embedding, which suits "
+        "small policies.", choices=["zero", "mean"])
+    lora_rank: int = option(8, "Rank of LoRA on the policy; 0 leaves the policy frozen.", minimum=0)
+
     # stage 0
-    align: int = arg(0, "steps of reading experts' texts aloud (0: no stage 0, the paper's method)")
-    align_batch: int = arg(16, "problems a step")
-    align_lr: float = arg(4e-4, "of LoRA")
-    align_router_lr: float = arg(1e-5, "of the router: it has learned its words already")
-    align_words: int = arg(500, "steps before --align: the router learns to write in the policy's vocabulary")
-    align_words_lr: float = arg(1e-3, "of the router in --align_words")
+    words_steps: int = option(250,
+        "Steps of stage 0a, in which the router learns words. No matter without 0b.", minimum=0)
+    words_lr: float = option(4e-3, "Learning rate of the router in stage 0a.", above=0)
+    reading_steps: int = option(30,
+        "Steps of stage 0b, in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
+    reading_batch: int = option(48, "Problems in a step of stage 0b.", minimum=1)
+    reading_lr: float = option(3e-3, "Learning rate of LoRA in stage 0b.", above=0)
+    reading_router_lr: float = option(3e-4, "Learning rate of the router in stage 0b.", above=0)
+
     # GRPO
-    steps: int = arg(233, "optimizer steps (paper: 233 on GSM8K, an epoch; 500 on Reasoning Gym)")
-    batch: int = arg(32, "prompts a step (paper)")
-    group: int = arg(8, "completions a prompt (paper)")
-    max_new: int = arg(128, "tokens a completion (paper)")
-    temperature: float = arg(1.0, "of sampling and loss alike: the policy's own distribution")
-    beta: float = arg(0.04, "weight of the KL to the frozen policy (paper); 0 skips it")
-    clip: float = arg(0.2, "how far the ratio may fall; matters with --epochs above 1")
-    clip_high: float = arg(0.2, "how far it may rise; above --clip it is DAPO's clip-higher")
-    epochs: int = arg(1, "optimizer steps on each rollout (1: on-policy)")
-    micro_batch: int = arg(4, "prompts in one backward pass: bounds memory, changes nothing that is learned")
-    lr: float = arg(1e-4, "of LoRA (paper)")
-    router_lr: float = arg(1e-4, "of the router (paper)")
-    trust_lr: float = arg(0.0, "of its trust in each expert (0: it has none, the paper's method)")
-    warmup: int = arg(20, "steps to the full rate, then constant, so that a run can be prolonged")
-    grad_clip: float = arg(1.0, "largest gradient norm (usual)")
-    # run
-    eval_every: int = arg(25, "steps between validations")
-    save_every: int = arg(10, "steps between checkpoints")
-    val: int = arg(120, "validation problems")
-    test: int = arg(256, "held-out problems (probably the paper's)")
-    test_skip: int = arg(0, "held-out problems before these, left out")
-    seed: int = arg(0, "of weights, order of problems and sampling")
-    device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto: the best there is")
-    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "of the policy; bfloat16 from 50 M on")
-    out: str = arg("", "folder of the run (default: runs/<task>-<time>)")
-    resume: str = arg("", "folder of a run to go on with; beside it: --steps, --micro_batch, --device")
-    plan: bool = arg(False, "say what memory and time this run would need, and end")
+    steps: int = option(10, "Steps of GRPO.", minimum=1)
+    batch: int = option(36, "Problems in a step.", minimum=1)
+    group: int = option(8, "Answers to each problem.", minimum=2, maximum=4096)
+    max_new: int = option(8, "Most tokens of an answer.", minimum=1)
+    temperature: float = option(1.0, "Temperature of sampling, and of the loss.", above=0)
+    compare: bool = option(True,
+        "Compare two experts on each problem, so that rewards teach whom to believe.")
+    beta: float = option(0.0,
+        "Weight of the KL to the frozen policy; 0 for none. Not after stage 0.", minimum=0)
+    lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
+    router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
+    trust_lr: float = option(0.1,
+        "Learning rate of the router's trust in each expert; 0: there is none.", minimum=0)
+    warmup: int = option(0,
+        "Steps in which the rates of LoRA and router rise to their full value.", minimum=0)
+    micro_batch: int = option(72,
+        "Prompts in one gradient pass. It bounds memory and changes nothing that is learned. It is halved"
+        " until a pass fits into memory.", minimum=1)
+
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(  # real models for one consumer GPU, or for a patient CPU
+        task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
+        experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
+        cue="The answer is:", own_text=True, positions=4, write=6, router_dim=512, router_heads=8,
+        router_temperature=1.0, prefix_origin="zero", words_steps=200, words_lr=1e-3, reading_steps=60,
+        reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6, trust_lr=0.3,
+        batch=8, micro_batch=16, steps=40, max_new=16),
+    "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
+        task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
+        experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+                 "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
+        write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero", words_steps=0,
+        reading_steps=0, compare=False, beta=0.04, lr=1e-4, router_lr=1e-4, trust_lr=0.0, warmup=20, batch=32,
+        micro_batch=4, steps=233, max_new=128, eval_every=25),
+}
+
 
 def main(args):
-    """One run, from models to test."""
+    """One run, from models to test. Returns the report of the test."""
+    # Make the problems first: a mistake in --task, --level or --data is found before any model is loaded.
     out = Path(args.out)
-    policy, experts, router = build(args)
+    announce_downloads(args)
+    problems = {split: load_problems(args, split) for split in SPLITS}
+    check_problems(args, problems)
+
     # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
-    data = {split: Dataset(load_problems(args, split), policy, experts, args) for split in SPLITS}
-    if reads_states(args.collab):
-        router.fit_standardization(data["train"].H[:256].to(policy.embed.device))
-    generator = torch.Generator(policy.embed.device).manual_seed(args.seed + 1_000_003 * RANK)
-    state, moments = load_newest(out, policy, router, generator)  # how far the run is
-    introduce(args, policy, router, experts, data, state)
-    stop_signals.clear()
-    on_stop(ask_to_stop)
+    policy, experts, router = build(args)
+    check_problems(args, problems)
+    datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
+    train_set = datasets["train"]
+    device = policy.embed.device
+    if reads_states(args.router):
+        router.fit_standardization(train_set.H[:256].to(device))
 
-    if not state["step"]:
-        show_gate(policy, experts, data, args)
-    # Stage 0, before any reward: the router learns to write, the policy to read, what the experts would say.
-    if args.align and not state["aligned"]:
-        stage = align(policy, router, data["train"], args, state["align"], moments)
-        for part, loss, optimizer in bar(stage, "stage 0", state["align"], sum(align_steps(args))):
-            state["align"] += 1
-            log_alignment(out, state["align"], part, loss)  # align has made the step
-            keep(out, "align", state["align"], args, policy, router, state, optimizer, generator)
-        read_back(out, policy, router, data["val"], args, experts)
-        state["aligned"] = True
-        save_checkpoint(out / "aligned-", policy, router, state, None, generator)
-        moments = {}
+    # Continue from the newest checkpoint, if there is one.
+    generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * RANK)
+    progress, moments = load_newest(out, policy, router, generator)
+    introduce(args, policy, router, experts, datasets, progress)
+    if progress["step"] == 0:
+        rehearse(policy, router, experts, datasets, args)
 
+    # Stage 0, without any reward: the router learns to write words, the policy learns to read them.
+    if args.reading_steps and not progress["stage0"]:
+        words_steps, reading_steps = words_and_reading(args)
+        if words_steps:
+            for step, loss in numbered(learn_words(policy, router, train_set, args), words_steps, "words"):
+                log_stage0(out, "words", step, loss)
+        for step, loss in numbered(learn_to_read(policy, router, train_set, args), reading_steps, "reading"):
+            log_stage0(out, "reading", step, loss)
+        read_back(out, policy, router, datasets["val"], args, experts)
+        progress["stage0"] = True
+        save_checkpoint(out / "stage0-", policy, router, progress, None, generator)
+
+    # GRPO. From here on a run can be stopped at any step and continued.
+    stop_at_next_step()
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    skipped = 0  # steps in a row
-    for step in bar(range(state["step"] + 1, args.steps + 1), "GRPO", state["step"], args.steps):
-        for group in optimizer.param_groups:  # linear warm-up, then constant
-            group["lr"] = group["base_lr"] * min(1.0, step / max(1, args.warmup))
+    parameters = parameters_of(optimizer)
+    compared = candidates(router, train_set, args)
+    skipped_in_a_row = 0
+    for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
+        set_rates(optimizer, min(1.0, step / max(1, args.warmup)))
 
-        # 1. Sample: the policy reads [context; prompt] and gives a group of answers to each problem.
-        #    The verifier pays 1 for a right answer and 0 for any other.
-        batch = data["train"].batch(share(range((step - 1) * args.batch, step * args.batch)))
-        sampled = rollout(policy, router, batch, args, args.group, args.temperature, generator)
+        # 1. Take the next problems, and look at whom the router attends to.
+        batch = train_set.batch(my_part(range((step - 1) * args.batch, step * args.batch)))
+        with torch.no_grad():
+            _, attention = router(batch.H, batch.visible)  # (B, heads, L, N)
 
-        # 2. How much better was each answer than the others of its group?
-        advantage = advantages(sampled.rewards)  # (B, G)
+        # 2. To compare experts, show each problem twice: with one expert visible, and with another one.
+        shown, pair = batch, None
+        if compared:
+            shares = by_expert(attention, train_set.expert_of_state).mean((1, 2))  # (B, E)
+            pair = draw_pair(shares, compared, random_numbers(args, step, device))  # (B, 2)
+            shown = batch.with_experts(pair)  # 2 B problems
 
-        # 3. Score the same tokens again, with gradient: to LoRA and, through the context, to the router.
+        # 3. Sample: the policy reads context and prompt, and writes a group of answers. The verifier gives 1
+        #    for a right answer and 0 for any other. If each problem is shown twice, each half has G / 2.
+        group = args.group * len(batch) // len(shown)
+        sampled = rollout(policy, router, shown, args, group, args.temperature, generator)
+
+        # 4. How much better was each answer than the others of its half?
         start = time.perf_counter()
-        n_tokens = total(sampled.mask.sum().item())  # of the whole step: micro-batches, ranks change nothing
-        old = torch.zeros(sampled.mask.shape, device=sampled.mask.device)  # log-probabilities in epoch 0
-        for epoch in range(args.epochs):
-            i, sums = 0, Counter()
-            while i < len(batch.problems):
-                part = slice(i, i + args.micro_batch)
-                i += args.micro_batch
-                if part.start > 0 and not (args.beta or advantage[part].any()):  # the first shows a NaN
-                    continue  # equal rewards and no KL: its gradient is zero
-                micro, tokens, mask = batch[part], sampled.tokens[part], sampled.mask[part]
-                try:
-                    context, _ = router(micro.H) if router else (None, None)
-                    cache = policy.prefill(micro.tokens, micro.lengths, context)
-                    logp, entropy = policy.logprobs(cache, tokens, mask, args.temperature)
-                    if epoch == 0:
-                        old[part] = logp.detach()
-                    ref = None
-                    if args.beta:  # the reference: LoRA off and prefix off
-                        with torch.no_grad(), policy.lora_disabled():
-                            cache = policy.prefill(micro.tokens, micro.lengths)
-                            ref, _ = policy.logprobs(cache, tokens, mask, args.temperature)
-                    loss = grpo_loss(logp, old[part], ref, advantage[part], mask, args) / n_tokens
-                    loss.backward()
-                    sums["loss"] += loss.item()
-                    sums["tokens"] += mask.sum().item()
-                    sums["entropy"] += entropy.sum().item()
-                    sums["kl"] += 0 if ref is None else kl_estimate(logp, ref)[mask].sum().item()
-                except (RuntimeError, MemoryError) as error:
-                    if args.micro_batch == 1 or not out_of_memory(error):
-                        raise
-                    args.micro_batch //= 2
-                    tqdm.write(f"out of memory: from now on {args.micro_batch} prompts in a gradient pass")
-                    context = cache = logp = entropy = ref = loss = None  # makes room
-                    optimizer.zero_grad()
-                    i, sums = 0, Counter()
+        advantage = advantages(sampled.rewards)  # (2 B, G / 2)
 
-            # 4. Step.
-            add_gradients(parameters)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip).item()
-            finite = math.isfinite(grad_norm) and math.isfinite(total(sums["loss"]))
-            if finite:  # one NaN in AdamW's moments would ruin the run
-                optimizer.step()
-            optimizer.zero_grad()
+        # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
+        #    The divisor is the number of tokens of the step, so micro-batches and ranks change nothing.
+        n_tokens = all_reduce_sum(sampled.mask.sum().item())
+        sums = Counter()
+        for rows in informative(advantage, args.beta).split(args.micro_batch):
+            micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
+            context, _ = router(micro.H, micro.visible)
+            logp, entropy = policy.score(micro, context, tokens, mask, args.temperature)
+            reference_logp = None
+            if args.beta:  # the reference is the frozen policy: without LoRA and without context
+                with torch.no_grad(), policy.lora("off"):
+                    reference_logp, _ = policy.score(micro, None, tokens, mask, args.temperature)
+            loss = grpo_loss(logp, reference_logp, advantage[rows], mask, args.beta) / n_tokens
+            loss.backward()
+            add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 5. Look at the reward, and at the attention by dataset.
-        state["step"] = step
-        skipped = 0 if finite else skipped + 1
-        row = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - start)
-        row |= summarize(sampled, data["train"].owner, experts, sums)
+        # 6. Which of the two experts was better? The gradient goes to the router's trust.
+        if compared:
+            _, attention_now = router(batch.H, batch.visible)
+            p = pair_probabilities(attention_now, train_set.expert_of_state, pair)  # (B, 2)
+            half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2)
+            choice = choice_loss(p, half_rewards) / all_reduce_sum(len(batch))
+            choice.backward()
+
+        # 7. Step. One gradient that is not finite would stay in AdamW's moments, so such a step is skipped.
+        grad_norm = clip_gradients(parameters)
+        is_finite = math.isfinite(grad_norm) and math.isfinite(all_reduce_sum(sums["loss"]))
+        if is_finite:
+            optimizer.step()
+        optimizer.zero_grad()
+
+        # 8. Look at the reward, and at the attention by dataset.
+        progress["step"] = step
+        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+        record = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - start)
+        record |= summarize(sampled, batch, attention, pair, train_set.expert_of_state, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
-            row["val"] = accuracy(evaluate(policy, router, data["val"], args)[0])
-        log(args, row, sampled, skipped)
-        keep(out, "step", step, args, policy, router, state, optimizer, generator)
+            record["val"] = accuracy(evaluate(policy, router, datasets["val"], args)[0])
+        log(args, record, sampled, skipped_in_a_row)
+        save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, generator)
 
-    on_stop(signal.default_int_handler)  # there is nothing left to save
-    show_report(args, test_report(policy, router, data["test"], args, experts))
+    # Test on problems that were never used before.
+    stop_at_once()
+    report = test_report(policy, router, datasets["test"], args, experts)
+    show_report(report, out / "eval.json")
+    suggest_next(args)
+    return report
 
-# -- What is said and written down
 
-def introduce(args, policy, router, experts, data, state):
-    """What the run is about to do. config.json is written; rows newer than the checkpoint are dropped."""
-    if state["step"] > args.steps:
-        raise ValueError(f"--steps {args.steps} is below the {state['step']} that are done: give more")
-    if RANK == 0:
-        for path in Path(args.out).glob("*.jsonl"):
-            drop_rows(path, state)
-        (Path(args.out) / "eval.json").unlink(missing_ok=True)  # of fewer steps
-        config = dict(args=asdict(args), ranks=WORLD, torch=torch.__version__)
-        write_atomic(Path(args.out) / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-    count = lambda module: sum(p.numel() for p in module.parameters()) if module else 0
-    print(f"n-Musketeers: {args.collab}, control {args.control}, task {args.task}, seed {args.seed}")
-    print(f"  problems   {len(data['train']):,} train, {len(data['val'])} val, {len(data['test'])} test")
-    print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers {args.form}")
-    for expert in experts:
-        print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
-              f"{expert.params / 1e6:.2f} M, {expert.template}{'' if expert.writes else ', reads only'}")
-    print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
-    print("  stage 0    {} steps of words (router alone), {} of reading; {} are done".format(
-        *align_steps(args), state["align"]))
-    print(f"  GRPO       {args.steps} steps of {args.batch} prompts x {args.group} answers of at most "
-          f"{args.max_new} tokens; {state['step']} are done")
-    print(f"  a problem  {data['val'].prompts[0][-70:]!r}, answer {data['val'].problems[0].answer!r}")
+def random_numbers(args, step, device):
+    """u (B, 2) for this rank's problems of a step. They depend on the seed and the step alone."""
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    return my_part(torch.rand(args.batch, 2, generator=generator)).to(device)
 
-def summarize(sampled, owner, experts, sums):
-    """A row of metrics.jsonl, of all ranks. Lengths are in tokens; entropy leaves skipped groups out."""
-    all_ranks = lambda values: torch.cat(gather(values.cpu())).float()
-    rewards = all_ranks(sampled.rewards)  # (B, G)
-    length = all_ranks(sampled.mask.sum(-1))
-    datasets = [problem.dataset for problems in gather(sampled.problems) for problem in problems]
-    verdicts = [verdict for groups in gather(sampled.verdicts) for group in groups for verdict in group]
-    loss, kl, entropy, tokens = (total(sums[name]) for name in ("loss", "kl", "entropy", "tokens"))
-    row = dict(reward=rewards.mean().item(), accuracy=accuracy(verdicts), length=length.mean().item(),
-               truncated=all_ranks(sampled.truncated).mean().item(),
-               frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
-               loss=loss, kl=kl / tokens, entropy=entropy / tokens, rollout_seconds=sampled.seconds,
-               tokens_per_second=length.sum().item() / sampled.seconds,
-               reward_by_dataset=by_dataset(datasets, rewards.mean(1)),
-               reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
-    if sampled.attention is not None:
-        attention = all_ranks(by_expert(sampled.attention, owner))  # (B, heads, L, experts)
-        names = [expert.name for expert in experts]
-        row["attention"] = dict(zip(names, attention.mean((0, 1, 2)).tolist()))
-        row["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
-        row["attention_entropy"] = torch.special.entr(attention).sum(-1).mean().item()
-        row["attention_map"] = attention.mean(0).tolist()
-    return row
 
-def log(args, row, sampled, skipped):
-    """A row to metrics.jsonl; now and then a line to read, and sampled answers to samples.jsonl. `skipped`:
-    steps in a row whose gradient was not finite. Raises ValueError at the fifth."""
-    append(Path(args.out) / "metrics.jsonl", row)
-    if row["step"] % 10 == 1 or "val" in row:
-        parts = [f"step {row['step']:4d}", f"reward {row['reward']:.3f}"]
-        if "val" in row:
-            answer, gold = sampled.texts[0][0].strip()[:30], sampled.problems[0].answer
-            parts += [f"val {row['val']:.1%}", f"says {answer!r}, right is {gold!r}"]
-        for dataset, shares in row.get("attention_by_dataset", {}).items():
+def add_up(sums, loss, logp, reference_logp, entropy, mask):
+    """Add the loss of a micro-batch, and the entropy and KL of its tokens, to the sums of the step."""
+    values = dict(loss=loss.item(), tokens=mask.sum().item(), entropy=entropy.sum().item())
+    if reference_logp is not None:
+        values["kl"] = kl_estimate(logp, reference_logp)[mask].sum().item()
+    for name, value in values.items():
+        sums[name] += value
+
+
+# -- What a run prints and records
+
+def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
+    """The record of a step for metrics.jsonl, over all ranks.
+
+    reward             what the policy itself would get: the mean reward. Where two experts are compared, each
+                       half counts as much as the router attends to its expert
+    sampled_reward     the mean reward of what was sampled: half of it with an expert nobody may believe
+    reward_by_expert   {dataset: {expert: mean reward of the halves that saw it}}: who is right where
+    attention          to each expert, with all of them visible; also by dataset, and by head and latent
+    attention_entropy  in nats, mean over problems, heads and latents: log(E) for an even attention, 0 when
+                       one expert has all of it. It falls when the router has found out whom to believe
+    frac_reward_zero_std  the fraction of groups (of halves, with comparing) whose answers were all right or
+                       all wrong: they teach nothing about how to answer
+    entropy, kl        in nats for each token, groups without gradient left out
+    length             tokens of an answer
+    """
+    # One row for each group: a problem, or a problem with one of its two experts.
+    rewards = gather_rows(sampled.rewards)  # (rows, G)
+    lengths = gather_rows(sampled.mask.sum(-1))
+    truncated = gather_rows(sampled.truncated)
+    means = rewards.mean(1)
+    row_datasets = [problem.dataset for part in all_gather(sampled.problems) for problem in part]
+    verdicts = [verdict for part in all_gather(sampled.verdicts) for row in part for verdict in row]
+
+    # One reward for each problem: what the policy itself would get.
+    problem_rewards = sampled.rewards.mean(1)
+    if pair is not None:
+        p = pair_probabilities(attention, expert_of_state, pair)
+        problem_rewards = (p * problem_rewards.view(-1, 2)).sum(1)
+    problem_rewards = gather_rows(problem_rewards)
+    datasets = [problem.dataset for part in all_gather(batch.problems) for problem in part]
+
+    totals = {name: all_reduce_sum(sums[name]) for name in ("loss", "kl", "entropy", "tokens")}
+    record = dict(
+        reward=problem_rewards.mean().item(),
+        sampled_reward=means.mean().item(),
+        length=lengths.mean().item(),
+        truncated=truncated.mean().item(),
+        frac_reward_zero_std=(rewards.amax(1) == rewards.amin(1)).float().mean().item(),
+        loss=totals["loss"],
+        kl=totals["kl"] / totals["tokens"],
+        entropy=totals["entropy"] / totals["tokens"],
+        rollout_seconds=sampled.seconds,
+        tokens_per_second=lengths.sum().item() / sampled.seconds,
+        reward_by_dataset=by_dataset(datasets, problem_rewards),
+        reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
+
+    names = [expert.name for expert in experts]
+    if pair is not None:
+        seen = [names[e] for e in gather_rows(pair.flatten()).long().tolist()]
+        record["reward_by_expert"] = reward_by_expert(row_datasets, seen, means.tolist())
+    if attention is not None:
+        shares = gather_rows(by_expert(attention, expert_of_state))  # (B, heads, L, E)
+        record["attention"] = dict(zip(names, shares.mean((0, 1, 2)).tolist()))
+        record["attention_by_dataset"] = by_dataset(datasets, shares.mean((1, 2)), names)
+        record["attention_entropy"] = torch.special.entr(shares).sum(-1).mean().item()
+        record["attention_map"] = shares.mean(0).tolist()
+    return record
+
+
+def gather_rows(values):
+    """A tensor of this rank's rows -> the rows of all ranks, as floats on the CPU."""
+    return torch.cat(all_gather(values.cpu())).float()
+
+
+def reward_by_expert(datasets, experts, rewards):
+    """Three lists, one item for each half -> {dataset: {expert: mean reward of its halves}}."""
+    found = defaultdict(lambda: defaultdict(list))
+    for dataset, expert, reward in zip(datasets, experts, rewards):
+        found[dataset][expert].append(reward)
+    means = {}
+    for dataset in sorted(found):
+        halves = sorted(found[dataset].items())
+        means[dataset] = {expert: sum(values) / len(values) for expert, values in halves}
+    return means
+
+
+def log(args, record, sampled, skipped_in_a_row):
+    """Add the record to metrics.jsonl; now and then print a line, and add answers to samples.jsonl.
+
+    Raises ValueError when five steps in a row were skipped, as their gradient was not finite.
+    """
+    out = Path(args.out)
+    append(out / "metrics.jsonl", record)
+
+    # Print the first step, every tenth, and those with a validation.
+    step = record["step"]
+    if step % 10 == 1 or "val" in record:
+        parts = [f"step {step:4d}", f"reward {record['reward']:.3f}"]
+        if "val" in record:
+            parts.append(f"val {record['val']:.1%}")
+        for dataset, shares in record.get("attention_by_dataset", {}).items():
             most = max(shares, key=shares.get)
             parts.append(f"{dataset}: {most} {shares[most]:.2f}")
-        tqdm.write(textwrap.fill(" | ".join(parts), 100, subsequent_indent=" " * 10 + "| "))
-        for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:3]:
-            for text, verdict in zip(texts, verdicts):
-                append(Path(args.out) / "samples.jsonl", dict(
-                    step=row["step"], question=problem.question, answer=problem.answer, completion=text,
-                    reason=verdict.reason, reward=verdict.reward))
-    if row["step"] == 3 and row["reward"] == 0:
-        tqdm.write(f"no answer of step 3 is right (most: {next(iter(row['reasons']))}): try an easier "
-                   "--level, --form plain or another --policy")
-    if skipped:
-        tqdm.write(f"step {row['step']}: loss or gradient is not finite, the step is skipped")
-    if skipped >= 5:
-        raise ValueError("5 steps in a row were skipped: start anew with a lower --lr and --router_lr")
+        tqdm.write(wrap(" | ".join(unbreakable(part) for part in parts), 10))
 
-# -- Stopping and going on
+        # Keep the sampled answers to the first problems of the step.
+        for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:4]:
+            for text, verdict in zip(texts, verdicts):
+                answer = dict(completion=text, reason=verdict.reason, reward=verdict.reward)
+                append(out / "samples.jsonl", dict(step=step, question=problem.question,
+                                                   answer=problem.answer) | answer)
+
+    if step == 3 and record["sampled_reward"] == 0:
+        reason = next(iter(record["reasons"]))
+        advice = ["an easier --level", "another --policy"]
+        if args.answer_format == "tagged":
+            advice.insert(1, "--answer_format plain")
+        tqdm.write(f"no answer of step 3 is right (most often: {reason}): try {' or '.join(advice)}")
+    if skipped_in_a_row:
+        tqdm.write(f"step {step}: loss or gradient is not finite, the step is skipped")
+    if skipped_in_a_row >= 5:
+        raise ValueError("5 steps in a row were skipped: start again with a lower --lr and --router_lr")
+
+
+def announce_downloads(args):
+    """Print what will be fetched from the network, with sizes, before anything is."""
+    files = to_fetch([args.policy, *args.experts])
+    if "gsm8k" in args.task and not args.data:
+        files += official_files_to_fetch()
+    if files:
+        total = sum(size for _, size in files)
+        print(f"to be fetched once, {total / 1e9:.2f} GB in all:")
+        for name, size in files:
+            print(f"  {name:45} {size / 1e9:6.2f} GB", flush=True)
+
+
+def check_problems(args, problems):
+    """Raises ValueError if the verifier would not accept the gold answers in --answer_format."""
+    if args.answer_format != "auto":
+        for split in SPLITS:
+            check_answer_format(problems[split], args.answer_format)
+
+
+def introduce(args, policy, router, experts, datasets, progress):
+    """Print what the run is about to do; write config.json; drop records newer than the checkpoint.
+
+    Raises ValueError if more steps are done than --steps asks for.
+    """
+    out = Path(args.out)
+    if progress["step"] > args.steps:
+        raise ValueError(f"--steps {args.steps} is below the {progress['step']} that are done: give more")
+    if RANK == 0:
+        for name in ("stage0.jsonl", "metrics.jsonl", "samples.jsonl"):
+            if (out / name).exists():
+                drop_records(out / name, progress)
+        for old in out.glob("eval*.json"):  # of fewer steps
+            old.unlink()
+        write_config(out, args)
+
+    train, val, test = (datasets[split] for split in SPLITS)
+    distinct = len({problem.question for problem in train.problems})
+    repeated = f" ({distinct:,} different)" if distinct < len(train) else ""
+    print(f"n-Musketeers: router {args.router}, control {args.control}, task {args.task}, seed {args.seed}")
+    print(f"  problems   {len(train):,} train{repeated}, {len(val)} val, {len(test)} test")
+    for asked, dataset, name in ((args.val, val, "validation"), (args.test, test, "test")):
+        if len(dataset) < asked:
+            print(f"  note       there are only {len(dataset)} {name} problems, not {asked}")
+    if len(test) < 200:
+        print(f"  warning    {len(test)} test problems are few: the interval of the result will be wide")
+    print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers "
+          f"{args.answer_format}")
+    for expert in experts:
+        only_reads = "" if expert.writes else ", does not write"
+        print(f"  expert     {expert.name}: width {expert.width}, {expert.n_layers} layers, "
+              f"{expert.params / 1e6:.2f} M parameters, {expert.prompt_format} prompt{only_reads}")
+    print(f"  trained    {count(policy):,} parameters of LoRA, {count(router):,} of the router")
+    words, reading = words_and_reading(args)
+    if reading:
+        done = ", done" if progress["stage0"] else ""
+        print(f"  stage 0    {words} steps of words, {reading} steps of reading{done}")
+    compared = " (two experts are compared)" if candidates(router, train, args) else ""
+    done = f", {progress['step']} are done" if progress["step"] else ""
+    print(f"  GRPO       {args.steps} steps of {args.batch} problems x {args.group} answers{compared}, each "
+          f"of at most {args.max_new} tokens{done}")
+    print(f"  a problem  {val.prompts[0][-70:]!r}, answer {val.problems[0].answer!r}", flush=True)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def log_stage0(out, part, step, loss):
+    if step % 25 == 1:
+        append(out / "stage0.jsonl", dict(part=part, part_step=step, loss=loss))
+        tqdm.write(f"stage 0, {part:7} step {step:4d} | loss per token {loss:.3f}")
+
+
+@torch.no_grad()
+def read_back(out, policy, router, dataset, args, experts, n=64):
+    """Judge stage 0 on new problems: how many of each expert's texts does the policy say from its states?
+
+    And how many with the states of another problem, which shows what it only guesses from the question.
+    """
+    for e in dataset.writers:
+        indices = [i for i, text in enumerate(dataset.texts[e][:n]) if text]
+        if not indices:
+            continue
+        expected = [policy.tokenizer.decode(dataset.targets[e][i][:-1]).strip() for i in indices]
+        visible = dataset.visible_alone[e]
+        record = dict(expert=experts[e].name, n=len(indices))
+        for name, H in (("read_back", dataset.H), ("shuffled", dataset.H.roll(1, 0))):
+            _, texts, _ = evaluate(policy, router, dataset, args, indices, H, visible)
+            same = [text.strip() == wanted for text, wanted in zip(texts, expected)]
+            record[name] = sum(same) / len(same)
+        append(out / "stage0.jsonl", record)
+        tqdm.write(f"stage 0: the policy says what {experts[e].name} would say in {record['read_back']:.0%} "
+                   f"of {len(indices)} new problems; with the states of another problem in "
+                   f"{record['shuffled']:.0%}")
+
+
+def rehearse(policy, router, experts, datasets, args):
+    """Before the first step: find a micro-batch that fits into memory, say how long the run will take, and
+    check that there is something to learn from the experts."""
+    seconds = gradient_pass_seconds(policy, router, datasets["train"], args)
+    val = datasets["val"]
+    few = range(min(64, len(val)))
+
+    start = time.perf_counter()
+    with policy.lora("off"):
+        verdicts, _, _ = evaluate(policy, ROUTERS["none"]([], [], 0), val, args, few)
+    answer_seconds = (time.perf_counter() - start) / len(few)
+    forecast(policy, router, datasets, args, len(experts), seconds, answer_seconds)
+    compare_with_experts(experts, val, args, few, verdicts)
+
+
+def gradient_pass_seconds(policy, router, dataset, args):
+    """Seconds of a full-size gradient pass. args.micro_batch is halved until such a pass fits into memory."""
+    longest = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))[-args.micro_batch:]
+    compared = candidates(router, dataset, args)
+    group = args.group // 2 if compared else args.group
+    while True:
+        batch = dataset.batch(longest[-args.micro_batch:])
+        tokens = torch.zeros(len(batch), group, args.max_new, dtype=torch.long, device=dataset.device)
+
+        def one_pass():
+            context, _ = router(batch.H, batch.visible)
+            logp, _ = policy.score(batch, context, tokens, tokens == 0, args.temperature)
+            if logp.requires_grad:
+                logp.sum().backward()
+
+        try:
+            seconds = timed(one_pass)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if args.micro_batch == 1 or not out_of_memory(error):
+                raise
+            args.micro_batch //= 2
+            print(f"  memory     too little for this micro-batch, the next try is {args.micro_batch}")
+        finally:
+            clear_gradients(policy, router)
+    return seconds * (1.5 if args.beta else 1)
+
+
+def timed(function):
+    """Seconds of a call. A short one is made twice, as the first call prepares much that is used again."""
+    for _ in range(2):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            break
+    return seconds
+
+
+def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_seconds):
+    """Print how long the run will take, from one rollout, one gradient pass and a few answers."""
+    train = datasets["train"]
+    part = my_part(range(args.batch))
+    compared = candidates(router, train, args)
+    shown = train.batch([i for i in part for _ in range(2 if compared else 1)])
+    group = args.group * len(part) // len(shown)
+    rollout_seconds = timed(lambda: rollout(policy, router, shown, args, group, args.temperature))
+    step_seconds = rollout_seconds + pass_seconds * len(shown) / min(args.micro_batch, len(shown))
+
+    words, reading = words_and_reading(args)
+    words_seconds = reading_seconds = 0
+    if words:
+        vocabulary = words_vocabulary(train)
+        words_seconds = words * timed(
+            lambda: loss_of_words(policy, router, train, vocabulary, args, 0)[0].backward())
+    if reading:
+        reading_seconds = reading * timed(
+            lambda: loss_of_reading(policy, router, train, args, 0)[0].backward())
+    clear_gradients(policy, router)
+
+    grpo_seconds = args.steps * step_seconds
+    n_answers = len(datasets["val"]) * math.ceil(args.steps / args.eval_every)
+    n_answers += len(datasets["test"]) * (2 + n_experts)
+    n_answers += 2 * 64 * len(train.writers)
+    test_seconds = n_answers * answer_seconds
+    total = words_seconds + reading_seconds + grpo_seconds + test_seconds
+    minutes = dict(words=words_seconds, reading=reading_seconds, GRPO=grpo_seconds, tests=test_seconds)
+    parts = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in minutes.items())
+    print(f"  time       about {total / 60:.1f} minutes: {parts}", flush=True)
+
+
+def clear_gradients(policy, router):
+    for parameter in (*policy.parameters(), *router.parameters()):
+        parameter.grad = None
+
+
+def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
+    """Print what the policy alone, and what each expert says, gets right in a few problems.
+
+    What an expert says must be right more often than the policy, by 15 points on some dataset, or there is
+    little to learn from it. verdicts_alone: of the policy alone on the problems at `indices`.
+    """
+    problems = [dataset.problems[i] for i in indices]
+    datasets = [problem.dataset for problem in problems]
+    alone = by_dataset(datasets, right(verdicts_alone))
+    print(f"  alone      the policy is right in {percents(alone)}")
+    if not experts:
+        return
+
+    # Let the experts answer. With stage 0 they have done so already.
+    texts = dataset.texts
+    if not texts:
+        texts = write_texts(experts, [[expert.prompt(problem) for problem in problems] for expert in experts])
+    gains = []
+    for expert, column in zip(experts, texts):
+        if not expert.writes:
+            continue
+        verdicts = [verify(text, problem, "plain") for text, problem in zip(column, problems)]
+        own = by_dataset(datasets, right(verdicts))
+        gains += [own[name] - alone[name] for name in own]
+        print(f"  expert     {expert.name} alone is right in {percents(own)}")
+    if gains and max(gains) < 0.15:
+        print("  warning    what the experts say is nowhere 15 points better than the policy: there is "
+              "little to learn from them")
+
+    # States that are the same for all problems hold nothing to read.
+    for e, expert in enumerate(experts):
+        H = dataset.H[:64, dataset.expert_of_state == e].float()  # (n, K, D)
+        if len(H) > 1 and H.numel() and (H - H[0]).abs().mean() < 0.01 * H.abs().mean():
+            print(f"  warning    {expert.name}'s states are the same for all problems: there is nothing to "
+                  "read")
+
+
+def right(verdicts):
+    """(n,) 1 where the answer is right, else 0."""
+    return torch.tensor([verdict.reward for verdict in verdicts])
+
+
+def percents(fractions):
+    return ", ".join(f"{dataset} {fraction:.0%}" for dataset, fraction in fractions.items())
+
+
+def suggest_next(args):
+    out = shlex.quote(args.out)
+    print(f"next:\n  python eval.py {out}\n  python eval.py {out} --ask")
+    if args.control not in DRAWN_FOR_ALL:
+        print(f"  python train.py --resume {out} --steps {2 * args.steps}")
+
+
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+def bar(items, name, done, steps):
+    return tqdm(items, desc=name, initial=done, total=steps, disable=True if RANK else None)
+
+
+def numbered(losses, steps, name):
+    """(step, loss) of stage 0, counted from 1, with a progress bar."""
+    return bar(enumerate(losses, start=1), f"stage 0, {name}", 0, steps)
+
+
+def unbreakable(text):
+    """The text with spaces at which `wrap` does not break a line."""
+    return text.replace(" ", "\u00a0")
+
+
+def wrap(text, indent):
+    lines = textwrap.fill(text, 100, subsequent_indent=" " * indent, break_long_words=False,
+                          break_on_hyphens=False)
+    return lines.replace("\u00a0", " ")
+
+
+# Stopping a run.
 
 stop_signals = []  # Ctrl-C and SIGTERM, as they came
 
-def on_stop(handler):
+
+def handle_signals(handler):
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python allows it in the main thread alone
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
-def ask_to_stop(number, frame):
-    stop_signals.append(number)
-    on_stop(signal.default_int_handler)  # the second time, at once
 
-def keep(out, name, done, args, *saved):
-    """Write a checkpoint every --save_every steps, after the last one and when asked to stop; the newest two
-    stay. In the last case the program ends. saved: see `save_checkpoint`."""
-    stop = total(len(stop_signals)) > 0  # what one rank was asked, all do
-    if stop or done % args.save_every == 0 or (name, done) == ("step", args.steps):
-        save_checkpoint(out / f"{name}-{done:06d}-", *saved)
-        for old in checkpoints(out)[2:] if RANK == 0 else ():
-            if not old.name.startswith("aligned-"):  # of use to eval.py --aligned
+def stop_at_once():
+    handle_signals(signal.default_int_handler)
+
+
+def stop_at_next_step():
+    """From here on Ctrl-C and SIGTERM let the step finish and save it. The second Ctrl-C stops at once."""
+    def ask(number, frame):
+        stop_signals.append(number)
+        stop_at_once()
+
+    stop_signals.clear()
+    handle_signals(ask)
+
+
+SAVE_EVERY = 10  # steps between two checkpoints
+
+
+def save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, generator):
+    """Save a checkpoint every ten steps, after the last step, and when asked to stop; then the program ends.
+
+    The newest two stay, and the one after stage 0, which eval.py --stage0 needs.
+    """
+    stop = all_reduce_sum(len(stop_signals)) > 0  # stop on all ranks if one of them was signalled
+    if stop or step % SAVE_EVERY == 0 or step == args.steps:
+        save_checkpoint(out / f"step-{step:06d}-", policy, router, progress, optimizer, generator)
+        if RANK == 0:
+            for old in sorted(out.glob("step-*.safetensors"), reverse=True)[2:]:
                 old.unlink()
     if stop:
-        tqdm.write(f"stopped and saved; go on with --resume {out}")
+        tqdm.write(f"stopped and saved; continue with: python train.py --resume {out}")
         raise SystemExit(0)
 
-# -- The command line
 
-TINY = str(Path(__file__).resolve().parent / "tiny")
-PRESETS = {
-    "paper": {},
-    "small": dict(  # one consumer GPU, or a patient CPU: a policy of 135 million parameters
-        task="chain_sum", level="easy", form="plain", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
-        experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
-        cue="The answer is:", own_text=True, positions=4, write=6, align=60, align_words=200, beta=0.0,
-        lr=4e-4, router_lr=4e-5, batch=8, micro_batch=8, steps=40, max_new=16),
-    "tiny": dict(  # made for the demonstration: one expert per family of problems, see tiny/README.md
-        task="arithmetic+logic+algorithmic", level="tiny", form="plain", policy=f"{TINY}/policy", write=1,
-        experts=[f"{TINY}/arithmetic", f"{TINY}/logic", f"{TINY}/algorithmic"], neutral="mean", align=30,
-        align_batch=96, align_lr=3e-3, align_router_lr=3e-4, align_words=250, align_words_lr=3e-3, beta=0.0,
-        lr=1e-3, router_lr=2e-3, trust_lr=0.3, batch=36, micro_batch=36, steps=80, max_new=8, router_dim=64,
-        router_heads=4, router_temperature=0.5),
-}
+# The command line.
 
-def parse_args(argv):
-    """The settings of a run: what is given, else the preset's. Raises ValueError with the mend."""
-    parser = HfArgumentParser(Args, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS  # only what is given is in the namespace
-    given = vars(parser.parse_args(argv))
-    if given.get("resume"):
-        args = saved_run(given["resume"])
-        changed = sorted(given.keys() - {"resume", "steps", "micro_batch", "device"})
-        if changed:
-            raise ValueError(f"--resume goes on with the same run; --{', --'.join(changed)} would change it")
-        aligning = args.align and not list(Path(given["resume"]).glob("aligned-*"))
-        drawn_at_once = aligning or args.control in ("shuffled", "noise")  # more problems give other draws
-        if drawn_at_once and given.get("steps", args.steps) != args.steps:
-            raise ValueError(f"--steps stays {args.steps}, as the run draws for all: start anew with more")
-        args = replace(args, **(given | dict(out=given["resume"])))
+def make_parser():
+    """A parser for all settings. Its result has only those that are given, without defaults."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Args):
+        how = dict(help=describe(field), metavar=field.name.upper())
+        if field.type is bool:
+            how |= dict(type=boolean, nargs="?", const=True)
+        elif field.type in (list[str], list[int]):
+            how |= dict(type=field.type.__args__[0], nargs="+")
+        else:
+            how |= dict(type=field.type)
+        parser.add_argument(f"--{field.name}", **how)
+    return parser
+
+
+def boolean(text):
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def describe(field):
+    """The help of a setting: its sentence, its default in each preset, its range."""
+    default = default_of(field)
+    values = {name: preset.get(field.name, default) for name, preset in PRESETS.items()}
+    if field.name == "preset" or all(value == default for value in values.values()):
+        defaults = f" Default: {show_value(default)}." if default not in ("", []) else ""
     else:
-        if "policy" in given and not given.get("preset"):  # small's settings, but none of its models
-            given = dict(experts=[], cue="") | given | dict(preset="small")
-        preset = given.get("preset") or pick_preset(given)
-        args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
-        if args.collab in ("single", "text") and "align" not in given:
-            args.align = 0
-        args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-        args.out = gather(args.out)[0]  # rank 0's: clocks differ
-        if list(Path(args.out).glob("*.json")):
-            raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
-    args.device = pick_device(args.device)
-    args.micro_batch = min(args.micro_batch, args.batch)
+        shown = "; ".join(f"{name} {show_value(value)}" for name, value in values.items())
+        defaults = f" Default: {shown}."
+    choices = field.metadata["choices"]
+    one_of = f" One of {', '.join(filter(None, choices))}." if choices else ""
+    return f"{field.metadata['help']}{one_of}{range_of(field)}{defaults}".replace("%", "%%")
+
+
+def default_of(field):
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def show_value(value):
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "none" if value == "" else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def range_of(field):
+    """" At least 1, at most 64.", or "" for a setting without a range."""
+    limits = dict(minimum="at least", above="above", maximum="at most")
+    parts = [f"{words} {field.metadata[name]}" for name, words in limits.items()
+             if field.metadata[name] is not None]
+    text = ", ".join(parts)
+    return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def parse_args(argv=None):
+    """The settings of a run: what is given, then the preset, then the defaults.
+
+    Raises ValueError, a sentence that says how to fix it, for settings that no run can have.
+    """
+    given = vars(make_parser().parse_args(argv))
+    if given.get("extension"):
+        import_extension(given["extension"])
+    if given.get("resume"):
+        args = resumed(given)
+    else:
+        args = fresh(given)
+    args.device = pick_device(args.device, small=args.policy == Args().policy)
     check(args)
-    if not (reads_states(args.collab) or args.collab == "text" or args.align):
-        args.experts = []  # nobody would read them
+    if not (reads_states(args.router) or args.expert_text or args.reading_steps):
+        args.experts = []  # nothing of them is used
     return args
 
-def saved_run(folder):
-    """The settings of the run in `folder`, checked."""
+
+def fresh(given):
+    """The settings of a new run."""
+    if "policy" in given and not given.get("preset"):  # --policy alone: preset small without its experts
+        given = dict(experts=[], cue="") | given | dict(preset="small")
+    preset = given.get("preset") or choose_preset(given)
+    args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
+    if args.task == "gsm8k" and "level" not in given:  # its problems are given, not generated
+        args.level = "default"
+
+    # Without experts in the context, stage 0 has to be asked for.
+    if args.router == "none" and "reading_steps" not in given:
+        args.reading_steps = 0
+
+    args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
+    args.out = str(Path(all_gather(args.out)[0]).expanduser())  # the name that rank 0 chose, as clocks differ
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: name a folder")
+    if list(out.glob("*.json")):
+        raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
+    return args
+
+
+def resumed(given):
+    """The settings of a run that is continued."""
+    folder = given["resume"]
+    may_change = {"resume", "steps", "micro_batch", "device", "policy", "experts", "extension"}
+    changed = sorted(given.keys() - may_change)
+    if changed:
+        raise ValueError(f"--resume continues the same run, and --{', --'.join(changed)} would change it: "
+                         "leave it out, or start another run")
     config = read_config(folder)
     if config["ranks"] != WORLD:
-        raise ValueError(f"{folder} is a run of {config['ranks']} ranks: go on with as many, not {WORLD}")
+        raise ValueError(f"{folder} is a run of {config['ranks']} ranks: continue with as many, not {WORLD}")
     try:
-        args = Args(**config["args"])
-        check(args)
-        if asdict(args) != config["args"]:
+        saved = Args(**config["args"])
+        if saved.extension and "extension" not in given:
+            import_extension(saved.extension)
+        check(saved)
+        if dataclasses.asdict(saved) != config["args"]:
             raise ValueError("settings are missing")
-    except (ValueError, TypeError) as error:
-        raise damaged(folder, error) from error
+    except (TypeError, ValueError) as error:
+        check_names(folder, argparse.Namespace(**{"router": "none", "control": "none"} | config["args"]))
+        raise bad_config(folder, error) from error
+
+    args = dataclasses.replace(saved, **(given | dict(out=folder)))
+    if args.control in DRAWN_FOR_ALL and args.steps != saved.steps:
+        raise ValueError(f"--steps stays {saved.steps} with --control {args.control}, as its states are "
+                         "drawn for all problems at once: start another run with more")
+    check_models(folder, args, config["models"])
     return args
 
-def pick_preset(given):
-    """The preset that task and device ask for. Raises ValueError where there is none."""
-    tasks = [known(task.strip()) for task in given.get("task", PRESETS["tiny"]["task"]).split("+")]
-    gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-    if "task" in given and gpu and torch.cuda.get_device_properties(0).total_memory > 22e9:
+
+def choose_preset(given):
+    """The preset for a task on this machine. Raises ValueError where there is none."""
+    tasks = [known_task(task.strip()) for task in given.get("task", Args().task).split("+")]
+    has_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
+    if "task" in given and has_gpu and torch.cuda.get_device_properties(0).total_memory > 22e9:
         return "paper"
     if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
         return "tiny"
     raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and "
                      "algorithmic: add --preset small or paper, or --policy X --experts A B C")
 
+
 def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
-    may_be_zero = ("align", "align_words", "align_lr", "align_router_lr", "lora_rank", "beta", "clip",
-                   "clip_high", "trust_lr", "warmup", "seed", "test_skip")
-    for name, default in asdict(Args()).items():
-        value = getattr(args, name)
-        fine = type(value) is type(default)
-        if fine and type(value) is list:
-            fine = {type(item) for item in value} <= {type(default[0])}
-        if fine and type(value) in (int, float):
-            fine = 0 <= value < math.inf and (value > 0 or name in may_be_zero)
-        if not fine:
-            raise ValueError(f"--{name} is {value!r}: see train.py --help for what it may be")
-    reads = reads_states(args.collab)
-    for wrong, message in (
-            (args.collab not in (*ROUTERS, "text", "single"),
-             f"--collab {args.collab} is unknown: choose {', '.join(ROUTERS)}, text or single"),
-            (args.group < 2, "--group 1 has nothing to compare an answer with: give it at least 2"),
-            (min(args.batch, args.align_batch if args.align else WORLD, args.val, args.test) < WORLD,
-             f"{WORLD} ranks need a problem each: raise --batch, --align_batch, --val or --test"),
-            (args.align and args.beta,
-             "after stage 0 the KL to the frozen policy would punish reading: use --beta 0, or --align 0"),
-            (args.align and args.collab == "text",
-             "--collab text reads words, there is nothing to align: leave --align out"),
-            (args.control != "none" and not reads,
-             f"--collab {args.collab} reads no states that --control could replace: use --collab soft"),
-            (not args.lora_rank and args.collab in ("single", "text"),
-             "--lora_rank 0 leaves nothing to train: give it a rank"),
-            (not args.experts and (reads or args.collab == "text" or args.align),
-             f"--collab {args.collab} --align {args.align} needs experts to read: name --experts, or use "
-             "--collab single --align 0")):
+    for field in dataclasses.fields(Args):
+        check_value(field, getattr(args, field.name))
+    reads = reads_states(args.router) if args.router in ROUTERS else True
+
+    def refuse_if(wrong, message):
         if wrong:
             raise ValueError(message)
 
+    refuse_if(args.router not in ROUTERS,
+              f"--router {args.router} is unknown: choose {', '.join(ROUTERS)}, or import the file that adds "
+              "it with --extension FILE")
+    refuse_if(args.control not in CONTROLS,
+              f"--control {args.control} is unknown: choose {', '.join(CONTROLS)}, or import the file that "
+              "adds it with --extension FILE")
+    refuse_if(args.compare and args.trust_lr and args.group % 2,
+              f"--group {args.group} cannot be divided between two experts: use an even number, or "
+              "--compare false")
+    smallest = min(args.batch, args.reading_batch if args.reading_steps else WORLD, args.val, args.test)
+    refuse_if(smallest < WORLD,
+              f"{WORLD} ranks need a problem each: raise --batch, --reading_batch, --val or --test")
+    refuse_if(args.reading_steps and args.beta,
+              "after stage 0 the KL to the frozen policy would undo what was learned: use --beta 0, or "
+              "--reading_steps 0")
+    refuse_if(args.expert_text and args.router != "none",
+              "--expert_text puts words into the prompt instead of context tokens: use it with --router none")
+    refuse_if(args.expert_text and args.reading_steps,
+              "--expert_text needs no stage 0, as the policy can read words: use --reading_steps 0")
+    refuse_if(args.control != "none" and not reads,
+              f"--router {args.router} reads no states that --control could replace: use --router attention")
+    refuse_if(not args.lora_rank and args.router == "none",
+              "--lora_rank 0 leaves nothing to train: give it a rank")
+    needs_experts = reads or args.expert_text or args.reading_steps
+    refuse_if(needs_experts and not args.experts,
+              f"--router {args.router} needs experts: name some with --experts, or use --router none")
+    refuse_if(args.positions > 1 and args.state_token != "last",
+              f"--positions {args.positions} counts last tokens: use it with --state_token last")
+    refuse_if(args.own_text and args.state_token == "first",
+              "--own_text writes after the first token, whose state it cannot change: use --state_token last")
+
+
+def check_value(field, value):
+    """Raises ValueError if a setting has the wrong type, or is out of its range."""
+    name, limits, default = field.name, field.metadata, default_of(field)
+    if type(value) is int and type(default) is float:
+        value = float(value)
+    fits = type(value) is type(default)
+    if fits and isinstance(value, list):
+        fits = all(type(item) is type(default[0]) for item in value)
+    if not fits:
+        raise ValueError(f"--{name} is {value!r}, which is not of type {type(default).__name__}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"--{name} is {value!r}: choose {', '.join(filter(None, limits['choices']))}")
+    if type(value) not in (int, float):
+        return
+
+    too_low = limits["minimum"] is not None and value < limits["minimum"]
+    too_low = too_low or (limits["above"] is not None and value <= limits["above"])
+    too_high = limits["maximum"] is not None and value > limits["maximum"]
+    if too_low or too_high or not math.isfinite(value):
+        raise ValueError(f"--{name} is {value}, but must be a number{range_of(field).lower().rstrip('.')}")
+
+
+def print_plan(args):
+    raise NotImplementedError
+
+
 def run(argv=None):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Train with a command line's settings. Returns the report of the test (None with --plan)."""
+    handle_signals(signal.default_int_handler)
     with ranks():
         args = parse_args(argv)
         if args.plan:
-            return runpy.run_path(str(Path(TINY).with_name("lab") / "plan.py"))["plan"](args)
-        with contextlib.nullcontext() if RANK else one_process(Path(args.out)):
-            main(args)
+            return print_plan(args)
+        only_one = contextlib.nullcontext() if RANK else one_process(Path(args.out))
+        with only_one:
+            return main(args)
+
 
 if __name__ == "__main__":
-    sys.exit(one_sentence("train.py", run))
+    sys.exit(run_cli("train.py", run))

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import problems, prompt
+from rewards import get_problems, render_prompt
 
 FAMILIES = ("arithmetic", "logic", "algorithmic")
 SPECIAL, (UNK_ID, PAD_ID, EOS_ID) = ("<unk>", "<pad>", "<eos>"), range(3)
@@ -52,8 +52,8 @@ BATCH, LONGEST = 128, 4  # items a step; tokens of the longest answer: "-", "1",
 
 def items(family, split, n):
     """Up to n distinct (plain prompt, answer) of a family's split."""
-    found = problems(family, split, n, level="tiny")
-    return list({p.question: (prompt(p, "plain"), p.answer) for p in found}.values())
+    found = get_problems(family, split, n, level="tiny")
+    return list({p.question: (render_prompt(p, "plain"), p.answer) for p in found}.values())
 
 def make_tokenizer(texts, pattern, keep_spaces):
     """A word-level tokenizer over all pieces of `texts`; any other piece is <unk>."""
