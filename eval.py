@@ -12,7 +12,7 @@ What is measured. All answers are greedy: at every token the policy takes the li
 2. Attention. How much does the router attend to each expert, for each kind of problem? A large share is no
    proof that the expert matters, because the policy may ignore what is read from it. Hence two more tests.
 3. Masking. The test is repeated with one expert hidden: its attention is exactly 0. The accuracy that is then
-   lost is what only this expert contributes.
+   lost is what only this expert contributes. (If two experts know the same, hiding one loses little.)
 4. Swap. Each question gets the states of another question of its dataset. A policy that gives the answer of
    the OTHER question has read it from the states. A policy that still answers its own question does not need
    the states: it knows the answer itself, or guesses it.
@@ -26,8 +26,8 @@ What is easy to get wrong:
   swap test shows it: such a policy loses nothing with the states of another question.
 
 A report and its picture have a name that says what they show: eval-step80-n256.json and .png are about the
-weights after step 80 and 256 problems, eval-stage0-n256.json is about those after stage 0. So a test on fewer
-problems overwrites no other, and a run that has gone on leaves no report that looks like a new one.
+weights after step 80, on 256 problems; eval-stage0-n256.json is about the weights after stage 0. So a test on
+fewer problems does not overwrite one on more, and after more steps no old report can be taken for a new one.
 """
 import os
 
@@ -56,6 +56,9 @@ from router import NoRouter, WithoutExpert, by_expert
 
 # -- What is measured
 
+EVAL_ROWS = 64  # the most problems that are answered at once
+
+
 @torch.no_grad()
 def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     """Answer problems greedily, and verify the answers. All ranks call this, and share the work.
@@ -70,9 +73,8 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         indices = range(len(dataset))
     mine = list(my_part(indices))
 
-    # Take no more problems at once than a rollout has answers, so that this needs no more memory than training.
-    limit = 128 if policy.embed.is_cuda else 64
-    size = min(limit, args.batch * args.group)
+    # Take no more problems at once than a rollout has answers, so that no more memory is needed.
+    size = min(EVAL_ROWS, args.batch * args.group)
     hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
 
     verdicts, texts, attention = [], [], []
@@ -84,8 +86,8 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         if H is not None:
             batch.H = H[part].to(batch.H)
         if visible is not None:
-            rows = visible.expand(len(dataset), -1)[part]
-            batch.visible = rows.to(batch.visible)
+            visible_to_each = visible.expand(len(dataset), -1)  # (n, N)
+            batch.visible = visible_to_each[part].to(batch.visible)
 
         # A group of one: one greedy answer to each problem.
         sampled = rollout(policy, router, batch, args, group=1, temperature=0)
@@ -147,7 +149,11 @@ def wilson(right, n, z=1.96):
 
 
 def summary(verdicts):
-    """Of n verdicts: the accuracy ("strict"), its 95% interval, and the fraction that is right in any format."""
+    """What a report says about n verdicts.
+
+    strict: the accuracy. ci95: its 95% interval. lenient: the fraction that is right in any format, for
+    example without the <answer> tags that were asked for.
+    """
     right = rewards_of(verdicts).sum().item()
     return dict(strict=accuracy(verdicts),
                 lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
@@ -155,10 +161,17 @@ def summary(verdicts):
 
 
 def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None):
-    """Accuracy before and after, attention, and accuracy with each expert hidden, as a dict for JSON.
+    """Test the policy before and after, and with each expert hidden. All ranks call this.
 
-    stage: "GRPO" or "stage 0", which weights are tested. step: how many steps of GRPO they have behind them,
-    by default all of args.steps. All ranks call this.
+    stage  which weights are tested: those after "GRPO", or those after "stage 0"
+    step   the number of GRPO steps that were made with them; None: all of args.steps
+    Returns a dict for JSON: the settings, and
+
+    before, after         see `summary`
+    by_dataset            {dataset: {"n": problems, "before": accuracy, "after": accuracy}}
+    right                 1 or 0 for each problem: was it answered right, after?
+    attention_by_dataset  {dataset: {expert: attention}}, for a router with attention
+    masked                {hidden expert: {dataset: accuracy}}; {} without attention, or with one expert
     """
     names = [expert.name for expert in experts]
     datasets = [problem.dataset for problem in dataset.problems]
@@ -236,7 +249,7 @@ def can_swap(dataset):
 
 # -- Show a report
 
-FEW = 200  # test problems: with fewer, the interval is wider than 14 points
+FEW = 200  # test problems; with fewer, an interval can be wider than 14 points
 
 
 def stage_name(report):
@@ -258,11 +271,11 @@ def show_report(report, path):
             line += f"; {numbers['lenient']:.1%} right in any format"
         print(line)
     if report["n"] < FEW:
-        print(f"  warning: fewer than {FEW} problems are few, which makes the intervals wide")
+        print(f"  warning: fewer than {FEW} problems make these intervals wide")
     if "swap" in report:
         swap = report["swap"]
-        print(f"  {'states of another question':26} {swap['strict']:6.1%}; {swap['follows']:.1%} of {swap['n']} "
-              "answers are those of the other question")
+        print(f"  {'states of another question':26} {swap['strict']:6.1%}; "
+              f"{swap['follows']:.1%} of {swap['n']} answers are those of the other question")
 
     # The same for each dataset, and below it the attention to each expert.
     attention = report.get("attention_by_dataset", {})
@@ -326,10 +339,9 @@ def ask(policy, router, experts, args, question):
 def show_examples(args):
     """Say what the policy was trained on, and show three test questions that can be asked."""
     if args.control not in ("none", "untrained"):
-        print(f"note: --control {args.control} replaces states by those of other problems; here each question "
-              "has its own")
-    print(wrap(f"The policy was trained on {args.task}. Ask in the same wording: about anything else its answers "
-               "mean little.", indent=0))
+        print(f"note: this run has --control {args.control}, but one question can only have its own states")
+    print(wrap(f"The policy was trained on {args.task}. Ask in the same wording: about anything else its "
+               "answers mean little.", indent=0))
     try:
         problems = load_problems(args, "test", 3)
     except (OSError, ValueError):  # for example, the file of --data is not there any more
@@ -369,8 +381,8 @@ def answer_piped_questions(policy, router, experts, args):
             text = str(error)
         print(escape(text), flush=True)
     if not n_questions:
-        raise ValueError("--ask has no question: write one after it, call it from a terminal, or pipe questions "
-                         "to it, one a line")
+        raise ValueError("--ask has no question: write one after it, call it from a terminal, or pipe "
+                         "questions to it, one a line")
 
 
 def answer(policy, router, experts, args, question):
@@ -442,7 +454,8 @@ def picture(run, report, path):
     if attention:
         draw_matrix(panels["attention"], attention, 1, "{:.2f}", "Attention on test problems")
     if report["masked"]:
-        draw_matrix(panels["masked"], points_lost(report), 100, "{:.0f}", "Points lost when an expert is hidden")
+        title = "Points lost when an expert is hidden"
+        draw_matrix(panels["masked"], points_lost(report), 100, "{:.0f}", title)
 
     # Hide the panels of a router without attention.
     for panel in figure.axes:
@@ -454,12 +467,12 @@ def picture(run, report, path):
 def draw_learning(panel, records, report):
     """The reward at each step of GRPO, and the accuracy on validation problems."""
     steps = [record["step"] for record in records]
-    rewards = [number(record.get("reward")) for record in records]
+    rewards = [or_nan(record.get("reward")) for record in records]
     panel.plot(steps, rewards, label="reward in training, sampled", color="0.6", linewidth=1)
 
     validated = [record for record in records if "val" in record]
     steps = [record["step"] for record in validated]
-    accuracies = [number(record["val"]) for record in validated]
+    accuracies = [or_nan(record["val"]) for record in validated]
     panel.plot(steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
 
     panel.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone, greedy")
@@ -474,11 +487,11 @@ def draw_attention_over_time(panel, records, attention):
     """
     steps = [record["step"] for record in records]
     for dataset, shares in attention.items():
-        most = max(shares, key=lambda name: number(shares[name]))
+        most = max(shares, key=lambda name: or_nan(shares[name]))
         curve = []
         for record in records:
             at_this_step = record.get("attention_by_dataset", {}).get(dataset, {})
-            curve.append(number(at_this_step.get(most)))
+            curve.append(or_nan(at_this_step.get(most)))
         panel.plot(steps, curve, label=f"{dataset}: {most}")
     panel.axhline(1 / len(shares), ls=":", color="0.3", label="even")
     panel.set(xlabel="step of GRPO", ylabel="attention", ylim=(0, 1.02),
@@ -492,7 +505,7 @@ def draw_accuracy(panel, report):
     for shift, when, name, color in ((-0.2, "before", "policy alone", "0.6"),
                                      (0.2, "after", "after stage 0", "#0072B2")):
         places = [i + shift for i in range(len(datasets))]
-        heights = [number(report["by_dataset"][dataset][when]) for dataset in datasets]
+        heights = [or_nan(report["by_dataset"][dataset][when]) for dataset in datasets]
         panel.bar(places, heights, width=0.4, label=name, color=color)
     panel.set_xticks(range(len(datasets)), datasets)
     panel.set(ylabel="fraction right, greedy", ylim=(0, 1.02), title="What stage 0 gives")
@@ -505,14 +518,19 @@ def points_lost(report):
     for dataset, numbers in report["by_dataset"].items():
         points[dataset] = {}
         for name, masked in report["masked"].items():
-            points[dataset][name] = 100 * (number(numbers["after"]) - number(masked[dataset]))
+            points[dataset][name] = 100 * (or_nan(numbers["after"]) - or_nan(masked[dataset]))
     return points
 
 
 def draw_matrix(panel, rows, top, style, title):
-    """A matrix with its values written in it. rows: {dataset: {expert: value}}; `top` is the darkest value."""
-    values = [[number(value) for value in row.values()] for row in rows.values()]
-    names = list(next(iter(rows.values())))
+    """A matrix with its values written in it.
+
+    rows: {dataset: {expert: value}}. top: the value that is darkest. style: how a value is written.
+    """
+    values, names = [], []
+    for row in rows.values():
+        values.append([or_nan(value) for value in row.values()])
+        names = list(row)
     panel.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     panel.set_yticks(range(len(rows)), list(rows))
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
@@ -523,7 +541,7 @@ def draw_matrix(panel, rows, top, style, title):
             panel.text(j, i, style.format(value), ha="center", va="center", color=color)
 
 
-def number(value):
+def or_nan(value):
     """A number of a record or report; NaN where JSON has null, so that a picture has a gap there."""
     return math.nan if value is None else value
 
@@ -573,7 +591,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="Folder of a run, the --out of train.py.")
     parser.add_argument("--n", type=int,
-                        help="Number of test problems. Default: as many as train.py used; for GSM8K all 1,319.")
+                        help="Number of test problems. Default: as in train.py, and for GSM8K all 1,319.")
     parser.add_argument("--stage0", action="store_true", help="Test the weights after stage 0, before GRPO.")
     parser.add_argument("--ask", nargs="?", const="", metavar="QUESTION",
                         help="Answer a question of yours. Without QUESTION: many, typed or from a pipe.")
@@ -584,7 +602,7 @@ def parse(argv):
     parser.add_argument("--experts", nargs="+", metavar="FOLDER",
                         help="Where the experts lie now, all of them in the same order, if they have moved.")
     parser.add_argument("--extension", metavar="FILE",
-                        help="A Python file that is imported first. Default: the one that train.py was given.")
+                        help="A Python file that is imported first. Default: the one given to train.py.")
     options = parser.parse_args(argv)
     if options.n is not None and options.n < 1:
         raise ValueError("--n must be at least 1")
@@ -595,14 +613,12 @@ def parse(argv):
 
 def test_problems(args, n=None):
     """n test problems of a run; by default as many as it was tested with, or all of GSM8K."""
-    is_gsm8k = args.task == "gsm8k"
+    takes_all = args.task == "gsm8k" and n is None
     wanted = n or args.test
-    if is_gsm8k and not n:
+    if takes_all:
         wanted = GSM8K_TEST
     problems = load_problems(args, "test", wanted)
-
-    is_all_of_gsm8k = is_gsm8k and not n
-    if len(problems) < wanted and not is_all_of_gsm8k:
+    if len(problems) < wanted and not takes_all:
         print(f"note: there are only {len(problems)} test problems, not {wanted}")
     return problems
 

@@ -3,8 +3,8 @@ The frozen experts: Hugging Face models that read each problem once.
 
 An expert turns a prompt into T tokens, and its layers turn every token into a vector of D numbers, the
 *hidden state* of that token. By default we use one state of each prompt: that of the last token, after the
-last layer. In a causal model this token has seen the whole prompt, so its state sums up what the expert makes
-of the problem:
+last layer. In a causal model every token sees the tokens before it, and the last one sees the whole prompt:
+its state sums up what the expert makes of the problem.
 
     prompt -> token ids (T,) -> frozen model, no gradient -> hidden states (T, D) -> the last one (D,)
 
@@ -12,12 +12,12 @@ These states are H in the paper's C = g(H): the router (router.py) turns them in
 An expert that generates text can also *write* its own answer, a few greedy tokens. Stage 0 uses these answers
 as targets, and --expert_text puts them into the policy's prompt.
 
-Weights and prompts never change, so a state never changes either. We compute it once and store it on disk.
-While the policy trains, no expert is in memory.
+The weights of an expert and the prompt of a problem never change, so its state never changes either. We
+compute it once and store it on disk. While the policy trains, no expert is in memory.
 
 What is easy to get wrong:
-- A state must not depend on the other texts of its batch. States are read with padding on the right: a causal
-  model does not look to the right, and an encoder's attention mask hides the padding.
+- A state must not depend on the other texts in its batch. We pad texts on the right when we read them: a
+  causal model does not look to the right, and an encoder's attention mask hides the padding.
 - Matrix products of different shapes round differently. All batches of one length have the same shape, so
   the cache holds the same bits, whichever texts were read together.
 - Nothing is cut. A text that is longer than the model's window is refused.
@@ -50,7 +50,7 @@ STATES, TEXTS = "states", "texts"  # the two kinds of results that the cache sto
 FORMAT = "n-musketeers 3"  # change this when the code gives other results: it invalidates the stored ones
 SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
-SECONDS_BETWEEN_SAVES = 20  # so much reading is lost at most when the process is killed
+SECONDS_BETWEEN_SAVES = 20  # a process that is killed loses the work of this time at most
 
 
 class Expert:
@@ -90,9 +90,12 @@ class Expert:
         if self.revision:
             self.name = Path(source.partition("@")[0]).name
 
-        # Read how large the model is. A vision-language model has a config for its language model: use that.
+        # Find out how large the model is. A vision-language model has a config of its own for its language
+        # model: use that one.
         self.params = check_weight_headers(weight_files(self.folder))
-        self.dtype = torch.float32 if self.params < SMALL else torch.bfloat16
+        self.dtype = torch.float32
+        if self.params >= SMALL and computes_in_bfloat16(self.device):
+            self.dtype = torch.bfloat16
         self.config = read_config(self.folder, source)
         text_config = self.config.get_text_config()
         self.n_layers = text_config.num_hidden_layers
@@ -150,7 +153,7 @@ class Expert:
             tokens[b, :len(row)] = torch.tensor(row)
         mask = torch.arange(length) < lengths[:, None]  # (B, T)
 
-        # Run the model. Hidden states of inner layers are kept only if one of them is used.
+        # Run the model. Ask for the states of inner layers only if one of them is used.
         needs_inner_layers = any(layer < self.n_layers for layer in self.layers)
         output = model(input_ids=tokens.to(self.device), attention_mask=mask.long().to(self.device),
                        output_hidden_states=needs_inner_layers)
@@ -159,13 +162,14 @@ class Expert:
         for layer in self.layers:
             hidden = self.hidden_states(output, layer, B, length)  # (B, T, width)
 
+            # Choose tokens.
             if self.state_token == "mean":
                 total = (hidden.float() * mask[..., None]).sum(1)
                 states.append(total / lengths[:, None])
             elif self.state_token == "first":
                 states.append(hidden[:, 0])
             else:
-                # Step back from the last token. A text that is too short repeats its first token.
+                # Step back from the last token. In a text that is too short, stay at the first token.
                 for back in range(1, self.positions + 1):
                     position = (lengths - back).clamp(min=0)
                     states.append(hidden[torch.arange(B), position])
@@ -188,25 +192,26 @@ class Expert:
 
     @torch.no_grad()
     def texts_of(self, model, ids, length):
-        """Continue B texts, given as lists of token ids. Returns new token ids (B, max_new), -1 after the end.
+        """Continue B texts, given as lists of token ids. Returns the new ids (B, max_new), -1 after the end.
 
         The model stops at a stop token or at the end of a line. The stop token is left out, and so is a token
         that is only a line end. A token like "]\\n" stays, because its "]" is part of the answer. The tokens
         returned here are those that `write_texts` decodes and that own_text reads.
         length: the number of tokens to which every text is padded.
         """
-        end_ids = sorted({*self.stop_ids, *line_ends(self.tokenizer)})
+        ends = {*self.stop_ids, *line_ends(self.tokenizer)}
+        padding = min(ends)
 
         # Pad on the left, so that all texts go on at the same position. The mask is 1 where a real token is.
-        tokens = torch.full((len(ids), length), end_ids[0])
+        tokens = torch.full((len(ids), length), padding)
         mask = torch.zeros(len(ids), length, dtype=torch.long)
         for b, row in enumerate(ids):
             tokens[b, length - len(row):] = torch.tensor(row)
             mask[b, length - len(row):] = 1
 
-        # Always take the most likely token. The model's own settings may hold penalties: replace them.
+        # Always take the most likely token. The model's own settings may contain penalties: replace them.
         greedy = transformers.GenerationConfig(max_new_tokens=self.max_new, do_sample=False,
-                                               eos_token_id=end_ids, pad_token_id=end_ids[0])
+                                               eos_token_id=sorted(ends), pad_token_id=padding)
         model.generation_config = greedy
         output = model.generate(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device),
                                 generation_config=greedy)
@@ -216,7 +221,7 @@ class Expert:
         written = torch.full((len(ids), self.max_new), -1, dtype=torch.int32)
         for b, row in enumerate(new_tokens):
             n = 0
-            while n < len(row) and row[n] not in end_ids:
+            while n < len(row) and row[n] not in ends:
                 n += 1
             if n < len(row) and self.holds_text(row[n]):
                 n += 1
@@ -232,10 +237,11 @@ class Expert:
 
     @torch.no_grad()
     def reads_padding(self, model):
-        """True for a model that reads padding on the left although the mask hides it. RWKV is one.
+        """True for a model that reads padding on the left although the mask hides it, as RWKV does.
 
-        We run the same text twice, behind padding of two different tokens. A model that obeys the mask gives
-        the same logits to the last bit.
+        We run the same text twice, after padding of two different tokens. A model that obeys the mask gives
+        the same logits to the last bit. A model that does not has to write its texts one by one. (The RWKV of
+        transformers 5.23 needs that for a second reason: it mixes the rows of a batch when it generates.)
         """
         text, n_padding = [2, 3, 4], 13
         vocab_size = self.config.get_text_config().vocab_size
@@ -243,7 +249,7 @@ class Expert:
 
         logits = []
         for padding in (self.stop_ids[0], (self.stop_ids[0] + 1) % vocab_size):
-            tokens = torch.tensor([[padding] * n_padding + text]) % vocab_size
+            tokens = torch.tensor([[padding] * n_padding + text])
             output = model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device))
             logits.append(output.logits[0, -1])
         return not torch.equal(logits[0], logits[1])
@@ -262,10 +268,12 @@ class Expert:
                 model = auto.from_config(self.config, dtype=self.dtype, trust_remote_code=False)
             return model.to(self.device).eval()
 
-        # Read the weights from the same files that were counted, whatever else is in the folder.
+        # Load the weights from the files of `weight_files`, whatever else is in the folder.
         config = copy.deepcopy(self.config)
         has_index = (self.folder / INDEX).is_file()
         config.transformers_weights = INDEX if has_index else "model.safetensors"
+        if kind == STATES:
+            config.get_text_config().use_cache = False  # a text is read once: keep no keys and values
         with loading("model", self.source):
             model, report = auto.from_pretrained(self.folder, config=config, dtype=self.dtype,
                                                  use_safetensors=True, trust_remote_code=False,
@@ -280,8 +288,8 @@ class Expert:
         # A scale that the model does not use means that the weights are quantized: they are wrong without it.
         scales = sorted(key for key in report["unexpected_keys"] if key.endswith(SCALES))
         if scales:
-            raise ValueError(f"{self.source} seems to be quantized, as it has {scales[0]}, which its model does "
-                             "not use: name a version of it that is not quantized")
+            raise ValueError(f"{self.source} seems to be quantized, as it has {scales[0]}, which its model "
+                             "does not use: name a version of it that is not quantized")
         return model.to(self.device).eval()
 
     def fingerprint(self, kind):
@@ -387,6 +395,7 @@ def cached_rows(expert, kind, prompts, answers=None, progress=True):
 
 
 def text_key(text):
+    """sha256 (32 bytes) of a text."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
@@ -399,22 +408,27 @@ def compute_rows(expert, kind, keys, ids, folder, progress=True):
         # Load the model, and choose what it does.
         model = expert.load(kind)
         if kind == STATES:
-            verb, compute, max_length, pad = "reads", expert.states_of, expert.window, True
+            compute, verb = expert.states_of, "reads"
+            max_length, one_by_one = expert.window, False
         else:
-            verb, compute, max_length = "writes", expert.texts_of, expert.window - expert.max_new
-            pad = not expert.reads_padding(model)
+            compute, verb = expert.texts_of, "writes"
+            max_length, one_by_one = expert.window - expert.max_new, expert.reads_padding(model)
+            if one_by_one:
+                verb = "writes one by one"
+
+        # From here on the bar shows how fast the expert reads or writes. Loading does not count.
         bar.set_description(f"{expert.name} {verb}", refresh=False)
-        bar.unpause()  # the time of loading does not count in the estimate
+        bar.unpause()
 
         rows, unsaved = {}, {}
         last_save = time.monotonic()
         try:
-            for indices, length, size in batches(ids, max_length, expert.device.type, pad):
-                # Repeat the first text until the batch has the shape of all batches of this length.
+            for indices, length, size in batches(ids, max_length, expert.device.type, one_by_one):
+                # Fill the batch up with copies of its first text: all batches of a length have one shape.
                 batch = [ids[i] for i in indices]
                 batch += [batch[0]] * (size - len(batch))
 
-                # Results of the repeated texts are at the end: zip leaves them out.
+                # The results of the copies are at the end, where zip leaves them out.
                 for index, row in zip(indices, compute(model, batch, length)):
                     unsaved[keys[index]] = row
                 bar.update(len(indices))
@@ -431,17 +445,22 @@ def compute_rows(expert, kind, keys, ids, folder, progress=True):
     return rows | unsaved
 
 
-def batches(ids, max_length, device, pad=True):
+def batches(ids, max_length, device, one_by_one=False):
     """Yield (indices into ids, padded length, number of rows) for each batch.
 
-    Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. With pad=False
-    only texts of equal length do, and there is no padding. The longest texts come first: if memory does not
-    suffice, that shows at once.
+    Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. The longest
+    texts come first: if there is too little memory for them, that shows at once.
+    one_by_one: every text is a batch of its own, without padding.
     """
+    if one_by_one:
+        for index, row in enumerate(ids):
+            yield [index], len(row), 1
+        return
+
     lengths = []
     for row in ids:
-        padded = math.ceil(len(row) / 16) * 16
-        lengths.append(min(padded, max_length) if pad else len(row))
+        rounded_up = math.ceil(len(row) / 16) * 16
+        lengths.append(min(rounded_up, max_length))
 
     batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
     for length in sorted(set(lengths), reverse=True):
@@ -472,8 +491,8 @@ def write_shard(folder, rows):
     try:
         write_tensors(folder, {"keys": keys, "rows": torch.stack(list(rows.values()))})
     except OSError as error:
-        warnings.warn(f"what was read cannot be kept in {folder} and will be read again: free space on the "
-                      f"disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
+        warnings.warn(f"states and texts cannot be stored in {folder} and will be computed again: free space "
+                      f"on the disk or set N_MUSKETEERS_CACHE ({error})", stacklevel=2)
 
 
 # -- Plumbing. Nothing below is about the method; skip it at first reading.
@@ -553,7 +572,7 @@ def find_model(source):
     """The folder of a model, and its commit if it comes from the hub, else None.
 
     source: a folder (~ is the home folder); a folder in this repository, such as tiny/logic; or a model of
-    the Hugging Face hub, "org/name" or "org/name@revision", which is downloaded if it is not on this computer.
+    the Hugging Face hub, "org/name" or "org/name@revision", which is downloaded if it is not here yet.
     Raises ValueError if there is no such model.
     """
     folder = local_folder(source)
@@ -612,6 +631,7 @@ def portable(source):
 
 
 def pinned_source(source, folder, revision):
+    """What `portable` returns, for a model that has been found in `folder`."""
     if revision is not None:
         repo = source.partition("@")[0]
         return f"{repo}@{revision}"
@@ -766,6 +786,7 @@ def weights_fingerprint(folder):
 
 
 def tokenizer_and_config_files(folder):
+    """The small files in a model's folder, a list of Paths."""
     files = []
     for pattern in META_FILES:
         files += folder.glob(pattern)
@@ -789,6 +810,7 @@ def file_digest(path):
 
 @functools.cache  # weights are gigabytes, and this is called for every split of every task
 def digest_of_version(path, size, modified):
+    """sha256 (hex) of a file that has this size and this time of modification."""
     digest = hashlib.sha256()
     with open(path, "rb") as file, progress_bar(size, f"checking {path.name}", "B", delay=1) as bar:
         while chunk := file.read(2**24):
@@ -811,6 +833,24 @@ def progress_bar(total, description, unit, show=True, delay=0):
 
 
 # -- Devices
+
+def computes_in_bfloat16(device):
+    """Does this device compute in bfloat16, and not only imitate it? V100 and T4, and some Macs, do not."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return True
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+
+    # Try it: on a Mac it depends on the version of the system.
+    try:
+        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
+        (ones @ ones).sum().item()
+        return True
+    except (RuntimeError, TypeError):
+        return False
+
 
 def pick_device(name, small=False):
     """The device to use: "cpu", "mps", "cuda" or "cuda:1". Raises ValueError if it is not there.

@@ -39,7 +39,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from experts import SMALL, check_weight_headers, find_model, loading, stop_tokens, weight_files
+from experts import (SMALL, check_weight_headers, computes_in_bfloat16, find_model, loading, stop_tokens,
+                     weight_files)
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Llama and SmolLM2; Qwen2 and Qwen2.5; Qwen3
 ROPES = ("default", "linear", "llama3", "yarn")  # the other kinds change their angles with the text's length
@@ -160,8 +161,8 @@ class LoRALinear(nn.Module):
         if rank == 0:
             return
 
-        # A and B are float32 whatever W is. bfloat16 has 8 significant bits: an update that changes a number by
-        # a ten-thousandth would be rounded away.
+        # A and B are float32 whatever W is. bfloat16 has 8 significant bits: an update that changes a number
+        # by a ten-thousandth would be rounded away.
         self.scale = 2.0  # the paper's alpha / rank; alpha is always 2 rank here
         width, device = self.weight.shape[1], self.weight.device
         self.A = nn.Parameter(torch.randn(rank * len(matrices), width, device=device) / width**0.5)
@@ -687,29 +688,17 @@ def pick_dtype(device, n_params):
     A small model gets float32, a larger one bfloat16. If the device does not compute in bfloat16, the larger
     one gets float16 on a CUDA GPU and float32 on any other device.
     """
-    device = torch.device(device)
     if n_params < SMALL:
         return torch.float32
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu":
+    if computes_in_bfloat16(device):
         return torch.bfloat16
-
-    # Try it: on a Mac it depends on the version of the system.
-    try:
-        ones = torch.ones(2, 2, dtype=torch.bfloat16, device=device)
-        (ones @ ones).sum().item()
-        return torch.bfloat16
-    except (RuntimeError, TypeError):
-        return torch.float32
+    return torch.float16 if torch.device(device).type == "cuda" else torch.float32
 
 
-# float16 holds no number above 65,504 and none below 6e-8. Hidden states of large models exceed the first,
-# and gradients of a loss that is divided by thousands of tokens fall below the second. So only the large frozen
-# matrices of a float16 policy are float16. Everything else is float32: hidden states, keys and values, LoRA and
-# all gradients. No loss scale is needed.
+# float16 holds no number above 65,504 and none below 6e-8. Hidden states of large models exceed the first. If
+# a loss is divided by thousands of tokens, its gradients fall below the second. So only the large frozen
+# matrices of a float16 policy are float16. Everything else is float32: hidden states, keys and values, LoRA
+# and all gradients. No loss scale is needed.
 
 ROW_LENGTH = 32.0
 LONGEST = 65504 / ROW_LENGTH  # 2047. Rows and columns of trained matrices are much shorter.

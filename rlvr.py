@@ -213,21 +213,27 @@ def pair_probabilities(attention, expert_of_state, pair):
     """
     shares = by_expert(attention, expert_of_state).mean((1, 2))  # (B, E)
     p = shares.gather(1, pair)
-    return p / p.sum(1, keepdim=True).clamp(min=1e-9)
+    return p / p.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def choice_loss(p, half_rewards):
-    """Minus the expected reward of choosing an expert with probability p, summed over the problems.
+    """How surprised the router is by the better half of each pair, summed over the problems.
 
-    p (B, 2), with gradient; half_rewards R (B, 2), the mean reward of the half that saw each expert.
+    p (B, 2), with gradient, from `pair_probabilities`; half_rewards R (B, 2), the mean reward of the half
+    that saw each expert. With w the better expert and l the other one of a problem:
 
-        - sum over b and e of  p[b, e] * (R[b, e] - mean(R[b]))
+        loss  =  sum over problems of   - (R_w - R_l) * log p_w
 
-    With p = (0.5, 0.5) and R = (1, 0) the loss is 0, and its gradient with respect to p is (-0.5, +0.5): p
-    moves to the expert whose half was right. With R = (1, 1) there is no gradient. Subtracting the mean
-    changes no gradient in the attention, as p sums to 1; it is there to keep the numbers small.
+    This is logistic regression on "which expert was better" (the Bradley-Terry model), in which a problem
+    counts as much as the halves differ. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
+    step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
+
+    Why not the expected reward, - sum of p R? Its gradient has the factor p (1 - p). When trust has once gone
+    far in a wrong direction, so that p_w is nearly 0, it can hardly come back. The gradient of log p_w is
+    largest there.
     """
-    return -(p * (half_rewards - half_rewards.mean(1, keepdim=True))).sum()
+    lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_w - R_l and R_l - R_w
+    return -(lead.clamp(min=0) * p.clamp(min=1e-30).log()).sum()
 
 
 # -- Stage 0: learn to read the experts, one at a time, from what they themselves would say

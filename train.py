@@ -19,11 +19,12 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import math
+import re
 import shlex
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
@@ -31,10 +32,15 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModel
 
-from eval import accuracy, by_dataset, evaluate, show_report, test_report
-from experts import pick_device, to_fetch, write_texts
-from rewards import SPLITS, check_answer_format, known_task, official_files_to_fetch, verify
+from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, rewards_of, show_report, test_report,
+                  unbreakable, wrap)
+from experts import (BATCH_TOKENS, SMALL, computes_in_bfloat16, generates_text, loading, local_folder,
+                     pick_device, to_fetch, write_texts)
+from model import bucket, pick_dtype
+from rewards import (SPLITS, check_answer_format, get_problems, known_task, official_files_to_fetch,
+                     render_prompt, verify)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
                   append, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
@@ -42,7 +48,7 @@ from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all
                   loss_of_words, make_optimizer, my_part, one_process, out_of_memory, pair_probabilities,
                   parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint, set_rates,
                   words_and_reading, words_vocabulary, write_config)
-from router import ROUTERS, by_expert, reads_states
+from router import ROUTERS, NoRouter, by_expert, reads_states
 
 
 # -- The settings. The defaults are the run that `python train.py` makes; PRESETS below override them.
@@ -152,7 +158,7 @@ class Args:
         "Weight of the KL to the frozen policy; 0 for none. Not after stage 0.", minimum=0)
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
-    trust_lr: float = option(0.1,
+    trust_lr: float = option(0.2,
         "Learning rate of the router's trust in each expert; 0: there is none.", minimum=0)
     warmup: int = option(0,
         "Steps in which the rates of LoRA and router rise to their full value.", minimum=0)
@@ -316,7 +322,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     """The record of a step for metrics.jsonl, over all ranks.
 
     reward             what the policy itself would get: the mean reward. Where two experts are compared, each
-                       half counts as much as the router attends to its expert
+                       half counts as much as the router attends to its expert, see `weighted_mean`
     sampled_reward     the mean reward of what was sampled: half of it with an expert nobody may believe
     reward_by_expert   {dataset: {expert: mean reward of the halves that saw it}}: who is right where
     attention          to each expert, with all of them visible; also by dataset, and by head and latent
@@ -335,17 +341,19 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     row_datasets = [problem.dataset for part in all_gather(sampled.problems) for problem in part]
     verdicts = [verdict for part in all_gather(sampled.verdicts) for row in part for verdict in row]
 
-    # One reward for each problem: what the policy itself would get.
-    problem_rewards = sampled.rewards.mean(1)
+    # What the policy itself would get: a half counts as much as its problem attends to its expert.
+    weights = torch.ones(len(sampled.rewards))
     if pair is not None:
-        p = pair_probabilities(attention, expert_of_state, pair)
-        problem_rewards = (p * problem_rewards.view(-1, 2)).sum(1)
-    problem_rewards = gather_rows(problem_rewards)
-    datasets = [problem.dataset for part in all_gather(batch.problems) for problem in part]
+        weights = by_expert(attention, expert_of_state).mean((1, 2)).gather(1, pair).flatten()
+    weights = gather_rows(weights)
+    reward_by_dataset = {}
+    for dataset in sorted(set(row_datasets)):
+        of_dataset = torch.tensor([name == dataset for name in row_datasets])
+        reward_by_dataset[dataset] = weighted_mean(means[of_dataset], weights[of_dataset])
 
     totals = {name: all_reduce_sum(sums[name]) for name in ("loss", "kl", "entropy", "tokens")}
     record = dict(
-        reward=problem_rewards.mean().item(),
+        reward=weighted_mean(means, weights),
         sampled_reward=means.mean().item(),
         length=lengths.mean().item(),
         truncated=truncated.mean().item(),
@@ -355,7 +363,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
         entropy=totals["entropy"] / totals["tokens"],
         rollout_seconds=sampled.seconds,
         tokens_per_second=lengths.sum().item() / sampled.seconds,
-        reward_by_dataset=by_dataset(datasets, problem_rewards),
+        reward_by_dataset=reward_by_dataset,
         reasons=dict(Counter(verdict.reason for verdict in verdicts).most_common()))
 
     names = [expert.name for expert in experts]
@@ -364,11 +372,23 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
         record["reward_by_expert"] = reward_by_expert(row_datasets, seen, means.tolist())
     if attention is not None:
         shares = gather_rows(by_expert(attention, expert_of_state))  # (B, heads, L, E)
+        datasets = [problem.dataset for part in all_gather(batch.problems) for problem in part]
         record["attention"] = dict(zip(names, shares.mean((0, 1, 2)).tolist()))
         record["attention_by_dataset"] = by_dataset(datasets, shares.mean((1, 2)), names)
         record["attention_entropy"] = torch.special.entr(shares).sum(-1).mean().item()
         record["attention_map"] = shares.mean(0).tolist()
     return record
+
+
+def weighted_mean(rewards, weights):
+    """Mean rewards (rows,) of halves, and the attention to the expert that each of them saw -> one reward.
+
+    Two problems attend to three experts with 0.9, 0.1 and 0. The first was shown with experts 0 and 1, which
+    earned 1 and 0; the second with experts 1 and 2, which both earned 0. The result is
+    0.9 / (0.9 + 0.1 + 0.1) = 0.82. The second problem counts little, as the policy itself would hardly see
+    these two experts.
+    """
+    return ((rewards * weights).sum() / weights.sum().clamp(min=1e-9)).item()
 
 
 def gather_rows(values):
@@ -457,8 +477,7 @@ def introduce(args, policy, router, experts, datasets, progress):
         for name in ("stage0.jsonl", "metrics.jsonl", "samples.jsonl"):
             if (out / name).exists():
                 drop_records(out / name, progress)
-        for old in out.glob("eval*.json"):  # of fewer steps
-            old.unlink()
+        (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
         write_config(out, args)
 
     train, val, test = (datasets[split] for split in SPLITS)
@@ -526,12 +545,14 @@ def rehearse(policy, router, experts, datasets, args):
     """Before the first step: find a micro-batch that fits into memory, say how long the run will take, and
     check that there is something to learn from the experts."""
     seconds = gradient_pass_seconds(policy, router, datasets["train"], args)
+    if RANK == 0:
+        write_config(Path(args.out), args)  # --resume begins with this micro-batch
     val = datasets["val"]
     few = range(min(64, len(val)))
 
     start = time.perf_counter()
     with policy.lora("off"):
-        verdicts, _, _ = evaluate(policy, ROUTERS["none"]([], [], 0), val, args, few)
+        verdicts, _, _ = evaluate(policy, NoRouter([], [], 0), val, args, few)
     answer_seconds = (time.perf_counter() - start) / len(few)
     forecast(policy, router, datasets, args, len(experts), seconds, answer_seconds)
     compare_with_experts(experts, val, args, few, verdicts)
@@ -602,7 +623,7 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     grpo_seconds = args.steps * step_seconds
     n_answers = len(datasets["val"]) * math.ceil(args.steps / args.eval_every)
     n_answers += len(datasets["test"]) * (2 + n_experts)
-    n_answers += 2 * 64 * len(train.writers)
+    n_answers += 2 * min(64, len(datasets["val"])) * len(train.writers)
     test_seconds = n_answers * answer_seconds
     total = words_seconds + reading_seconds + grpo_seconds + test_seconds
     minutes = dict(words=words_seconds, reading=reading_seconds, GRPO=grpo_seconds, tests=test_seconds)
@@ -623,7 +644,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     """
     problems = [dataset.problems[i] for i in indices]
     datasets = [problem.dataset for problem in problems]
-    alone = by_dataset(datasets, right(verdicts_alone))
+    alone = by_dataset(datasets, rewards_of(verdicts_alone))
     print(f"  alone      the policy is right in {percents(alone)}")
     if not experts:
         return
@@ -637,7 +658,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
         if not expert.writes:
             continue
         verdicts = [verify(text, problem, "plain") for text, problem in zip(column, problems)]
-        own = by_dataset(datasets, right(verdicts))
+        own = by_dataset(datasets, rewards_of(verdicts))
         gains += [own[name] - alone[name] for name in own]
         print(f"  expert     {expert.name} alone is right in {percents(own)}")
     if gains and max(gains) < 0.15:
@@ -645,16 +666,13 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
               "little to learn from them")
 
     # States that are the same for all problems hold nothing to read.
+    if not dataset.H.numel():  # the router reads none
+        return
     for e, expert in enumerate(experts):
         H = dataset.H[:64, dataset.expert_of_state == e].float()  # (n, K, D)
-        if len(H) > 1 and H.numel() and (H - H[0]).abs().mean() < 0.01 * H.abs().mean():
+        if len(H) > 1 and (H - H[0]).abs().mean() < 0.01 * H.abs().mean():
             print(f"  warning    {expert.name}'s states are the same for all problems: there is nothing to "
                   "read")
-
-
-def right(verdicts):
-    """(n,) 1 where the answer is right, else 0."""
-    return torch.tensor([verdict.reward for verdict in verdicts])
 
 
 def percents(fractions):
@@ -677,17 +695,6 @@ def bar(items, name, done, steps):
 def numbered(losses, steps, name):
     """(step, loss) of stage 0, counted from 1, with a progress bar."""
     return bar(enumerate(losses, start=1), f"stage 0, {name}", 0, steps)
-
-
-def unbreakable(text):
-    """The text with spaces at which `wrap` does not break a line."""
-    return text.replace(" ", "\u00a0")
-
-
-def wrap(text, indent):
-    lines = textwrap.fill(text, 100, subsequent_indent=" " * indent, break_long_words=False,
-                          break_on_hyphens=False)
-    return lines.replace("\u00a0", " ")
 
 
 # Stopping a run.
@@ -806,19 +813,29 @@ def parse_args(argv=None):
         args = resumed(given)
     else:
         args = fresh(given)
-    args.device = pick_device(args.device, small=args.policy == Args().policy)
+    args.device = choose_device(args)
     check(args)
     if not (reads_states(args.router) or args.expert_text or args.reading_steps):
         args.experts = []  # nothing of them is used
+    fit_to_memory(args, given)
     return args
+
+
+def choose_device(args):
+    """The device of a run. On a Mac a small policy is faster on the CPU than on mps."""
+    if args.device != "auto" or not torch.mps.is_available():
+        return pick_device(args.device)
+    return pick_device("auto", small=model_size(args.policy).params < SMALL)
 
 
 def fresh(given):
     """The settings of a new run."""
-    if "policy" in given and not given.get("preset"):  # --policy alone: preset small without its experts
+    fits_a_gpu = "task" in given and has_gpu(given)
+    if "policy" in given and not given.get("preset") and not fits_a_gpu:
+        # --policy alone: preset small without its experts
         given = dict(experts=[], cue="") | given | dict(preset="small")
-    preset = given.get("preset") or choose_preset(given)
-    args = Args(**(PRESETS[preset] | given | dict(preset=preset)))
+    chosen = choose_preset(given)
+    args = Args(**(PRESETS[chosen["preset"]] | chosen | given))
     if args.task == "gsm8k" and "level" not in given:  # its problems are given, not generated
         args.level = "default"
 
@@ -865,17 +882,6 @@ def resumed(given):
     check_models(folder, args, config["models"])
     return args
 
-
-def choose_preset(given):
-    """The preset for a task on this machine. Raises ValueError where there is none."""
-    tasks = [known_task(task.strip()) for task in given.get("task", Args().task).split("+")]
-    has_gpu = torch.cuda.is_available() and given.get("device") != "cpu"
-    if "task" in given and has_gpu and torch.cuda.get_device_properties(0).total_memory > 22e9:
-        return "paper"
-    if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
-        return "tiny"
-    raise ValueError(f"{given['task']} is too much for the embedded pool, made for arithmetic, logic and "
-                     "algorithmic: add --preset small or paper, or --policy X --experts A B C")
 
 
 def check(args):
@@ -942,8 +948,487 @@ def check_value(field, value):
         raise ValueError(f"--{name} is {value}, but must be a number{range_of(field).lower().rstrip('.')}")
 
 
+
+# Memory: what fits on which machine.
+#
+# Everything here is counted from the settings and the sizes of the models, before anything is fetched.
+# lab/plan.py says how the counts were checked.
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """What a model's memory and time depend on."""
+    params: int     # all its numbers
+    layers: int
+    width: int      # d, of a hidden state
+    heads: int      # query heads
+    kv_heads: int   # heads of keys and values
+    head_dim: int
+    ff: int         # width inside the MLP
+    vocab: int
+
+    @property
+    def kv(self):
+        """Numbers that the KV cache holds for one token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def blocks(self):
+        """Numbers in the matrices of all layers: query, key, value, output; gate, up, down."""
+        attention = 2 * self.width * (self.heads + self.kv_heads) * self.head_dim
+        return self.layers * (attention + 3 * self.width * self.ff)
+
+
+KNOWN_MODELS = {  # those that a preset or a row below names, so that nothing is fetched to judge a machine
+    "Qwen/Qwen2.5-3B-Instruct": ModelSize(3_085_938_688, 36, 2048, 16, 2, 128, 11008, 151936),
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151936),
+    "Qwen/Qwen2.5-Math-1.5B-Instruct": ModelSize(1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151936),
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": ModelSize(1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151936),
+    "Qwen/Qwen2.5-0.5B-Instruct": ModelSize(494_032_768, 24, 896, 14, 2, 64, 4864, 151936),
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": ModelSize(494_032_768, 24, 896, 14, 2, 64, 4864, 151936),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": ModelSize(1_711_376_384, 24, 2048, 32, 32, 64, 8192, 49152),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": ModelSize(361_821_120, 32, 960, 15, 5, 64, 2560, 49152),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSize(134_515_008, 30, 576, 9, 3, 64, 1536, 49152),
+    "allenai/OLMo-2-0425-1B-Instruct": ModelSize(1_484_916_736, 16, 2048, 16, 16, 128, 8192, 100352),
+    "microsoft/phi-1_5": ModelSize(1_418_270_720, 24, 2048, 32, 32, 64, 8192, 51200),
+    "EleutherAI/pythia-410m": ModelSize(405_334_016, 24, 1024, 16, 16, 64, 4096, 50304),
+    "BAAI/bge-base-en-v1.5": ModelSize(109_482_240, 12, 768, 12, 12, 64, 3072, 30522),
+}
+
+DEFAULT_PRESET = "paper"  # what --task alone runs on a GPU
+GPU_ROWS = [  # the largest first. gpu: gigabytes of the card that a row is meant for; the rest are settings
+    dict(gpu=80, preset="paper", micro_batch=8),
+    dict(gpu=48, preset="paper", micro_batch=4),
+    dict(gpu=24, preset="paper", micro_batch=2),
+    dict(gpu=16, preset="paper", micro_batch=2, policy="Qwen/Qwen2.5-1.5B-Instruct"),
+    dict(gpu=12, preset="paper", micro_batch=1, policy="Qwen/Qwen2.5-1.5B-Instruct",
+         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+                  "HuggingFaceTB/SmolLM2-360M-Instruct"]),
+    dict(gpu=8, preset="paper", micro_batch=2, policy="Qwen/Qwen2.5-0.5B-Instruct",
+         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
+                  "HuggingFaceTB/SmolLM2-360M-Instruct"]),
+]
+GAPS = 1.1  # PyTorch's allocator cannot use every byte: a tenth more than what is counted must be free
+
+
+def model_size(source):
+    """The ModelSize of a folder or a hub model. No weights are read or fetched, at most a config.json.
+
+    Raises ValueError if there is no such config.
+    """
+    repo, _, revision = source.partition("@")
+    folder = local_folder(source)
+    if folder is None and repo in KNOWN_MODELS:
+        return KNOWN_MODELS[repo]
+
+    # Build the model on the device "meta", where tensors have shapes but take no memory, and count.
+    with loading("config", source), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder or repo, revision=revision or None,
+                                            trust_remote_code=False)
+        text = config.get_text_config()
+        params = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    writes = generates_text(config)
+    if writes and not getattr(text, "tie_word_embeddings", True):
+        params += text.vocab_size * text.hidden_size  # AutoModel has no head
+
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    ff = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return ModelSize(params, text.num_hidden_layers, text.hidden_size, heads, kv_heads, head_dim, ff,
+                     text.vocab_size)
+
+
+def memory_estimate(args, policy, experts, prompt_tokens):
+    """{what: bytes} on the device of one rank. `peak_memory` says which of them are there at the same time.
+
+    policy (a ModelSize), experts (several), prompt_tokens: of the longest prompt, padding included.
+    """
+    dtype = frozen_dtype(args, policy)
+    S = prompt_tokens + args.latents * (args.router != "none")
+    B = math.ceil(args.batch / WORLD)
+
+    # Comparing shows every problem twice, each time with half of the answers.
+    rows, group = B, args.group
+    if args.compare and args.router == "attention" and len(experts) > 1:
+        rows, group = 2 * B, args.group // 2
+    micro = min(args.micro_batch, rows)
+
+    # LoRA has two thin matrices at each of the seven matrices of a layer.
+    inner = (policy.heads + 2 * policy.kv_heads) * policy.head_dim + policy.heads * policy.head_dim
+    lora = args.lora_rank * policy.layers * (7 * policy.width + inner + 3 * policy.ff)
+    router = router_parameters(args, policy, experts)
+
+    # A validation answers so many problems at once, each of them greedily (eval.evaluate).
+    answered = min(EVAL_ROWS, args.batch * args.group, max(args.val, args.test))
+
+    table = {
+        # 4 bytes a number, 2 in half precision.
+        "policy, frozen": policy.params * dtype.itemsize,
+        # Bytes a trained number: 4 itself, 4 its gradient, 8 AdamW's moments; for LoRA 4 more, for the copies
+        # in the policy's dtype that a gradient pass keeps.
+        "LoRA and router, gradients and moments": 20 * lora + 16 * router,
+        # On a GPU: cuBLAS's workspace and loaded kernels (an assumption). On a CPU: the code of the libraries
+        # and what they keep (measured).
+        "libraries": 500 * 10**6 if is_cuda(args) else 480 * 10**6,
+        "an expert while it reads": max((reading_memory(args, e, prompt_tokens) for e in experts), default=0),
+        "rollout": sampling_memory(args, policy, rows, group, S),
+        f"gradient pass, {micro} prompts": scoring_memory(args, policy, micro, group, S, args.max_new),
+        "validation and test": sampling_memory(args, policy, answered, 1, S),
+    }
+
+    # Stage 0 learns one text for each problem, and does not divide its batch.
+    if args.reading_steps:
+        read = math.ceil(args.reading_batch / WORLD)
+        table["stage 0, reading"] = scoring_memory(args, policy, read, 1, S, args.write + 8)
+    return table
+
+
+def peak_memory(table):
+    """Bytes at the worst moment: experts read before training begins, and the parts of a step take turns."""
+    parts = dict(table)
+    always = parts.pop("policy, frozen") + parts.pop("libraries")
+    reads = parts.pop("an expert while it reads")
+    trained = parts.pop("LoRA and router, gradients and moments")
+    return always + trained + max(reads, *parts.values())
+
+
+def sampling_memory(args, policy, rows, group, S):
+    """Bytes of a rollout: `group` answers to each of `rows` prompts of S tokens."""
+    size = activation_bytes(args, policy)
+    prompt_kv = rows * S * policy.kv * size
+
+    # The prefill needs the KV cache and, of one layer at a time, gate, up, silu(gate), their product and some
+    # hidden states; or its attention scores, where there is no fused kernel.
+    in_mlp = rows * S * (mlp_copies(args, policy) * policy.ff + 6 * policy.width) * size
+    prefill = max(in_mlp, 2 * prompt_scores(args, policy, rows, S))
+
+    # Then each layer has a second copy of its weights, with LoRA in them, and answers have keys and values.
+    merged = policy.blocks * frozen_dtype(args, policy).itemsize
+    completion_kv = rows * group * args.max_new * policy.kv * size
+
+    # For the next tokens: the logits, and on a GPU probabilities and their running sum in float32. A CPU
+    # works on 16 rows at a time.
+    drawing = rows * group * policy.vocab * (size + 8 * is_cuda(args))
+    return prompt_kv + max(prefill, merged + completion_kv + drawing)
+
+
+def scoring_memory(args, policy, rows, group, S, T):
+    """Bytes of a gradient pass: `group` answers of T tokens to each of `rows` prompts of S tokens."""
+    size = activation_bytes(args, policy)
+    d, ff = policy.width, policy.ff
+    tokens = rows * (S + group * T)
+
+    # What autograd keeps of a token in a layer. 6 d: what both norms read and write, the query, the output of
+    # attention. Key and value. 3 ff: gate, up, and what the last matrix reads. On a CPU, where norms are not
+    # fused, also copies of hidden states in float32: 2.4 of them in bfloat16, 1.1 in float32 (measured).
+    kept = tokens * (6 * d + policy.kv // policy.layers + 3 * ff) * size
+    if not is_cuda(args):
+        kept += tokens * d * (10 if size == 2 else 5)
+
+    # The attention weights of the answers: each token looks at its prompt and at its own answer.
+    kept += rows * group * policy.heads * T * (S + T) * size
+    kept += prompt_scores(args, policy, rows, S)
+
+    # Beside what is kept: the last hidden states and their gradients; the MLP of one layer, or the logits of
+    # a chunk of 256 tokens with (on a GPU, which takes all rows at once) three float32 copies.
+    last = 3 * rows * group * T * d * size
+    in_mlp = rows * max(S, group * T) * (1 + mlp_copies(args, policy)) * ff * size
+    chunk = min(256, rows * group * T) * policy.vocab * (size + 12 * is_cuda(args))
+
+    # The frozen reference reads the prompts once more while everything is kept.
+    reference_kv = rows * S * policy.kv * size if args.beta else 0
+    return policy.layers * kept + last + max(in_mlp, chunk) + reference_kv
+
+
+def reading_memory(args, expert, prompt_tokens):
+    """Bytes of an expert while it reads: its weights, and a batch of BATCH_TOKENS tokens."""
+    dtype = torch.float32
+    if expert.params >= SMALL and computes_in_bfloat16(args.device):
+        dtype = torch.bfloat16
+    device = args.device.partition(":")[0]
+    tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
+
+    # What one layer works with. Where the expert writes, its keys and values; inner layers if one is read.
+    per_token = 4 * expert.ff + 4 * expert.width
+    if args.reading_steps or args.expert_text or args.own_text:
+        per_token += expert.kv
+    if any(layer != -1 for layer in args.layers):
+        per_token += expert.layers * expert.width
+
+    # Where it writes: the logits of the last tokens, once in its dtype and twice in float32.
+    drawing = tokens // prompt_tokens * expert.vocab * (dtype.itemsize + 8)
+    return (expert.params + tokens * per_token) * dtype.itemsize + drawing
+
+
+def router_parameters(args, policy, experts):
+    """How many numbers the router has."""
+    if not experts or not reads_states(args.router):
+        return args.latents * policy.width
+    states = len(experts) * len(args.layers) * (args.positions if args.state_token == "last" else 1)
+    widest = max(expert.width for expert in experts)
+    if args.router == "linear":
+        return states * widest * args.latents * policy.width
+
+    # One matrix a state; q, k, v, proj (4 dim^2) and an MLP (8 dim^2); the way out.
+    dim = args.router_dim
+    return states * widest * (dim + 1) + 12 * dim**2 + dim * policy.width
+
+
+
+
+def is_cuda(args):
+    return args.device.startswith("cuda")
+
+
+def frozen_dtype(args, policy):
+    """The dtype of the policy's frozen weights, as rlvr.build will choose it."""
+    if args.dtype != "auto":
+        return getattr(torch, args.dtype)
+    return pick_dtype(args.device, policy.params)
+
+
+def activation_bytes(args, policy):
+    """Bytes of a number in a hidden state: 2 in bfloat16; 4 in float32, and where the weights are float16."""
+    return 2 if frozen_dtype(args, policy) == torch.bfloat16 else 4
+
+
+def mlp_copies(args, policy):
+    """Numbers for each of the MLP's inner ones while it runs: 4, and with float16 products copies of two."""
+    return 5 if frozen_dtype(args, policy) == torch.float16 else 4
+
+
+def prompt_scores(args, policy, rows, S):
+    """Bytes of one layer's attention within the prompts: 0 where a fused kernel does not write them down.
+
+    In float32 PyTorch has none for grouped heads: it keeps S^2 weights a head, and repeated keys and values.
+    """
+    if activation_bytes(args, policy) == 2:
+        return 0
+    return rows * policy.heads * (S * S + 2 * S * policy.head_dim) * 4
+
+
+LONGEST_GSM8K = dict(chat=384, plain=256)  # tokens of the longest prompts: 376 to 393, and 214 to 226
+
+
+def longest_prompt(args):
+    """About how many tokens the policy's longest prompt has, without a tokenizer and without a download."""
+    prompt_format = "plain" if args.answer_format == "plain" else "chat"
+    tasks = [task.strip() for task in args.task.split("+")]
+    longest = 0
+    if "gsm8k" in tasks and not args.data:
+        longest = LONGEST_GSM8K[prompt_format]
+        tasks.remove("gsm8k")
+
+    # A token is a word of at most six letters, or one other character. A chat has 164 more of instructions.
+    if tasks:
+        for problem in get_problems("+".join(tasks), "train", 64, args.data, args.level, progress=False):
+            tokens = len(re.findall(r"[^\W\d]{1,6}|\S", render_prompt(problem)))
+            longest = max(longest, bucket(tokens + 164 * (prompt_format == "chat")))
+    return longest
+
+
+def estimate_of(args):
+    """`memory_estimate` of a run, from its settings alone."""
+    experts = [model_size(source) for source in args.experts]
+    return memory_estimate(args, model_size(args.policy), experts, longest_prompt(args))
+
+
+# Choosing by memory.
+
+def free_memory(device):
+    """Bytes that are free on a GPU, or that this computer has. 0 if that cannot be found out."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else 0
+    if device == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return main_memory()
+
+
+def main_memory():
+    """Bytes of main memory. 0 if that cannot be found out."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        pass
+
+    # Windows has no sysconf.
+    try:
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024 * kilobytes.value
+    except (AttributeError, OSError):
+        return 0
+
+
+def has_gpu(given):
+    """May this run use a CUDA GPU?"""
+    return torch.cuda.is_available() and given.get("device", "auto").partition(":")[0] in ("auto", "cuda")
+
+
+def choose_preset(given):
+    """The preset, and what it changes for this machine, as settings; prints what was chosen on a GPU.
+
+    given: the settings of the command line. Raises ValueError where nothing fits. Nothing is fetched.
+    """
+    preset = given.get("preset") or DEFAULT_PRESET
+    rows = [row for row in GPU_ROWS if row["preset"] == preset]
+    if has_gpu(given) and rows and ("task" in given or "preset" in given):
+        chosen = choose_row(rows, given)
+        if chosen:
+            return chosen
+    if given.get("preset"):
+        return dict(preset=preset)
+
+    tasks = [known_task(task.strip()) for task in given.get("task", Args().task).split("+")]
+    if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
+        return dict(preset="tiny")
+    raise ValueError(what_runs_here(given))
+
+
+def choose_row(rows, given):
+    """The settings of the largest row that fits into the GPU's free memory; None if there is none.
+
+    --policy, --experts and --micro_batch are taken as given: if they fit with no row, the smallest row goes
+    with them, and `fit_to_memory` warns.
+    """
+    device = pick_device(given.get("device", "auto"))
+    free = min(all_gather(free_memory(device)))  # all ranks choose the same
+    card = torch.cuda.get_device_properties(device).name
+    larger = ""
+    for row in rows:
+        settings = {name: value for name, value in row.items() if name != "gpu"}
+        args = Args(**(PRESETS[row["preset"]] | settings | given | dict(device=device)))
+        needed = GAPS * peak_memory(estimate_of(args))
+        words = f"{Path(args.policy).name}, {args.micro_batch} prompts in a gradient pass"
+        last = row is rows[-1] and not given.keys().isdisjoint({"policy", "experts", "micro_batch"})
+        if needed <= free or last:
+            if needed > free:
+                larger = ""  # what was given fits with no row: `fit_to_memory` warns
+            print(f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {words}, "
+                  f"needs about {needed / 1e9:.1f} GB{larger}", flush=True)
+            return settings
+        larger = f"; the next larger choice, {words}, would need {needed / 1e9:.1f} GB"
+    return None
+
+
+def fit_to_memory(args, given):
+    """On a GPU: lower args.micro_batch until the run fits, unless it was given. Warn if it never does."""
+    if args.device == "cpu":
+        return
+    free = min(all_gather(free_memory(args.device)))
+    needed = GAPS * peak_memory(estimate_of(args))
+    while needed > free and args.micro_batch > 1 and "micro_batch" not in given:
+        args.micro_batch = args.micro_batch // 2
+        needed = GAPS * peak_memory(estimate_of(args))
+    if needed > free:
+        print(f"  warning    this run needs about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free on "
+              f"{args.device}: if it fails, choose a smaller --policy, smaller --experts or a lower "
+              "--micro_batch", flush=True)
+
+
+# Without a GPU: what runs here, and how long that takes.
+
+def what_runs_here(given):
+    """A sentence for a task that needs a GPU, on a machine without one (or with too small a one)."""
+    task = given["task"]
+    memory = main_memory()
+    has = f"{memory / 2**30:.0f} GB of memory" if memory else "an unknown amount of memory"
+    where = "no CUDA GPU"
+    if has_gpu(given):
+        where = f"a GPU with only {free_memory(pick_device('cuda')) / 1e9:.1f} GB free"
+    elif torch.cuda.is_available():
+        where = f"a GPU that --device {given['device']} leaves unused"
+
+    # The time of the two runs.
+    tiny, small = Args(), Args(**(PRESETS["small"] | dict(task=task)))
+    small.data, small.level = given.get("data", ""), given.get("level", small.level)
+    tiny.device = pick_device("cpu")
+    small.device = pick_device("cpu" if has_gpu(given) else given.get("device", "auto"))
+    device = " --device cpu" if has_gpu(given) else ""
+    smallest = GPU_ROWS[-1]
+    run_here = f"python train.py{device}"
+    asked = f"python train.py --task {shlex.quote(task)}"
+    return (f"{task} needs more than the embedded models, and this machine has {has} and {where}: "
+            f"`{run_here}` takes {duration(run_seconds(tiny))} here, "
+            f"`{run_here} --preset small --task {shlex.quote(task)}` {duration(run_seconds(small))} "
+            f"(from a short measurement), and `{asked}` needs a CUDA GPU of "
+            f"{smallest['gpu']} GB (for {Path(smallest['policy']).name}) or more (24 GB for "
+            f"{Path(PRESETS['paper']['policy']).name})")
+
+
+def duration(seconds):
+    """90 -> "about 2 minutes"."""
+    minutes = max(1, round(seconds / 60))
+    if minutes < 100:
+        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+    hours = round(minutes / 60)
+    return f"about {hours} hours" if hours < 100 else f"about {round(hours / 24)} days"
+
+
+SLOWER = 2.3  # a run takes so many times as long as its products alone (measured on two cores of a Xeon)
+
+
+def run_seconds(args):
+    """Roughly how long a whole run takes here if nothing else runs: 10 s to start, then its operations."""
+    rate = product_rate(frozen_dtype(args, model_size(args.policy)), args.device)
+    return 10 + SLOWER * run_operations(args) / rate
+
+
+def run_operations(args):
+    """How many operations (multiplications and additions) a run of train.py makes in products, roughly."""
+    P = longest_prompt(args) / 2  # on average, prompts are half as long as the longest
+    n_train = max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    n_problems = n_train + args.val + args.test
+
+    # Experts read every problem once, and once more where they also write. A token costs 2 operations for
+    # each parameter.
+    passes = 2 if args.reading_steps else 1
+    read = 0
+    for source in args.experts:
+        read += 2 * model_size(source).params * n_problems * passes * (P + args.write)
+
+    # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
+    # weights are frozen, and so does the reference.
+    prompts = args.batch * (2 if args.compare else 1) * P
+    answers = args.batch * args.group * args.max_new
+    step = (prompts + answers) * (4 if args.beta else 3)
+    stage0 = 2 * args.reading_batch * (P + args.write)
+    n_answers = args.val * math.ceil(args.steps / args.eval_every) + args.test * (2 + len(args.experts))
+    tokens = args.steps * step + args.reading_steps * stage0 + n_answers * (P + args.max_new)
+    return read + 2 * model_size(args.policy).params * tokens
+
+
+def product_rate(dtype, device):
+    """Operations a second in a matrix product, the best within a third of a second."""
+    x = torch.randn(512, 1024).to(device, dtype)
+    weight = torch.randn(2048, 1024).to(device, dtype)
+    best = math.inf
+    end = time.perf_counter() + 0.33
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (x @ weight.T)[0, 0].item()  # a GPU has finished when it gives a number
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 * 1024 * 2048 / best
+
+
 def print_plan(args):
-    raise NotImplementedError
+    """Print what a run would need, for --plan; no weights are loaded. Returns the table of memory."""
+    table = estimate_of(args)
+    print(f"memory on {args.device}, an estimate; experts, rollout, gradient pass and tests take turns:")
+    for what, size in table.items():
+        print(f"  {what:40} {size / 1e9:8.2f} GB")
+    print(f"  {'at the worst moment':40} {peak_memory(table) / 1e9:8.2f} GB")
+    free = free_memory(args.device)
+    if free:
+        print(f"  {'free now' if args.device != 'cpu' else 'this computer has':40} {free / 1e9:8.2f} GB")
+
+    n_train = max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    words, reading = words_and_reading(args)
+    print(f"experts: each reads {n_train:,} + {args.val} + {args.test:,} prompts, once for all runs")
+    print(f"stage 0: {words} steps of words, {reading} of reading ({args.reading_batch} problems each)")
+    print(f"GRPO: {args.steps} steps of {args.batch} problems x {args.group} answers of at most "
+          f"{args.max_new} tokens, {args.micro_batch} prompts in a gradient pass")
+    return table
 
 
 def run(argv=None):

@@ -1,16 +1,17 @@
 """
-How fast it is: against the alternatives, and against the least that the device needs for the products alone.
+How fast it is: beside other programs, and beside the least that the device needs for the products alone.
 
-    python lab/bench.py                  on a random model of SmolLM2-135M's shape: half an hour on two cores
-    python lab/bench.py --quick          half the prompts and tokens, no growth tables: minutes
-    python lab/bench.py --device cuda    the same on a GPU, with launches a token; a larger --shape pays there
-    python lab/bench.py --peers          and a step of TRL's GRPOTrainer, in an environment of its own (24 GB)
-    python lab/bench.py --only rollout   some of it; with --json FILE the other figures are kept
-    python lab/bench.py --only           nothing is measured: results/SPEED.md is written again
+    python -m lab.bench                  on a random model of SmolLM2-135M's shape: 15 minutes on two cores
+    python -m lab.bench --quick          with half the prompts and tokens; its figures are not kept
+    python -m lab.bench --device cuda    the same on a GPU; a larger --shape pays there
+    python -m lab.bench --peers          also a step of TRL's GRPOTrainer, in its own environment (24 GB)
+    python -m lab.bench --only rollout   some of it; with --json FILE the other figures in FILE stay
+    python -m lab.bench --only           nothing is measured: results/SPEED.md is written again
 
-A figure is a ratio of two things measured in turn, so that it holds where the machine's speed drifts: median,
-least and greatest of the rounds. Memory is the peak above what was resident before, each side in a process of
-its own. results/SPEED.md is written from the figures, each with its floor. No test depends on them.
+A figure is a ratio of two things that are measured in turn, so that it holds where the machine's speed
+drifts: its median, least and greatest of the rounds. Memory is the peak above what was resident before, each
+side in a process of its own. results/SPEED.md is written from the figures, each beside its floor. No test
+depends on them.
 """
 import os
 
@@ -29,18 +30,16 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import plan  # first: it lets Python find the files one folder up
 from model import Policy, TokenLogprob
 from rewards import Problem, cache_dir, verify
-from rlvr import Batch, advantages, grpo_loss, make_optimizer, rollout
+from rlvr import (Batch, advantages, clip_gradients, grpo_loss, make_optimizer, parameters_of, rollout,
+                  run_cli)
 from router import Router
 from train import Args
 
@@ -56,7 +55,7 @@ FLOORS = {  # figure: the value that it should reach, and what it is
     "logprob_memory_share": ("≤ 0.25", "their peak, in chunks / whole"),
     "router_ratio_n8": ("≥ 2", "projecting 8 narrow experts: a loop over them / one einsum"),
     "router_ratio_wide": ("≥ 0.9", "the same of 8 experts from 384 to 2,048 wide: half of it is padding"),
-    "start_s": ("≤ 8", "seconds of `python train.py --align 0` to its first step, states cached"),
+    "start_s": ("≤ 8", "seconds of `python train.py --reading_steps 0` to its first step, states cached"),
     "experts_8_over_1_step": ("≤ 1.05", "a step with eight experts / with one, the embedded policy"),
     "verify_ms_64": ("≤ 20", "milliseconds to verify 64 completions"),
     "trl_step_ratio": ("≥ 4", "a step of TRL's GRPOTrainer / ours"),
@@ -70,9 +69,7 @@ SHAPES = {
     "3B": dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
                num_attention_heads=16, num_key_value_heads=2),  # Qwen2.5-3B's
 }
-BASE = dict(prompts=4, group=8, prompt=128, new=64, experts=3)  # the step from which one thing is varied
-GROWTH = dict(group=(4, 16), new=(32, 128), prompt=(64, 256), experts=(1, 8))  # in between: BASE
-PARTS = ("rollout", "reference", "gradient")
+
 
 # -- Measuring
 
@@ -82,30 +79,42 @@ def clock(device):
         torch.cuda.synchronize()
     return time.perf_counter()
 
+
 def seconds(run, device):
     start = clock(device)
     run()
     return clock(device) - start
 
+
 def alternate(device, *functions, rounds=3):
-    """Seconds of each function in each round, [function][round]. The round before them is not counted."""
-    times = [[seconds(function, device) for function in functions] for _ in range(rounds + 1)]
+    """Seconds of each function in each round, [function][round]. One round before them is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        times.append([seconds(function, device) for function in functions])
     return list(zip(*times[1:]))
 
+
 def summary(values):
-    """(median, least, greatest)."""
+    """(median, least, greatest)"""
     return statistics.median(values), min(values), max(values)
+
 
 def ratio(a, b):
     return summary([x / y for x, y in zip(a, b)])
 
+
 def resident(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) / 1024
+    """MB of memory of this process, by Linux's name for it: VmRSS now, VmHWM at the peak."""
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+
 
 def peak(run, device):
-    """MB at the peak of run() above those before it. On a CPU it is Linux that keeps the peak; writing 5 to
-    clear_refs sets it back to what is resident now."""
+    """MB at the peak of run() above those before it.
+
+    On a CPU it is Linux that keeps the peak. Writing 5 to clear_refs sets it back to what is resident now.
+    """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -116,13 +125,16 @@ def peak(run, device):
     run()
     return resident("VmHWM") - before
 
-def child(function, *args, **options):
+
+def in_a_process(function, *args, **options):
     """What a function gives in a process of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(function, *args, **options).result()
 
+
 def peak_of(make, **options):
     return peak(make(**options), options["device"])
+
 
 # -- What is measured
 
@@ -134,23 +146,30 @@ def random_model(folder, shape):
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
 
+
 def load(folder, device, dtype=torch.bfloat16):
     policy = Policy.from_pretrained(folder, dtype=dtype, device=device)
     policy.stop_at([len(policy.embed) - 1])  # hardly ever drawn: both sides write every token
     return policy
 
+
 def texts(n, length, device):
+    """n prompts of `length` random tokens: tokens (n, length), lengths (n,)."""
     tokens = torch.randint(2, 200, (n, length), generator=torch.Generator().manual_seed(0))
     return tokens.to(device), torch.full((n,), length, device=device)
+
 
 @torch.no_grad()
 def products(parts):
     """Matrix products alone. parts: (rows, times, weights), every weight with so many rows, so often."""
     for rows, times, weights in parts:
-        x = {w.shape[1]: torch.zeros(rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+        x = {}
+        for w in weights:
+            x[w.shape[1]] = torch.zeros(rows, w.shape[1], dtype=w.dtype, device=w.device)
         for _ in range(times):
             for w in weights:
                 F.linear(x[w.shape[1]], w)
+
 
 def bench_rollout(folder, size, device):
     """Ours, transformers' generate with eager and with sdpa attention, and the matrix products alone."""
@@ -163,47 +182,33 @@ def bench_rollout(folder, size, device):
     def ours():
         policy.generate(policy.prefill(tokens, lengths), 8, new, 1.0, generator)
 
-    def theirs(attention):
+    def generate_with(attention):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16,
-                                                     attn_implementation=attention).eval().to(device)
+                                                     attn_implementation=attention)
+        model = model.eval().to(device)
         ids = tokens.repeat_interleave(8, 0)
-        options = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=new,
-                       min_new_tokens=new, pad_token_id=0, attention_mask=torch.ones_like(ids))
-        return lambda: model.generate(ids, **options)
+
+        def theirs():
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0,
+                           temperature=1.0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+
+        return theirs
 
     body = [layer.weight for layer in policy.adapters()]
     parts = [(size["prompts"] * 128, 1, body), (rows, new, [*body, policy.head])]
-    # The limit in more rounds and right beside ours: generate takes long, and meanwhile a machine drifts.
-    mine, limit = alternate(device, ours, lambda: products(parts), rounds=9)
-    beside, eager, sdpa = alternate(device, ours, theirs("eager"), theirs("sdpa"))
+
+    def products_alone():
+        products(parts)
+
+    # The limit takes more rounds, right beside ours: generate takes long, and meanwhile a machine drifts.
+    mine, limit = alternate(device, ours, products_alone, rounds=9)
+    beside, eager, sdpa = alternate(device, ours, generate_with("eager"), generate_with("sdpa"))
     faster = min((eager, sdpa), key=statistics.median)
     times = {"ours": mine, "generate, eager": eager, "generate, sdpa": sdpa, "products alone": limit}
-    figures = dict(rollout_ratio=ratio(faster, beside), rollout_limit_share=ratio(limit, mine))
-    figures["tokens_a_second"] = {name: rows * new / statistics.median(t) for name, t in times.items()}
-    figures |= profiled(ours, new, device)
-    return figures
+    per_second = {name: rows * new / statistics.median(values) for name, values in times.items()}
+    return dict(rollout_ratio=ratio(faster, beside), rollout_limit_share=ratio(limit, mine),
+                tokens_a_second=per_second)
 
-KINDS = {"products with the weights": ("aten::mm", "aten::addmm"),
-         "products of attention": ("aten::bmm",),
-         "softmax": ("aten::_softmax",),
-         "copies": ("aten::copy_", "aten::cat", "aten::fill_", "aten::masked_fill_"),
-         "norms, rotation, SwiGLU, sums": ("aten::mul", "aten::add", "aten::sub", "aten::neg", "aten::silu",
-                                           "aten::_fused_rms_norm", "aten::sum", "aten::div", "aten::cumsum")}
-
-def profiled(run, new, device):
-    """On a GPU the kernels that a token launches. On a CPU the share of run()'s operator time by kind; the
-    profiler itself makes the many small ones look longer."""
-    on_gpu = device.startswith("cuda")
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
-        seconds(run, device)
-    events = profiler.key_averages()
-    if on_gpu:
-        kernels = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-        return dict(launches_a_token=sum(e.count for e in kernels) / new)
-    spent = {event.key: event.self_cpu_time_total for event in events}
-    shares = {kind: sum(spent.pop(name, 0) for name in names) for kind, names in KINDS.items()}
-    shares["the rest: dispatch, views, indices"] = sum(spent.values())
-    return dict(rollout_profile={kind: t / sum(shares.values()) for kind, t in shares.items()})
 
 def scoring(folder, prompts, new, copies, device, group=8):
     """A function: the gradient of `group` completions of each prompt, the prompt shared or copied."""
@@ -223,11 +228,14 @@ def scoring(folder, prompts, new, copies, device, group=8):
 
     return run
 
+
 def bench_gradient(folder, size, device):
     options = dict(folder=folder, prompts=size["prompts"], new=size["new"], device=device)
     times = alternate(device, scoring(**options, copies=True), scoring(**options, copies=False))
-    shared, copied = (child(peak_of, scoring, **options, copies=copies) for copies in (False, True))
+    shared = in_a_process(peak_of, scoring, **options, copies=False)
+    copied = in_a_process(peak_of, scoring, **options, copies=True)
     return dict(gradient_time_ratio=ratio(*times), gradient_memory_share=summary([shared / copied]))
+
 
 def head(at_once, device, n=2048):
     """A function: log-probabilities of n tokens with gradient, in chunks or from the whole (n, V)."""
@@ -246,178 +254,183 @@ def head(at_once, device, n=2048):
 
     return run
 
+
 def bench_head(folder, size, device):
     times = alternate(device, head(False, device), head(True, device))
-    chunks, entire = (child(peak_of, head, at_once=at_once, device=device) for at_once in (False, True))
-    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / entire]))
+    chunks = in_a_process(peak_of, head, at_once=False, device=device)
+    whole = in_a_process(peak_of, head, at_once=True, device=device)
+    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / whole]))
+
 
 def bench_router(folder, size, device):
-    narrow, wide = [64, 72, 80, 88, 96, 104, 112, 128], [384, 576, 640, 768, 896, 1024, 1536, 2048]
+    narrow = [64, 72, 80, 88, 96, 104, 112, 128]
+    wide = [384, 576, 640, 768, 896, 1024, 1536, 2048]
     return dict(router_ratio_n8=ratio(*alternate(device, *projections(narrow, 64, device), rounds=15)),
                 router_ratio_wide=ratio(*alternate(device, *projections(wide, 512, device), rounds=15)))
 
+
 def projections(widths, dim, device):
-    """Two functions: the projection of eight experts, forward and backward, in a loop and by one einsum; the
-    attention after it is the same for both."""
-    router = Router(widths, 576, dim=dim).to(device)
+    """Two functions: the projection of eight experts, forward and backward, in a loop and by one einsum.
+
+    The attention after it is the same for both.
+    """
+    router = Router(widths, list(range(len(widths))), 576, dim=dim).to(device)
     states = [torch.randn(32, width, device=device) for width in widths]
     H = torch.stack([F.pad(h, (0, max(widths) - h.shape[1])) for h in states], 1)
     weights = [nn.Parameter(W[:width].detach().clone()) for width, W in zip(widths, router.W)]
-    gradient = torch.randn(32, 8, dim, device=device)
+    gradient = torch.randn(32, len(widths), dim, device=device)
 
     def loop():
         rows = []
         for e, (h, W) in enumerate(zip(states, weights)):
             width = h.shape[1]
             x = ((h - router.mean[e, :width]) * router.inv_std[e, :width]).clamp(-10, 10)
-            rows.append(x @ W + router.expert_embed[e])
-        return router.norm_experts(torch.stack(rows, 1))
+            rows.append(x @ W + router.state_embed[e])
+        return router.norm_states(torch.stack(rows, 1))
 
     def einsum():
-        return router.project(router.standardize(H))
+        x = router.standardize(H)
+        return router.norm_states(torch.einsum("bnd,ndk->bnk", x, router.W) + router.state_embed)
 
     def many(project, trained):
-        for _ in range(20):
-            torch.autograd.grad(project(), (*trained, router.expert_embed), gradient)
+        def run():
+            for _ in range(20):
+                torch.autograd.grad(project(), (*trained, router.state_embed), gradient)
+        return run
 
-    return lambda: many(loop, weights), lambda: many(einsum, [router.W])
+    return many(loop, weights), many(einsum, [router.W])
+
 
 def bench_verify(folder, size, device):
     problem = Problem("How many?", "18")
     answers = [f"<think>{'so ' * 40}{i} and {2 * i}</think>It is <answer>{i}</answer>" for i in range(64)]
-    (times,) = alternate("cpu", lambda: [verify(answer, problem) for answer in answers], rounds=20)
+
+    def verify_all():
+        for answer in answers:
+            verify(answer, problem)
+
+    (times,) = alternate("cpu", verify_all, rounds=20)
     return dict(verify_ms_64=summary([1000 * t for t in times]))
+
 
 # -- A whole step
 
-def trainer(folder, device, prompts, group, prompt, new, experts, tiny=False, micro=None):
-    """A function: one step of train.py's loop; it returns the seconds of its PARTS. No completion ends early,
-    and the experts' states are at hand. The rewards are random, so that every group teaches something. A pass
-    has `micro` prompts, or all."""
+BETA = 0.04  # the paper's weight of the KL to the frozen policy
+
+
+def stepper(folder, device, prompts, group, prompt, new, experts, tiny=False, micro=None):
+    """A function: one step of train.py's loop as in the preset *paper*, with KL and without comparing.
+
+    No completion ends early, and the experts' states are at hand. The rewards are random, so that every group
+    teaches something. A gradient pass has `micro` prompts, or all.
+    """
+    # Models, optimizer, and a batch.
     policy = load(folder, device, torch.float32 if tiny else torch.bfloat16)
     policy.tokenizer = AutoTokenizer.from_pretrained(folder)
     width, dim = (160, 64) if tiny else (1024, 512)
-    router = Router([width] * experts, policy.config.hidden_size, dim=dim).to(device)
+    expert_of_state = list(range(experts))
+    router = Router([width] * experts, expert_of_state, policy.config.hidden_size, dim=dim).to(device)
     optimizer = make_optimizer(policy, router, 1e-4, 1e-4)
-    parameters = [p for part in optimizer.param_groups for p in part["params"]]
+    parameters = parameters_of(optimizer)
     tokens, lengths = texts(prompts, prompt, device)
+    visible = torch.ones(prompts, experts, dtype=torch.bool, device=device)
+    alone = torch.eye(experts, dtype=torch.bool, device=device)
     batch = Batch([Problem("How many?", "18")] * prompts, tokens, lengths,
-                  torch.randn(prompts, experts, width, device=device))
-    args = Args(max_new=new, form="plain")
+                  torch.randn(prompts, experts, width, device=device), visible, alone)
+    args = Args(max_new=new, answer_format="plain")
     generator = torch.Generator(device).manual_seed(0)
-    passes = [slice(i, i + (micro or prompts)) for i in range(0, prompts, micro or prompts)]
 
-    def score(sampled, part, context=None):
-        cache = policy.prefill(tokens[part], lengths[part], context)
-        return policy.logprobs(cache, sampled.tokens[part], sampled.mask[part])[0]
+    passes = torch.arange(prompts).split(micro or prompts)
 
     def step():
-        times = [clock(device)]
         sampled = rollout(policy, router, batch, args, group, 1.0, generator)
-        times.append(clock(device))
-        with torch.no_grad(), policy.lora_disabled():
-            ref = torch.cat([score(sampled, part) for part in passes])
-        times.append(clock(device))
         rewards = torch.randint(0, 2, (prompts, group), generator=generator, device=device).float()
         advantage, n_tokens = advantages(rewards), sampled.mask.sum()
-        for part in passes:
-            logp = score(sampled, part, router(batch.H[part])[0])
-            loss = grpo_loss(logp, logp.detach(), ref[part], advantage[part], sampled.mask[part], args)
-            (loss / n_tokens).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for rows in passes:
+            part, answers, mask = batch[rows], sampled.tokens[rows], sampled.mask[rows]
+            with torch.no_grad(), policy.lora("off"):
+                reference, _ = policy.score(part, None, answers, mask)
+            context, _ = router(part.H, part.visible)
+            logp, _ = policy.score(part, context, answers, mask)
+            (grpo_loss(logp, reference, advantage[rows], mask, BETA) / n_tokens).backward()
+        clip_gradients(parameters)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        times.append(clock(device))
-        return {part: end - start for part, start, end in zip(PARTS, times, times[1:])}
+        optimizer.zero_grad()
 
     return step
 
+
 def measure_step(device, rounds=2, **options):
-    """Seconds of a step by part, median of the rounds after one, and MB at the peak above the libraries."""
-    rows = []
+    """([seconds of each round after one], MB at the peak above the libraries) of a step."""
+    times = []
 
     def run():
-        step = trainer(device=device, **options)
-        rows.extend(step() for _ in range(rounds + 1))
+        step = stepper(device=device, **options)
+        for _ in range(rounds + 1):
+            times.append(seconds(step, device))
 
     mb = peak(run, device)
-    return {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS} | dict(mb=mb)
+    return times[1:], mb
 
-def planned(model, device, prompts, group, prompt, new, experts, tiny):
-    """What plan.py says of the step that `trainer` makes: seconds, and MB above the libraries."""
-    width, dim = (160, 64) if tiny else (1024, 512)
-    args = Args(batch=prompts, micro_batch=prompts, group=group, max_new=new, router_dim=dim, device=device)
-    policy, S = plan.Sizes(str(model)), prompt + args.latents
-    pool = [SimpleNamespace(d=width, params=0, dtype=policy.dtype)] * experts
-    memory = plan.peak(plan.memory(args, policy, pool, S)) - plan.IMPORTED
-    return dict(plan_seconds=sum(plan.step_seconds(args, policy, S, new)), plan_mb=memory / 2**20)
-
-def bench_growth(folder, size, device):
-    """How a step grows, one thing varied at a time, and with the model; beside each what plan.py says. Quick:
-    the embedded policy alone."""
-    def step(varied, value, model=folder, tiny=False, **changed):
-        options = BASE | changed
-        measured = child(measure_step, folder=model, device=device, tiny=tiny, **options)
-        forecast = planned(model, device, tiny=tiny, **options)
-        rows.append(dict(varied=varied, value=value) | measured | forecast)
-        print(rows[-1], flush=True)
-
-    rows = []
-    step("model", "tiny", TINY, tiny=True)
-    if size["grow"]:
-        step("model", "135M")
-        with tempfile.TemporaryDirectory() as larger:
-            random_model(larger, "0.5B")
-            step("model", "0.5B", larger)
-        for name, values in GROWTH.items():
-            for value in values:
-                step(name, value, **{name: value})
-    return dict(growth=rows)
 
 def bench_start(folder, size, device):
-    """A step with eight experts against one; and `python train.py` to its first row of metrics."""
-    steps = [trainer(TINY, device, 36, 8, 32, 8, experts, tiny=True) for experts in (8, 1)]
-    times = alternate(device, *steps, rounds=12)
+    """Steps of the embedded policy, with eight experts and with one; and how long train.py takes to begin."""
+    options = dict(folder=TINY, device=device, prompts=36, group=8, prompt=32, new=8, tiny=True)
+    eight, one = (stepper(**options, experts=experts) for experts in (8, 1))
+    many_over_one = ratio(*alternate(device, eight, one, rounds=12))
+
     waited = []
     for _ in range(1 + 3):
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, str(ROOT / "train.py"), "--align", "0", "--val", "1", "--test", "1",
-                       "--steps", "100", "--device", device, "--out", out]
-            start, metrics = time.perf_counter(), Path(out, "metrics.jsonl")
-            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-                while not metrics.exists() and process.poll() is None:
-                    time.sleep(0.02)
-                waited.append(time.perf_counter() - start)
-                process.kill()
-            if not metrics.exists():
-                raise ValueError(f"{' '.join(command)} ended before its first step: call it to see why")
-    return dict(start_s=summary(waited[1:]), experts_8_over_1_step=ratio(*times))
+            waited.append(seconds_to_first_step(out, device))
+    return dict(start_s=summary(waited[1:]), experts_8_over_1_step=many_over_one)
+
+
+def seconds_to_first_step(out, device):
+    command = [sys.executable, str(ROOT / "train.py"), "--reading_steps", "0", "--val", "1", "--test", "1",
+               "--steps", "100", "--device", device, "--out", out]
+    metrics = Path(out, "metrics.jsonl")
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not metrics.exists() and process.poll() is None:
+            time.sleep(0.02)
+        waited = time.perf_counter() - start
+        process.kill()
+    if not metrics.exists():
+        raise ValueError(f"{' '.join(command)} ended before its first step: call it to see why")
+    return waited
+
 
 # -- TRL
 
 def bench_peers(folder, size, device):
-    """A step of TRL's GRPOTrainer against ours on 8 prompts x 8 completions of 96 and 64 tokens, both with 32
-    completions in a gradient pass, train.py's default. TRL lives in an environment of its own, as it wants
-    other versions; the first time that is installed."""
+    """A step of TRL's GRPOTrainer beside ours, on 8 prompts x 8 completions of 96 and 64 tokens.
+
+    Both have 32 completions in a gradient pass. TRL lives in an environment of its own, as it wants other
+    versions; it is installed there the first time.
+    """
     venv = cache_dir() / "trl"
     python = str(venv / "bin" / "python")
     if not list(venv.glob("lib/*/site-packages/trl")):
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         needs = [f"torch=={version('torch').partition('+')[0]}", "trl==1.16.*", "peft", "datasets"]
         subprocess.run([python, "-m", "pip", "install", "-q", *needs], check=True)
-    options = dict(folder=folder, device=device, prompts=8, group=8, prompt=96, new=64, experts=3,
-                   micro=4)
-    ours = [child(measure_step, **options)]  # before and after theirs: the machine's speed drifts
+
+    # Ours before and after theirs, as the machine's speed drifts.
+    options = dict(folder=folder, device=device, prompts=8, group=8, prompt=96, new=64, experts=3, micro=4)
+    before, mb_before = in_a_process(measure_step, **options)
     done = subprocess.run([python, "-c", TRL, str(folder), device], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ValueError(f"TRL did no step, see above: {python} -c 'import trl' should work")
+        raise ValueError(f"TRL made no step, see above: {python} -c 'import trl' should work")
     theirs = json.loads(done.stdout.splitlines()[-1])
-    ours.append(child(measure_step, **options))
-    steps = [sum(one[part] for part in PARTS) for one in ours]
-    print(f"  TRL {theirs['version']}: {theirs['seconds']} s, {theirs['mb']:,.0f} MB; ours {steps} s, "
-          f"{[one['mb'] for one in ours]} MB")
-    return dict(trl_step_ratio=ratio(theirs["seconds"], steps),
-                trl_memory_share=summary([one["mb"] / theirs["mb"] for one in ours]))
+    after, mb_after = in_a_process(measure_step, **options)
+
+    ours = [statistics.median(before), statistics.median(after)]
+    print(f"  TRL {theirs['version']}: {theirs['seconds']} s, {theirs['mb']:,.0f} MB; ours {ours} s, "
+          f"{[mb_before, mb_after]} MB")
+    return dict(trl_step_ratio=ratio(theirs["seconds"], ours),
+                trl_memory_share=summary([mb / theirs["mb"] for mb in (mb_before, mb_after)]))
+
 
 TRL = """
 import json, sys, time
@@ -451,99 +464,106 @@ seconds = [b - a for a, b in zip(marks[::2], marks[1::2])][1:]
 print(json.dumps(dict(version=trl.__version__, seconds=seconds, mb=mb)))
 """
 
+
 # -- What is written
-
-def table(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-def listed(values, form):
-    return ", ".join(f"{name} {value:{form}}" for name, value in values.items())
 
 def report(figures):
     """results/SPEED.md as text."""
     made_by = figures["made_by"]
-    rows = []
+    rows = [["figure", "what", "median", "least", "greatest", "floor", "met", "by"], ["---"] * 8]
     for key, (floor, meaning) in FLOORS.items():
         if key in figures:
-            median, sign, bound = figures[key][0], *floor.split()
+            sign, bound = floor.split()
+            median = figures[key][0]
             met = median >= float(bound) if sign == "≥" else median <= float(bound)
             numbers = [f"{value:.3g}" for value in figures[key]]
-            rows.append((key, meaning, *numbers, floor, "yes" if met else "**no**", made_by[key]))
+            rows.append([key, meaning, *numbers, floor, "yes" if met else "**no**", made_by[key]])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    where = ", ".join(f"{name} {value}" for name, value in figures.get("where", {}).items())
     text = ["# Speed\n",
-            "Written by `python lab/bench.py`. Median, least and greatest of the rounds; *by*: the commit "
-            f"that was measured. Last run: {listed(figures['where'], '')}.\n",
-            table(("figure", "what", "median", "least", "greatest", "floor", "met", "by"), rows)]
+            "Written by `python -m lab.bench`. Median, least and greatest of the rounds; *by*: the commit "
+            f"that was measured. Last run: {where}.\n",
+            table + "\n"]
     if "tokens_a_second" in figures:
-        text.append(f"Tokens a second in the rollout, prefill included ({made_by['tokens_a_second']}): "
-                    f"{listed(figures['tokens_a_second'], ',.0f')}.\n")
-    if "launches_a_token" in figures:
-        text.append(f"Kernels launched for a token ({made_by['launches_a_token']}): "
-                    f"{figures['launches_a_token']:,.0f}.\n")
-    if "rollout_profile" in figures:
-        text.append(f"What the rollout's time is made of, by profiler ({made_by['rollout_profile']}): "
-                    f"{listed(figures['rollout_profile'], '.0%')}.\n")
-    if "simpler" in figures:
-        simpler = figures["simpler"]
-        text += ["## What being simpler costs\n", simpler["about"] + "\n",
-                 table(simpler["head"], simpler["rows"]), simpler["why"] + "\n"]
-    if "by_hand" in figures:
-        text.append(figures["by_hand"] + "\n")
-    if "growth" in figures:
-        rows = []
-        for row in figures["growth"]:
-            total_seconds = sum(row[part] for part in PARTS)
-            shares = [f"{row[part] / total_seconds:.0%}" for part in PARTS]
-            rows.append((row["varied"], row["value"], f"{total_seconds:.2f}", f"{row['mb']:,.0f}", *shares,
-                         f"{row['plan_seconds'] / total_seconds:.2f}", f"{row['plan_mb'] / row['mb']:.2f}"))
-        text += ["## Growth\n",
-                 f"One step, one thing varied at a time from {listed(BASE, '')} (prompt and new: tokens), "
-                 "135M in bf16, tiny in fp32. MB above the libraries, then shares, then what `lab/plan.py` "
-                 "says, divided by what was measured (three constants of its forecast of time are fitted to "
-                 f"such rows of commit 2d49382, on another processor); {made_by['growth']}.\n",
-                 table(("varied", "value", "seconds", "MB", *PARTS, "plan: seconds", "plan: MB"), rows)]
+        rates = ", ".join(f"{name} {value:,.0f}" for name, value in figures["tokens_a_second"].items())
+        commit = made_by["tokens_a_second"]
+        text.append(f"Tokens a second in the rollout, prefill included ({commit}): {rates}.\n")
     return "\n".join(text)
 
-# peers first: TRL needs 11 GB, and later this process holds as much
-BENCHES = dict(peers=bench_peers, verify=bench_verify, router=bench_router, start=bench_start,
-               head=bench_head, rollout=bench_rollout, gradient=bench_gradient, growth=bench_growth)
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="half the prompts and tokens, no growth")
-    parser.add_argument("--peers", action="store_true", help="also against TRL")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--shape", default="135M", choices=SHAPES, help="of the random model")
-    parser.add_argument("--only", nargs="*", choices=BENCHES, help="some of it")
-    parser.add_argument("--json", type=Path, help="the figures, kept here; those not measured now stay in it")
-    args = parser.parse_args()
-    results = ROOT / "results" / "speed.json"  # of full runs, or named
-    file = args.json or (None if args.quick or args.device != "cpu" or args.shape != "135M" else results)
-    size = dict(prompts=4, new=32, grow=False) if args.quick else dict(prompts=8, new=64, grow=True)
-    names = args.only
+# -- Plumbing. Nothing below is about the method; skip it at first reading.
+
+BENCHES = {  # peers first: TRL needs 11 GB, and later this process holds as much
+    "peers": bench_peers,
+    "verify": bench_verify,
+    "router": bench_router,
+    "start": bench_start,
+    "head": bench_head,
+    "rollout": bench_rollout,
+    "gradient": bench_gradient,
+}
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m lab.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="Half the prompts and tokens.")
+    parser.add_argument("--peers", action="store_true", help="Also beside TRL.")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda. Default: cpu.")
+    parser.add_argument("--shape", default="135M", choices=SHAPES, help="Shape of the random model.")
+    parser.add_argument("--only", nargs="*", choices=BENCHES, help="Some of it.")
+    parser.add_argument("--json", type=Path,
+                        help="File for the figures; those that are not measured now stay in it.")
+    return parser.parse_args(argv)
+
+
+def run(argv=None):
+    options = parse(argv)
+    names = options.only
     if names is None:
-        names = [name for name in BENCHES if name != "peers" or args.peers]
-    figures = json.loads(file.read_text()) if file and file.exists() else {"made_by": {}}
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    by = subprocess.run(command, capture_output=True, text=True).stdout.strip() + " --quick" * args.quick
-    if args.device != "cpu":
-        by += f" {torch.cuda.get_device_name()}"
+        names = [name for name in BENCHES if name != "peers" or options.peers]
+    size = dict(prompts=4, new=32) if options.quick else dict(prompts=8, new=64)
+
+    # Figures are kept if they are those of a full run on this CPU, or if a file is named.
+    results = ROOT / "results" / "speed.json"
+    file = options.json
+    if file is None and not (options.quick or options.device != "cpu" or options.shape != "135M"):
+        file = results
+    figures = {"made_by": {}}
+    if file and file.exists():
+        figures = json.loads(file.read_text())
+
     with tempfile.TemporaryDirectory() as folder:
         if names:
-            random_model(folder, args.shape)
-            figures["where"] = dict(command=" ".join(["python", *sys.argv]), machine=platform.machine(),
-                                    threads=torch.get_num_threads(), python=platform.python_version(),
-                                    torch=version("torch"), transformers=version("transformers"))
+            random_model(folder, options.shape)
+            figures["where"] = dict(command=" ".join(["python -m lab.bench", *(argv or sys.argv[1:])]),
+                                    machine=platform.machine(), threads=torch.get_num_threads(),
+                                    python=platform.python_version(), torch=version("torch"),
+                                    transformers=version("transformers"))
         for name in names:
             print(f"{name} ...", flush=True)
-            measured = BENCHES[name](folder, size, args.device)
+            measured = BENCHES[name](folder, size, options.device)
             figures |= measured
-            figures["made_by"] |= {key: by for key in measured}
+            figures["made_by"] |= {key: measured_by(options) for key in measured}
             if file:
                 file.write_text(json.dumps(figures, indent=1) + "\n")
+
     print(report(figures))
     if file and file.resolve() == results:
         (ROOT / "results" / "SPEED.md").write_text(report(figures))
 
+
+def measured_by(options):
+    """The commit, and what is special about the measurement."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    text = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if options.quick:
+        text += " --quick"
+    if options.device != "cpu":
+        text += f" {torch.cuda.get_device_name()}"
+    return text
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_cli("lab.bench", run))

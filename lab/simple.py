@@ -25,7 +25,8 @@ which expert is good at which kind of problem. The method has seven steps, and `
              what this expert would answer, right or wrong.
 
 4. Reading.  The policy learns to give that answer when it has read C and the problem. Its own weights are
-             frozen; LoRA, a small addition to them, is trained. Now it can read every expert and prefers none.
+             frozen; LoRA, a small addition to them, is trained. After this step the policy can read every
+             expert, and prefers none.
 
 5. Compare.  Now come the rewards: 1 for a right answer, 0 for any other. Two experts are drawn for each
              problem. Half of a group of answers is sampled while only the first expert is visible, the other
@@ -70,7 +71,7 @@ BATCH, GROUP = 36, 8  # problems in a step of comparing, and answers to each pro
 
 
 def load(name):
-    """A frozen model of the pool, and its tokenizer. Padding is on the left, so that all prompts end together."""
+    """A frozen model of the pool, and its tokenizer. Padding is on the left: all prompts end together."""
     model = AutoModelForCausalLM.from_pretrained(POOL / name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(POOL / name, padding_side="left")
     return model.requires_grad_(False).eval(), tokenizer
@@ -116,7 +117,7 @@ def add_lora(policy):
 
 
 def with_prefix(policy, context, tokens):
-    """context (B, L, d), tokens (B, T) -> the policy's input [C ; x] (B, L + T, d), and its mask (B, L + T)."""
+    """context C (B, L, d), tokens (B, T) -> input of the policy (B, L + T, d), and its mask (B, L + T)."""
     embedding = policy.get_input_embeddings().weight  # (V, d)
     prefix = embedding.mean(0) + embedding.std() * context
     is_token = (tokens != policy.config.pad_token_id).long()
@@ -175,7 +176,7 @@ def main(seed=0, steps=10, split="test"):
     lora = add_lora(policy)
     router = Router(widths, expert_of_state=[0, 1, 2], d_policy=policy.config.hidden_size,
                     latents=1 + MAX_NEW, heads=4, dim=64, temperature=0.5, init_scale=0.02)
-    router.fit_standardization(H[:256])
+    router.fit_standardization(H[:256])  # it reads each dimension with mean 0 and std 1
     trust = [p for name, p in router.named_parameters() if name.startswith("trust")]
     reader = [p for name, p in router.named_parameters() if not name.startswith("trust")]
 
@@ -247,24 +248,30 @@ def main(seed=0, steps=10, split="test"):
         rewards = get_rewards(tokenizer, answers, [problems[i] for i in asked])
         rewards = rewards.view(2 * BATCH, GROUP // 2)
 
-        # 6. Learn whom to believe, from the difference between the halves.
+        # 6. Learn whom to believe, from the difference between the halves. The loss is the expected reward
+        #    with a minus sign, up to a constant. With p = [0.6, 0.4] and R = [1, 0] it is
+        #    -(0.6 * 0.5 - 0.4 * 0.5) = -0.1, and it falls when p[0] rises.
         R = rewards.mean(1).view(BATCH, 2)
         p = shares.gather(1, pair)
         p = p / p.sum(1, keepdim=True)
-        loss = -(p * (R - R.mean(1, keepdim=True))).sum(1).mean()
+        choice_loss = -(p * (R - R.mean(1, keepdim=True))).sum(1).mean()
 
         #    Learn how to answer, from the differences inside each half. A half whose answers are all right
-        #    or all wrong has advantage 0 and teaches nothing.
+        #    or all wrong has advantage 0 and teaches nothing. Every sample is used for one step only, so
+        #    GRPO's ratio of new to old probability is 1, and this is REINFORCE.
         mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True, correction=0)
         advantage = ((rewards - mean) / (std + 1e-6)).flatten()  # (B * G,)
         teaches = advantage != 0
+        token_loss = 0.0
         if teaches.any():
             context = context.repeat_interleave(GROUP // 2, dim=0)
             logp = log_probabilities(policy, context[teaches], prompts[asked[teaches]], answers[teaches])
             n_tokens = (answers != tokenizer.pad_token_id).sum()
-            loss = loss - (advantage[teaches, None] * logp).sum() / n_tokens
+            token_loss = -(advantage[teaches, None] * logp).sum() / n_tokens
 
-        take_step(optimizer, loss)
+        take_step(optimizer, choice_loss + token_loss)
+
+        #    At most about half of the answers are right: no more than one of the two experts can solve it.
         print(f"step {step + 1:2d}: {rewards.mean():4.0%} of the sampled answers are right, "
               f"{(p * R).sum(1).mean():4.0%} if weighted by attention")
 
@@ -286,8 +293,8 @@ def evaluate(policy, tokenizer, router, H, prompts, problems):
         rows = torch.tensor([problem.dataset == dataset for problem in problems])
         report["by_dataset"][dataset] = rewards[rows].mean().item()
         report["attention"][dataset] = dict(zip(EXPERTS, shares[rows].mean(0).tolist()))
-        attention = ", ".join(f"{name} {share:.2f}" for name, share in report["attention"][dataset].items())
-        print(f"  {dataset:20} {rewards[rows].mean():6.1%} right   attention: {attention}")
+        line = ", ".join(f"{name} {share:.2f}" for name, share in report["attention"][dataset].items())
+        print(f"  {dataset:20} {rewards[rows].mean():6.1%} right   attention: {line}")
     print(f"  {'all':20} {rewards.mean():6.1%} right\n")
     return report
 
