@@ -661,6 +661,11 @@ CONTROLS = {  # by --control
 DRAWN_FOR_ALL = ("shuffled", "noise")  # drawn for all problems at once: more problems give other states
 
 
+def n_training_problems(args):
+    """How many training problems a run uses: all that GRPO needs, and enough for stage 0."""
+    return max(args.steps * args.batch, args.stage0_problems if args.reading_steps else 32)
+
+
 def load_problems(args, split, n=None):
     """The problems of a split: n of them, by default as many as the run needs.
 
@@ -673,7 +678,7 @@ def load_problems(args, split, n=None):
         problems = get_problems(args.task, split, n, args.data, args.level, skipped + WORLD, RANK == 0)
         return problems[skipped:]
 
-    n = n or max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    n = n or n_training_problems(args)
     block = max(256, 8 * args.batch)
     n_blocks = math.ceil(n / block)
     problems = get_problems(args.task, "train", n_blocks * block, args.data, args.level, None, RANK == 0)

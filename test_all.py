@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import atexit
 import contextlib
 import copy
+import dataclasses
 import datetime
 import doctest
 import errno
@@ -55,12 +56,14 @@ import rlvr
 import router as routers
 import train
 from experts import Expert, read_states, write_texts
-from model import (Float16Linear, Policy, SwiGLU, TokenLogprob, group_attention, pick_dtype, sample)
+from model import Float16Linear, Policy, SwiGLU, TokenLogprob, group_attention, pick_dtype, sample
 from rewards import (EXAMPLE, INSTRUCTION, Problem, cache_dir, check_answer_format, get_problems, known_task,
                      next_in_dataset, number, official_files_to_fetch, render_prompt, split_of, verify)
 from rlvr import (Dataset, advantages, choice_loss, draw_pair, grpo_loss, kl_estimate, pair_probabilities,
                   rollout)
 from router import ROUTERS, NoRouter, Router, WithoutExpert, by_expert
+from train import (GAPS, GPU_ROWS, KNOWN_MODELS, PRESETS, Args, estimate_of, memory_estimate, model_size,
+                   parse_args, peak_memory, run_operations)
 
 torch.set_num_threads(1)  # for models this small two threads only wait for each other
 os.chdir(Path(__file__).parent)
@@ -196,7 +199,7 @@ def trained(out, *settings):
 
 def built(out, *settings):
     """(args, policy, experts, router, training set) of a run with these settings, which has not begun."""
-    args = train.parse_args([*as_arguments(settings), "--out", str(out)])
+    args = parse_args([*as_arguments(settings), "--out", str(out)])
     policy, pool, router = rlvr.build(args)
     dataset = Dataset(rlvr.load_problems(args, "train", 256), policy, pool, args, progress=False)
     if rlvr.reads_states(args.router):
@@ -598,12 +601,13 @@ def naive_loss(policy, router, batch, pair, expert_of_state, sampled, beta, temp
                     grpo = grpo + beta * (x.exp() - x - 1).sum()
             row += 1
 
-        # The choice: attend to the two in such proportions that the expected reward is high.
+        # The choice: attend more to the better of the two, the more so the more they differ.
         if pair is not None:
             _, attention = router(H)
             share = [attention[..., expert_of_state == expert].sum() for expert in shown]
-            expected_reward = (share[0] * means[0] + share[1] * means[1]) / (share[0] + share[1])
-            choice = choice - expected_reward
+            better = 0 if means[0] > means[1] else 1
+            lead = means[better] - means[1 - better]
+            choice = choice - lead * torch.log(share[better] / (share[0] + share[1]))
     return grpo / n_tokens + choice / len(batch)
 
 
@@ -739,23 +743,36 @@ def test_the_reference_is_the_frozen_policy_without_its_prefix(quick, tmp_path):
 # -- rlvr.py: comparing experts
 
 def test_choice_loss_equals_its_closed_form():
-    """Two experts with trust t and 0: p = sigmoid(t), so the loss is -(p - 1/2) (R1 - R2), and its derivative
-    with respect to t is -p (1 - p) (R1 - R2)."""
-    for t, R1, R2 in ((0.0, 1.0, 0.0), (1.5, 0.25, 0.75), (-2.0, 0.5, 0.5), (0.3, 1.0, 1.0)):
+    """Two experts with trust t and 0, so that p = sigmoid(t). If the first one is better, the loss is
+    -(R1 - R2) log p, and its derivative with respect to t is -(R1 - R2) (1 - p)."""
+    for t, R1, R2 in ((0.0, 1.0, 0.0), (1.5, 0.25, 0.75), (-2.0, 0.5, 0.5), (0.3, 1.0, 1.0), (-9.0, 1, 0.5)):
         trust = torch.tensor(t, requires_grad=True)
         p = torch.stack((trust, torch.tensor(0.0))).softmax(0)[None]
         loss = choice_loss(p, torch.tensor([[R1, R2]]))
         loss.backward()
-        sigmoid = 1 / (1 + math.exp(-t))
-        assert loss.item() == pytest.approx(-(sigmoid - 0.5) * (R1 - R2), abs=1e-6)
-        assert trust.grad.item() == pytest.approx(-sigmoid * (1 - sigmoid) * (R1 - R2), abs=1e-6)
+        first = 1 / (1 + math.exp(-t))
+        second = 1 - first
+        expected, derivative = -(R1 - R2) * math.log(first), -(R1 - R2) * second
+        if R2 > R1:
+            expected, derivative = -(R2 - R1) * math.log(second), (R2 - R1) * first
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        assert trust.grad.item() == pytest.approx(derivative, abs=1e-6)
 
-    # It is summed over the problems, and this is the example of its docstring.
-    p = torch.tensor([[0.5, 0.5], [0.5, 0.5]], requires_grad=True)
-    loss = choice_loss(p, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    # It is summed over the problems. The first of these is the example of its docstring.
+    p = torch.full((3, 2), 0.5, requires_grad=True)
+    loss = choice_loss(p, torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.25, 0.75]]))
     loss.backward()
-    assert loss.item() == 0
-    assert p.grad.tolist() == [[-0.5, 0.5], [0.0, 0.0]]
+    assert loss.item() == pytest.approx(1.5 * math.log(2))
+    assert p.grad.tolist() == [[-2.0, 0.0], [0.0, 0.0], [0.0, -1.0]]
+
+
+def test_trust_comes_back_from_a_wrong_direction():
+    """Where p of the better expert is nearly 0, the gradient is the largest, and it is finite."""
+    for t in (-30.0, -60.0):
+        trust = torch.tensor(t, requires_grad=True)
+        p = torch.stack((trust, torch.tensor(0.0))).softmax(0)[None]
+        choice_loss(p, torch.tensor([[1.0, 0.0]])).backward()
+        assert trust.grad.item() == pytest.approx(-1.0, abs=1e-3)
 
 
 def test_trust_moves_to_who_was_right_and_stays_where_both_were():
@@ -1419,15 +1436,15 @@ def test_the_help_says_what_a_setting_is_its_default_and_its_range(capsys):
                      "One of auto, tagged, plain. Default: tiny plain; small plain; paper auto.",
                      "One of tiny, small, paper."):
         assert sentence in text
-    for field in train.dataclasses.fields(train.Args):
+    for field in dataclasses.fields(Args):
         assert f"--{field.name} " in text
         assert re.search(r"\.$", field.metadata["help"]), field.name
 
 
-def test_the_preset_that_fits(monkeypatch):
-    """tiny for what the embedded pool knows; paper with a large GPU; --policy alone: small, no experts."""
+def test_the_preset_without_a_gpu(monkeypatch):
+    """tiny for what the embedded pool knows; --policy alone: small, without its experts."""
     def preset(*argv):
-        args = train.parse_args([*argv, "--device", "cpu"])
+        args = parse_args([*argv, "--device", "cpu"])
         return args.preset, args.task, args.policy, args.experts
 
     embedded = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
@@ -1435,17 +1452,12 @@ def test_the_preset_that_fits(monkeypatch):
     assert preset("--task", "logic") == ("tiny", "logic", "tiny/policy", embedded)
     assert preset("--policy", "X", "--router", "none") == ("small", "chain_sum", "X", [])
     assert preset("--router", "none") == ("tiny", "arithmetic+logic+algorithmic", "tiny/policy", [])
-    with pytest.raises(ValueError, match="--preset small or paper"):
+    assert preset("--preset", "paper", "--router", "none")[:2] == ("paper", "gsm8k")
+    assert parse_args(["--preset", "small", "--device", "cpu"]).level == "easy"
+    assert parse_args(["--preset", "small", "--device", "cpu", "--task", "gsm8k"]).level == "default"
+    monkeypatch.setattr(train, "product_rate", lambda dtype, device: 1e11)
+    with pytest.raises(ValueError, match="--preset small --task gsm8k"):
         preset("--task", "gsm8k")
-
-    large = types.SimpleNamespace(total_memory=80e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: large)
-    assert train.choose_preset(dict(task="gsm8k")) == "paper"
-    assert train.choose_preset(dict(task="gsm8k", device="cuda:1")) == "paper"
-    assert train.choose_preset({}) == "tiny"
-    with pytest.raises(ValueError, match="--preset small or paper"):
-        train.choose_preset(dict(task="gsm8k", device="cpu"))
 
 
 def test_a_run_is_found_again_when_the_repository_has_moved(tmp_path, monkeypatch):
@@ -1465,6 +1477,297 @@ def test_a_run_is_found_again_when_the_repository_has_moved(tmp_path, monkeypatc
     assert command("../run", "--n", 2, program=evaluation.run) == 0
     assert command("--resume", "../run", "--steps", 2) == 0
     assert records(out)[-1]["step"] == 2
+
+
+# -- train.py: what fits on which machine. No GPU is needed: torch.cuda is replaced.
+
+GSM8K = ["--task", "gsm8k"]
+
+
+def has_card(monkeypatch, gigabytes, dtype=torch.bfloat16, used=0.05):
+    """Let torch report a GPU of so many GB, a part of which is in use."""
+    total = gigabytes * 2**30
+    card = types.SimpleNamespace(name=f"card of {gigabytes} GB", total_memory=total)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int((1 - used) * total), total))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
+    monkeypatch.setattr(train, "pick_dtype", lambda device, params: dtype)
+    monkeypatch.setattr(train, "computes_in_bfloat16", lambda device: dtype == torch.bfloat16)
+
+
+def fetches_nothing(monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("something is fetched before the machine is judged")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr(train.AutoConfig, "from_pretrained", fetch)
+
+
+def row_of(args):
+    """The gigabytes of the row whose settings a run has."""
+    found = []
+    for row in GPU_ROWS:
+        wanted = PRESETS[row["preset"]] | row
+        names = ("policy", "experts", "micro_batch", "preset")
+        if all(getattr(args, name) == wanted[name] for name in names):
+            found.append(row["gpu"])
+    return found
+
+
+def paper(**changes):
+    return Args(**(PRESETS["paper"] | dict(device="cuda", dtype="bfloat16") | changes))
+
+
+@pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 48, 80])
+def test_every_card_gets_its_row(monkeypatch, capsys, gigabytes):
+    has_card(monkeypatch, gigabytes)
+    fetches_nothing(monkeypatch)
+    args = parse_args(GSM8K)
+    assert row_of(args) == [gigabytes]
+    assert args.preset == "paper" and args.device == "cuda"
+
+    # It fits from the start, with room for gaps.
+    assert GAPS * peak_memory(estimate_of(args)) <= 0.95 * gigabytes * 2**30
+
+    # One line says what was chosen, why, and what the next larger row would need.
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"card of {gigabytes} GB" in line and f"{args.micro_batch} prompts" in line
+    assert ("next larger" in line) == (gigabytes < 80)
+
+
+def test_what_others_use_of_a_card_is_not_counted_as_free(monkeypatch):
+    has_card(monkeypatch, 24, used=0.4)
+    assert row_of(parse_args(GSM8K)) == [16]
+
+
+def test_a_card_without_bfloat16_needs_more_and_gets_a_smaller_row(monkeypatch):
+    has_card(monkeypatch, 16, torch.float16)
+    args = parse_args(GSM8K)
+    assert row_of(args) == [12]
+    assert GAPS * peak_memory(estimate_of(args)) <= 0.95 * 16 * 2**30
+
+
+def test_without_a_task_a_card_changes_nothing(monkeypatch, capsys):
+    has_card(monkeypatch, 80)
+    args = parse_args([])
+    assert args.preset == "tiny" and args.micro_batch == Args().micro_batch
+    assert capsys.readouterr().out == ""
+
+
+def test_a_given_micro_batch_is_taken_with_a_warning(monkeypatch, capsys):
+    has_card(monkeypatch, 24)
+    large = ["--policy", "Qwen/Qwen2.5-3B-Instruct", "--micro_batch", "16"]
+    args = parse_args([*GSM8K, "--preset", "paper", *large])
+    assert args.micro_batch == 16
+    assert "warning" in capsys.readouterr().out
+
+    # One that fits nowhere is taken, too.
+    assert parse_args([*GSM8K, "--micro_batch", "32"]).micro_batch == 32
+    assert "warning" in capsys.readouterr().out
+
+    # Without --policy, a smaller policy lets it fit.
+    args = parse_args([*GSM8K, "--micro_batch", "4"])
+    assert args.micro_batch == 4 and "1.5B" in args.policy
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_given_policy_is_taken_with_a_warning(monkeypatch, capsys):
+    has_card(monkeypatch, 8)
+    args = parse_args([*GSM8K, "--policy", "Qwen/Qwen2.5-3B-Instruct"])
+    assert args.policy == "Qwen/Qwen2.5-3B-Instruct" and args.preset == "paper"
+    assert args.micro_batch == 1  # as little as possible
+    output = capsys.readouterr().out
+    assert "warning" in output and "smaller --policy" in output
+
+    # One that fits is taken without.
+    args = parse_args([*GSM8K, "--policy", "HuggingFaceTB/SmolLM2-135M-Instruct"])
+    assert args.policy == "HuggingFaceTB/SmolLM2-135M-Instruct" and "warning" not in capsys.readouterr().out
+
+
+def test_the_paper_is_one_flag_away_and_begins_within_the_card(monkeypatch):
+    has_card(monkeypatch, 12)
+    args = parse_args(["--preset", "paper"])
+    assert row_of(args) == [12] and args.task == "gsm8k"
+
+
+def test_another_preset_can_take_the_papers_place(monkeypatch):
+    has_card(monkeypatch, 24)
+    monkeypatch.setattr(train, "DEFAULT_PRESET", "small")
+    monkeypatch.setattr(train, "GPU_ROWS", [dict(gpu=8, preset="small", micro_batch=2), *GPU_ROWS])
+    assert parse_args(GSM8K).preset == "small"
+    assert row_of(parse_args([*GSM8K, "--preset", "paper"])) == [24]
+
+
+def test_a_micro_batch_is_lowered_until_it_fits(monkeypatch):
+    has_card(monkeypatch, 24)
+    args = paper(micro_batch=32)
+    train.fit_to_memory(args, {})
+    assert args.micro_batch == 2
+
+
+@pytest.mark.parametrize("argv", [GSM8K, ["--task", "chain_sum"]])
+def test_without_a_gpu_one_sentence_says_what_runs_here(monkeypatch, argv):
+    fetches_known(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "main_memory", lambda: 6 * 2**30)
+    monkeypatch.setattr(train, "product_rate", lambda dtype, device: 1e11)
+    with pytest.raises(ValueError) as error:
+        parse_args(argv)
+    sentence = str(error.value)
+    assert "\n" not in sentence and "6 GB of memory" in sentence
+    for command in ("`python train.py`", f"`python train.py --preset small --task {argv[1]}`",
+                    f"`python train.py --task {argv[1]}`"):
+        assert command in sentence
+    assert sentence.count("about") == 2  # a time for each of the two that run here
+    assert "GPU of 8 GB" in sentence and "24 GB" in sentence
+
+
+def fetches_known(monkeypatch):
+    """Nothing may be fetched, but the config.json of a folder may be read."""
+    def fetch(*args, **kwargs):
+        raise AssertionError("something is fetched before the machine is judged")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+
+
+def test_a_card_too_small_for_any_row_is_named(monkeypatch):
+    has_card(monkeypatch, 4)
+    monkeypatch.setattr(train, "product_rate", lambda dtype, device: 1e11)
+    with pytest.raises(ValueError, match="a GPU with only 4.1 GB free.*train.py --device cpu --preset small"):
+        parse_args(GSM8K)
+    assert parse_args(["--task", "logic"]).preset == "tiny"
+
+
+def test_memory_that_cannot_be_found_out_is_said_to_be_unknown(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train, "main_memory", lambda: 0)
+    monkeypatch.setattr(train, "product_rate", lambda dtype, device: 1e11)
+    with pytest.raises(ValueError, match="an unknown amount of memory"):
+        parse_args(GSM8K)
+
+
+def test_main_memory_needs_no_sysconf(monkeypatch):
+    assert train.main_memory() > 2**28
+
+    def missing(name):
+        raise ValueError("unrecognized configuration name")
+
+    monkeypatch.setattr(train.os, "sysconf", missing)
+    assert train.main_memory() == 0  # on Linux there is no other way
+
+
+def test_times_come_from_operations_and_a_short_measurement():
+    assert 1e8 < train.product_rate(torch.float32, "cpu") < 1e15
+    tiny = Args(device="cpu")
+    more = dataclasses.replace(tiny, steps=2 * tiny.steps)
+    assert run_operations(tiny) < run_operations(more) < 2 * run_operations(tiny)
+    assert train.duration(20) == "about 1 minute" and train.duration(3 * 3600) == "about 3 hours"
+    assert train.duration(200 * 3600) == "about 8 days"
+
+
+def test_the_estimate_grows_with_what_needs_memory(monkeypatch):
+    monkeypatch.setattr(train, "computes_in_bfloat16", lambda device: True)
+    base = peak_memory(estimate_of(paper()))
+    for change in (dict(micro_batch=8), dict(group=16), dict(max_new=256), dict(lora_rank=64),
+                   dict(dtype="float32"), dict(dtype="float16"), dict(router_dim=4096), dict(latents=64)):
+        assert peak_memory(estimate_of(paper(**change))) > base, change
+
+    # Comparing halves the answers of a row: one row of the gradient pass needs less.
+    assert peak_memory(estimate_of(paper(compare=True))) < base
+
+    # Micro-batch bounds the gradient pass and nothing else.
+    one, two = (estimate_of(paper(micro_batch=n)) for n in (1, 2))
+    differ = [a for a, b in zip(one, two) if one[a] != two.get(a)]
+    assert differ == ["gradient pass, 1 prompts"]
+
+    # Stage 0 has a row of its own, and its batch is not divided.
+    small, large = (estimate_of(paper(reading_steps=60, reading_batch=n, beta=0.0)) for n in (8, 64))
+    assert small["stage 0, reading"] < large["stage 0, reading"]
+
+
+def test_an_expert_counts_while_it_reads(monkeypatch):
+    monkeypatch.setattr(train, "computes_in_bfloat16", lambda device: True)
+    large = KNOWN_MODELS["HuggingFaceTB/SmolLM2-1.7B-Instruct"]
+    small = KNOWN_MODELS["HuggingFaceTB/SmolLM2-360M-Instruct"]
+    policy = KNOWN_MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    with_large, with_small = (memory_estimate(paper(), policy, [e], 384) for e in (large, small))
+    reads = "an expert while it reads"
+
+    # By hand: 1.711e9 weights and 16,384 tokens with 2 * 24 * 2,048 keys and values, 4 * 8,192 numbers of the
+    # MLP and 4 * 2,048 hidden ones, 2 bytes each; and the logits of 42 last tokens, 10 bytes each.
+    by_hand = 2 * (1_711_376_384 + 16_384 * (98_304 + 32_768 + 8_192)) + 42 * 49_152 * 10
+    assert with_large[reads] == by_hand
+    assert peak_memory(with_large) > peak_memory(with_small)
+
+
+def test_a_gradient_pass_by_hand():
+    policy = KNOWN_MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    bytes_ = train.scoring_memory(paper(beta=0.0), policy, 1, 8, 392, 128)
+
+    # 392 + 8 * 128 tokens; in each of 24 layers 6 * 896 + 2 * 128 + 3 * 4,864 numbers; 8 * 14 * 128 rows of
+    # attention over 520 tokens; 3 last hidden states; 256 tokens of logits, 2 + 12 bytes each.
+    tokens = 1416
+    layers = 24 * 2 * (tokens * 20_224 + 14_336 * 520)
+    by_hand = layers + 3 * 1024 * 896 * 2 + 256 * 151_936 * 14
+    assert bytes_ == by_hand
+
+
+def test_sizes_are_those_of_the_models(tmp_path):
+    # The constants: a tied Qwen2.5-0.5B has embeddings, and in 24 layers biases of q, k and v and two norms.
+    size = KNOWN_MODELS["Qwen/Qwen2.5-0.5B-Instruct"]
+    small = 24 * ((896 + 2 * 128) + 2 * 896) + 896
+    assert size.params == size.vocab * size.width + size.blocks + small
+
+    # A folder: counted from its config.json alone.
+    tiny = model_size("tiny/policy")
+    assert tiny.params == sum(p.numel() for p in train_model("tiny/policy").parameters())
+    assert model_size("Qwen/Qwen2.5-3B-Instruct@" + "0" * 40) == KNOWN_MODELS["Qwen/Qwen2.5-3B-Instruct"]
+    for row in GPU_ROWS:
+        named = PRESETS[row["preset"]] | row
+        assert {named["policy"], *named["experts"]} <= KNOWN_MODELS.keys()
+
+
+def train_model(folder):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(train.local_folder(folder))
+
+
+def test_a_plan_loads_nothing_but_a_config(monkeypatch, capsys):
+    fetches_known(monkeypatch)
+    table = train.run(["--preset", "paper", "--device", "cpu", "--plan"])
+    output = capsys.readouterr().out
+    assert "at the worst moment" in output and "233 steps of 32 problems" in output
+    assert sum(table.values()) > peak_memory(table) > table["policy, frozen"]
+
+
+def test_on_a_mac_small_models_stay_on_the_cpu_and_larger_ones_use_its_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "is_available", lambda: True)
+    monkeypatch.setattr(train, "product_rate", measured := Measured())
+    assert parse_args([]).device == "cpu"
+    with pytest.raises(ValueError, match="no CUDA GPU"):
+        parse_args(GSM8K)
+    assert measured.on == {(torch.float32, "cpu"), (torch.float32, "mps")}  # this "Mac" has no bfloat16
+
+    # A larger model runs on its GPU, with the memory that Metal recommends.
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 12 * 2**30)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 0)
+    args = parse_args(["--preset", "small"])
+    assert args.device == "mps" and args.micro_batch == PRESETS["small"]["micro_batch"]
+
+
+class Measured:
+    """In place of product_rate: remembers where it was asked to measure."""
+
+    def __init__(self):
+        self.on = set()
+
+    def __call__(self, dtype, device):
+        self.on.add((dtype, device))
+        return 1e11
 
 
 # -- model.py
@@ -2266,8 +2569,6 @@ def test_where_the_cache_is(monkeypatch):
 
 # -- experts.py
 
-# os, pickle, shutil, types; save_file, load_file; Tokenizer, models, pre_tokenizers, processors; experts,
-# Expert, read_states, write_texts; Policy.
 WORDS = [f"w{i}" for i in range(40)]
 TEXTS = [" ".join(WORDS[(7 * i + j) % 40] for j in range(3 + 5 * i % 11)) for i in range(9)]
 VOCABULARY = ["[PAD]", "[EOS]", "[CLS]", "[SEP]", *WORDS, "\n", "[UNK]", "]", "]\n"]  # 48 words
@@ -2911,7 +3212,7 @@ def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
     assert "nowhere holds no run" in refused(capsys, "--resume", "nowhere")
     assert "seed" in refused(capsys, "--resume", finished, "--seed", 7)
     assert "steps" in refused(capsys, "--resume", finished, "--steps", 2)
-    args = train.parse_args(["--resume", str(finished), "--steps", "9"])
+    args = parse_args(["--resume", str(finished), "--steps", "9"])
     assert (args.steps, args.batch, args.task) == (9, 6, "logic+algorithmic")
 
 

@@ -45,9 +45,9 @@ from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all
                   append, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
                   kl_estimate, learn_to_read, learn_words, load_newest, load_problems, loss_of_reading,
-                  loss_of_words, make_optimizer, my_part, one_process, out_of_memory, pair_probabilities,
-                  parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint, set_rates,
-                  words_and_reading, words_vocabulary, write_config)
+                  loss_of_words, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
+                  pair_probabilities, parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint,
+                  set_rates, words_and_reading, words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, reads_states
 
 
@@ -137,6 +137,8 @@ class Args:
     lora_rank: int = option(8, "Rank of LoRA on the policy; 0 leaves the policy frozen.", minimum=0)
 
     # stage 0
+    stage0_problems: int = option(2000,
+        "Number of training problems that the experts read for stage 0, at least.", minimum=4)
     words_steps: int = option(250,
         "Steps of stage 0a, in which the router learns words. No matter without 0b.", minimum=0)
     words_lr: float = option(4e-3, "Learning rate of the router in stage 0a.", above=0)
@@ -173,9 +175,9 @@ PRESETS = {
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
         cue="The answer is:", own_text=True, positions=4, write=6, router_dim=512, router_heads=8,
-        router_temperature=1.0, prefix_origin="zero", words_steps=200, words_lr=1e-3, reading_steps=60,
-        reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6, trust_lr=0.3,
-        batch=8, micro_batch=16, steps=40, max_new=16),
+        router_temperature=1.0, prefix_origin="zero", stage0_problems=1000, words_steps=200, words_lr=1e-3,
+        reading_steps=40, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6,
+        trust_lr=0.3, batch=8, micro_batch=16, steps=20, max_new=16),
     "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
@@ -290,7 +292,7 @@ def main(args):
         record |= summarize(sampled, batch, attention, pair, train_set.expert_of_state, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
             record["val"] = accuracy(evaluate(policy, router, datasets["val"], args)[0])
-        log(args, record, sampled, skipped_in_a_row)
+        log(args, record, sampled, experts_seen(pair, experts), skipped_in_a_row)
         save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, generator)
 
     # Test on problems that were never used before.
@@ -368,7 +370,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
 
     names = [expert.name for expert in experts]
     if pair is not None:
-        seen = [names[e] for e in gather_rows(pair.flatten()).long().tolist()]
+        seen = [name for part in all_gather(experts_seen(pair, experts)) for name in part]
         record["reward_by_expert"] = reward_by_expert(row_datasets, seen, means.tolist())
     if attention is not None:
         shares = gather_rows(by_expert(attention, expert_of_state))  # (B, heads, L, E)
@@ -378,6 +380,13 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
         record["attention_entropy"] = torch.special.entr(shares).sum(-1).mean().item()
         record["attention_map"] = shares.mean(0).tolist()
     return record
+
+
+def experts_seen(pair, experts):
+    """The name of the expert that each half saw, a list of 2 B names; [] where no experts are compared."""
+    if pair is None:
+        return []
+    return [experts[e].name for e in pair.flatten().tolist()]
 
 
 def weighted_mean(rewards, weights):
@@ -408,9 +417,10 @@ def reward_by_expert(datasets, experts, rewards):
     return means
 
 
-def log(args, record, sampled, skipped_in_a_row):
+def log(args, record, sampled, seen, skipped_in_a_row):
     """Add the record to metrics.jsonl; now and then print a line, and add answers to samples.jsonl.
 
+    seen: the expert that each group of answers saw, where experts are compared.
     Raises ValueError when five steps in a row were skipped, as their gradient was not finite.
     """
     out = Path(args.out)
@@ -428,11 +438,13 @@ def log(args, record, sampled, skipped_in_a_row):
         tqdm.write(wrap(" | ".join(unbreakable(part) for part in parts), 10))
 
         # Keep the sampled answers to the first problems of the step.
-        for problem, texts, verdicts in list(zip(sampled.problems, sampled.texts, sampled.verdicts))[:4]:
-            for text, verdict in zip(texts, verdicts):
+        for row, problem in enumerate(sampled.problems[:4]):
+            group = dict(step=step, question=problem.question, answer=problem.answer)
+            if seen:
+                group["expert"] = seen[row]
+            for text, verdict in zip(sampled.texts[row], sampled.verdicts[row]):
                 answer = dict(completion=text, reason=verdict.reason, reward=verdict.reward)
-                append(out / "samples.jsonl", dict(step=step, question=problem.question,
-                                                   answer=problem.answer) | answer)
+                append(out / "samples.jsonl", group | answer)
 
     if step == 3 and record["sampled_reward"] == 0:
         reason = next(iter(record["reasons"]))
@@ -1148,10 +1160,9 @@ def reading_memory(args, expert, prompt_tokens):
     device = args.device.partition(":")[0]
     tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
 
-    # What one layer works with. Where the expert writes, its keys and values; inner layers if one is read.
-    per_token = 4 * expert.ff + 4 * expert.width
-    if args.reading_steps or args.expert_text or args.own_text:
-        per_token += expert.kv
+    # What one layer works with; its keys and values, as `compare_with_experts` lets it write in every run;
+    # and inner layers if one is read.
+    per_token = expert.kv + 4 * expert.ff + 4 * expert.width
     if any(layer != -1 for layer in args.layers):
         per_token += expert.layers * expert.width
 
@@ -1377,7 +1388,7 @@ def run_seconds(args):
 def run_operations(args):
     """How many operations (multiplications and additions) a run of train.py makes in products, roughly."""
     P = longest_prompt(args) / 2  # on average, prompts are half as long as the longest
-    n_train = max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    n_train = n_training_problems(args)
     n_problems = n_train + args.val + args.test
 
     # Experts read every problem once, and once more where they also write. A token costs 2 operations for
@@ -1422,7 +1433,7 @@ def print_plan(args):
     if free:
         print(f"  {'free now' if args.device != 'cpu' else 'this computer has':40} {free / 1e9:8.2f} GB")
 
-    n_train = max(args.steps * args.batch, 2000 if args.reading_steps else 32)
+    n_train = n_training_problems(args)
     words, reading = words_and_reading(args)
     print(f"experts: each reads {n_train:,} + {args.val} + {args.test:,} prompts, once for all runs")
     print(f"stage 0: {words} steps of words, {reading} of reading ({args.reading_batch} problems each)")

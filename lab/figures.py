@@ -15,8 +15,10 @@ from rlvr import read_records
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")  # Okabe and Ito
 HEADLINE = ("soft", "single", "prefix", "soft shuffled", "soft first")
+COMPARING = ("soft", "soft without comparing", "soft without comparing at high rates", "soft without stage 0")
 OTHERS = ("soft", "soft without stage 0", "hard", "linear", "text")
 TASKS = ("mix", "sums", "sums hard", "family", "primes", "real sums")
+REAL_TASKS = ("real family", "real copies", "real mix", "real terms")
 
 
 # -- The pictures. Each takes the rows of finished runs, and returns a figure, or None without such runs.
@@ -24,7 +26,7 @@ TASKS = ("mix", "sums", "sums hard", "family", "primes", "real sums")
 def learning(rows, ways=HEADLINE, least=1):
     """Validation accuracy over the steps; squares: test. A panel for each task with `least` of the ways."""
     tasks = []
-    for task in TASKS:
+    for task in TASKS + REAL_TASKS:
         found = [way for way in ways if runs_of(rows, task, way)]
         if len(found) >= least:
             tasks.append(task)
@@ -58,6 +60,11 @@ def draw_test_accuracy(panel, runs, place, colour):
                    markersize=5, capsize=3)
 
 
+def comparing(rows):
+    """As `learning`, of soft with and without comparing two experts."""
+    return learning(rows, COMPARING, least=2)
+
+
 def other_ways(rows):
     """As `learning`, of the other ways."""
     return learning(rows, OTHERS, least=2)
@@ -86,6 +93,16 @@ def attention(rows, task="mix", labels=None):
 def attention_real_mix(rows):
     """The same of two real experts, of which the second answers another problem on one of the datasets."""
     return attention(rows, "real mix", ["Qwen2.5-Coder", "its copy, wrong on chain_sum"])
+
+
+def attention_real_family(rows):
+    """The same of two real experts that know different things."""
+    return attention(rows, "real family")
+
+
+def attention_real_copies(rows):
+    """The same of two copies of a real expert, each of them wrong on one of two datasets."""
+    return attention(rows, "real copies")
 
 
 def entropy(rows):
@@ -180,8 +197,11 @@ def gsm8k(rows):
 
 PICTURES = {  # by the name of the file
     "learning": learning,
+    "comparing": comparing,
     "ways": other_ways,
     "attention": attention,
+    "attention_real_family": attention_real_family,
+    "attention_real_copies": attention_real_copies,
     "attention_real_mix": attention_real_mix,
     "entropy": entropy,
     "specialization": specialization,

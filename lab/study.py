@@ -240,7 +240,7 @@ def command(run, models="models"):
     if run.way == "soft wrong":
         experts = [*experts, experts[0]]
     if run.way == "soft wide":
-        experts = [*experts, "runs/study/wide"]
+        experts = [*experts, os.path.relpath(RUNS / "wide", HERE)]
     if experts != TINY_EXPERTS:
         words += ["--experts", *experts]
     return [*words, "--seed", str(run.seed), "--out", folder]

@@ -4,8 +4,8 @@ A whole run on a device that is not the CPU, where there is none: a simulated on
     python -m pytest -q lab/test_device.py
 
 It does real arithmetic, but refuses what CUDA would refuse: a tensor of the CPU beside one of its own, and,
-while a graph is recorded, a wait of the host or a random number. It does not tell cuda:0 from cuda:1. It runs in
-a process of its own, because it changes torch for good.
+while a graph is recorded, a wait of the host or a random number. It does not tell cuda:0 from cuda:1. It runs
+in a process of its own, because it changes torch for good.
 """
 import os
 import re
@@ -189,11 +189,9 @@ def run_on_the_device(dtype, out, *quick):
         report = train.run([*quick, *short, "--out", out])
         evaluation.run([out, "--n", "4"])
         train.run(["--resume", out, "--steps", "2"])
-        drawn, n_waits = {}, 0
+        drawn = {}
         for device in ("cpu", DEVICE):
-            before = len(operations)
-            drawn[device] = draw_tokens(device, dtype)
-            n_waits = sum(name in WAITS for name in operations[before:])
+            drawn[device], n_waits = draw_tokens(device, dtype)
     compared = "reward_by_expert" in records(Path(out))[0]
     print(f"{len(operations)} operations, {n_waits} waits in 2 x 32 tokens; tokens are equal: "
           f"{drawn['cpu'] == drawn[DEVICE]}; compared: {compared}; tested: {report['n']}")
@@ -201,17 +199,20 @@ def run_on_the_device(dtype, out, *quick):
 
 
 def draw_tokens(device, dtype):
-    """Tokens of the embedded policy, sampled and greedy, 32 each: long enough for a graph."""
+    """Tokens of the embedded policy, sampled and greedy, 32 each: long enough for a graph.
+
+    Also returns how often the host waited for the device.
+    """
     policy = Policy.from_pretrained("tiny/policy", dtype=getattr(torch, dtype), device=device)
     policy.stop_at([1])  # of which it gives none here
     tokens = torch.ones(2, 4, dtype=torch.long, device=device)
     prefill = policy.prefill(tokens, torch.full((2,), 4, device=device))
-    drawn = []
+    drawn, before = [], len(operations)
     for temperature in (1.0, 0.0):
         generator = torch.Generator().manual_seed(0)
         new_tokens, _ = policy.generate(prefill, 2, 32, temperature, generator)
         drawn.append(new_tokens.tolist())
-    return drawn
+    return drawn, sum(name in WAITS for name in operations[before:])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -374,8 +374,10 @@ def rows_by_id(results):
 
 
 def test_the_study_continues_where_it_was(fake_study, runs, capsys):
-    """A finished run gets a row and a curve, a failed one a row with the reason, a stopped one none. Whatever has
-    a row is not run again, and a stopped run continues."""
+    """A finished run gets a row and a curve, a failed one a row with the reason, a stopped one none.
+
+    Whatever has a row is not run again, and a stopped run continues.
+    """
     results, quick = fake_study / "results", ["--only", "quick"]
 
     def calls():
