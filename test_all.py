@@ -1174,6 +1174,7 @@ def test_a_run_writes_down_what_it_did(finished):
     assert records(finished)[-1]["val"] == evaluation.accuracy(verdicts)
     for sample_ in records(finished, "samples.jsonl"):
         assert sample_["reason"] in rewards.REASONS
+        assert sample_["expert"] in ("logic", "algorithmic")  # the one that this answer's half saw
     by_part = [record.get("part") or record["expert"] for record in records(finished, "stage0.jsonl")]
     assert by_part == ["words", "reading", "logic", "algorithmic"]
     assert set(json.loads((finished / "eval.json").read_text())["masked"]) == names
@@ -1218,6 +1219,8 @@ def test_the_record_of_a_step_by_hand():
     assert record["reasons"] == {"right": 4, "wrong": 4}
     assert record["tokens_per_second"] == 7.5
     assert (record["loss"], record["kl"], record["entropy"]) == (0.5, 0.25, 0.5)
+
+    assert train.experts_seen(pair, pool) == ["one", "two", "three", "two"]
 
     # The attention is that with all experts visible.
     assert record["attention"] == pytest.approx({"one": 0.35, "two": 0.25, "three": 0.4})
@@ -1431,7 +1434,10 @@ def test_a_small_data_file_gives_the_problems_that_it_has(quick, tmp_path, capsy
 def test_the_help_says_what_a_setting_is_its_default_and_its_range(capsys):
     assert command("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for sentence in ("--steps STEPS Steps of GRPO. At least 1. Default: tiny 10; small 40; paper 233.",
+    tiny, small, paper_ = (preset.get("steps", Args().steps) for preset in PRESETS.values())
+    assert len({tiny, small, paper_}) == 3
+    steps = f"Default: tiny {tiny}; small {small}; paper {paper_}."
+    for sentence in (f"--steps STEPS Steps of GRPO. At least 1. {steps}",
                      "--latents LATENTS Number of context tokens. At least 1, at most 512. Default: 8.",
                      "One of auto, tagged, plain. Default: tiny plain; small plain; paper auto.",
                      "One of tiny, small, paper."):

@@ -49,14 +49,15 @@ REAL = "--test 256 --test_skip 256 --val 64 --max_new 8"
 
 TASKS = {
     "mix": f"--preset tiny --task arithmetic+logic+algorithmic {UNSEEN}",
-    "sums": f"--preset tiny --task arithmetic {UNSEEN}",
+    # One dataset: 20 steps, as 10 were found too few to tell an expert from its copy.
+    "sums": f"--preset tiny --task arithmetic --steps 20 {UNSEEN}",
 
     # 12 problems in a step, as many as of each dataset in the mix.
-    "family": f"--preset tiny --task logic --batch 12 {UNSEEN}",
-    "primes": f"--preset tiny --task algorithmic --batch 12 {UNSEEN}",
+    "family": f"--preset tiny --task logic --batch 12 --steps 20 {UNSEEN}",
+    "primes": f"--preset tiny --task algorithmic --batch 12 --steps 20 {UNSEEN}",
 
     # All words are in all vocabularies. The arithmetic expert was taught 4 terms, and knows 44% of these.
-    "sums hard": f"--preset tiny --task chain_sum {SUMS_OF.format(4, 6, 1)} {UNSEEN}",
+    "sums hard": f"--preset tiny --task chain_sum {SUMS_OF.format(4, 6, 1)} --steps 40 --lr 3e-4 {UNSEEN}",
 
     # Learning rates, by validation alone: nothing is tested.
     "rates": "--preset tiny --task arithmetic+logic+algorithmic --val 240 --test 1",
@@ -73,7 +74,7 @@ TASKS = {
 
     # One expert twice. Each copy answers another problem on one of the two datasets.
     "real copies": f"--preset small --task chain_sum+basic_arithmetic {SUMS_OF.format(2, 2, 2)} {REAL} "
-                   "--extension lab/controls.py --control each_knows_one",
+                   "--extension lab/controls.py --control each_knows_one --steps 40",
 
     # Two experts that are each right about a part of one dataset.
     "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL}",
