@@ -64,10 +64,10 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     """Answer problems greedily, and verify the answers. All ranks call this, and share the work.
 
     indices   which problems of the dataset; None: all n of them
-    H         (n, N, D), states for all problems of the dataset: they replace the dataset's own
-    visible   (N,) or, for all problems of the dataset, (n, N): False hides a state from the router
+    H         (n, S, D), S states for each problem of the dataset: they replace the dataset's own
+    visible   (S,) or, for all problems of the dataset, (n, S): False hides a state from the router
     Returns, in the order of the indices, the verdicts, the texts of the answers, and the attention (problems,
-    heads, L, experts); None in its place if the router has no attention.
+    heads, latents, experts); None in its place if the router has no attention.
     """
     if indices is None:
         indices = range(len(dataset))
@@ -86,15 +86,15 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         if H is not None:
             batch.H = H[part].to(batch.H)
         if visible is not None:
-            visible_to_each = visible.expand(len(dataset), -1)  # (n, N)
+            visible_to_each = visible.expand(len(dataset), -1)  # (n, S)
             batch.visible = visible_to_each[part].to(batch.visible)
 
         # A group of one: one greedy answer to each problem.
-        sampled = rollout(policy, router, batch, args, group=1, temperature=0)
-        verdicts += [group[0] for group in sampled.verdicts]
-        texts += [group[0] for group in sampled.texts]
-        if sampled.attention is not None:
-            attention.append(by_expert(sampled.attention, dataset.expert_of_state).cpu())
+        answered = rollout(policy, router, batch, args, group=1, temperature=0)
+        verdicts += [group[0] for group in answered.verdicts]
+        texts += [group[0] for group in answered.texts]
+        if answered.attention is not None:
+            attention.append(by_expert(answered.attention, dataset.expert_of_state).cpu())
 
     # Put the parts of all ranks together.
     verdicts, texts, attention = joined(verdicts), joined(texts), joined(attention)
@@ -108,14 +108,19 @@ def joined(items):
     return list(itertools.chain.from_iterable(all_gather(items)))
 
 
-def rewards_of(verdicts):
-    """(n,): 1.0 for a right answer, 0.0 for any other."""
-    return torch.tensor([verdict.reward for verdict in verdicts])
+def right_of(verdicts):
+    """(n,): 1.0 for an answer that is right, 0.0 for any other.
+
+    The reason in a verdict tells which it is, and the reward does not: an extension may give a right answer
+    the reward 0.5, or a wrong one -1.
+    """
+    right = [verdict.reason == "right" for verdict in verdicts]
+    return torch.tensor(right, dtype=torch.float32)
 
 
 def accuracy(verdicts):
     """The fraction of answers that are right: the right number or text, in the requested format."""
-    return rewards_of(verdicts).mean().item()
+    return right_of(verdicts).mean().item()
 
 
 def by_dataset(datasets, values, names=None):
@@ -154,7 +159,7 @@ def summary(verdicts):
     strict: the accuracy. ci95: its 95% interval. lenient: the fraction that is right in any format, for
     example without the <answer> tags that were asked for.
     """
-    right = rewards_of(verdicts).sum().item()
+    right = right_of(verdicts).sum().item()
     return dict(strict=accuracy(verdicts),
                 lenient=sum(verdict.lenient for verdict in verdicts) / len(verdicts),
                 ci95=wilson(right, len(verdicts)))
@@ -179,45 +184,53 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
         step = args.steps
 
     # Before: the policy alone, without LoRA and without a context. After: with both.
+    no_context = NoRouter([], [], 0)  # a router of no experts
     with policy.lora("off"):
-        before, _, _ = evaluate(policy, NoRouter([], [], 0), dataset, args)
+        before, _, _ = evaluate(policy, no_context, dataset, args)
     after, _, attention = evaluate(policy, router, dataset, args)
+
+    # Compute both accuracies for each kind of problem.
+    accuracy_before = by_dataset(datasets, right_of(before))
+    accuracy_after = by_dataset(datasets, right_of(after))
+    accuracies = {}
+    for name in accuracy_after:
+        accuracies[name] = dict(n=datasets.count(name), before=accuracy_before[name],
+                                after=accuracy_after[name])
 
     report = dict(task=args.task, level=args.level, n=len(dataset), seed=args.seed, router=args.router,
                   control=args.control, reading_steps=args.reading_steps, stage=stage, step=step,
-                  before=summary(before), after=summary(after), by_dataset={},
-                  right=rewards_of(after).int().tolist(), masked={})
+                  before=summary(before), after=summary(after), by_dataset=accuracies,
+                  right=right_of(after).int().tolist(), masked={})
+    if attention is None:
+        return report
 
-    # The same for each kind of problem.
-    right_before = by_dataset(datasets, rewards_of(before))
-    right_after = by_dataset(datasets, rewards_of(after))
-    for name in right_after:
-        report["by_dataset"][name] = dict(n=datasets.count(name), before=right_before[name],
-                                          after=right_after[name])
+    # Average the attention over heads and latents.
+    report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
 
-    # Attention, averaged over heads and latents; and the test once more without each of several experts.
-    if attention is not None:
-        report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
-        if len(experts) > 1:
-            for e, name in enumerate(names):
-                others = WithoutExpert(router, dataset.expert_of_state, e)
-                verdicts, _, _ = evaluate(policy, others, dataset, args)
-                report["masked"][name] = by_dataset(datasets, rewards_of(verdicts))
+    # If there are several experts, repeat the test without each of them.
+    if len(experts) > 1:
+        for e, name in enumerate(names):
+            router_without_e = WithoutExpert(router, dataset.expert_of_state, e)
+            verdicts, _, _ = evaluate(policy, router_without_e, dataset, args)
+            report["masked"][name] = by_dataset(datasets, right_of(verdicts))
     return report
 
 
 def swap_test(policy, router, dataset, args):
-    """Give each question the states of the next question of its dataset. Whose answer does the policy give?
+    """Give each question the states of another question. Whose answer does the policy give?
 
-    For question i and the next question j, let `expected` be what the expert that is attended to most says to
-    j. (Where experts are not asked for texts, it is the gold answer of j.) Returns a dict:
+    Question i gets the states of j, the next question of its dataset. `expected` is the answer that the
+    policy should give if it believes these states: what the expert with the most attention says to j. If the
+    router has no attention, or the experts were not asked for texts, it is the gold answer of j. A question
+    that is alone in its dataset is left out. Returns a dict:
 
         strict   the fraction of all answers that are still right for their own question i
-        n        the number of questions whose `expected` differs from the gold answer of i
+        n        how many questions have an `expected` that is not the gold answer of i; only these can show
+                 whom the policy follows
         follows  the fraction of these n that are answered with `expected`
 
-    If i is 2 + 3, j is 4 + 5, and the expert says 9 to j, then the answer 5 counts for `strict`, and the
-    answer 9 counts for `follows`. A question that is alone in its dataset is left out.
+    For example, i is 2 + 3, j is 4 + 5, and the expert says 9 to j. The answer 5 counts for `strict`, and the
+    answer 9 counts for `follows`.
     """
     partner = next_in_dataset(dataset.problems)
     indices = [i for i, j in enumerate(partner) if i != j]
@@ -235,8 +248,8 @@ def swap_test(policy, router, dataset, args):
 
         # Count only where that differs from the right answer.
         if expected and expected != dataset.problems[i].answer:
-            answer, _ = extract(texts[row], args.answer_format, truncated=False)
-            follows.append(answer.strip() == expected.strip())
+            given, _ = extract(texts[row], args.answer_format, truncated=False)
+            follows.append(given.strip() == expected.strip())
 
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
@@ -260,7 +273,7 @@ def stage_name(report):
 
 
 def show_report(report, path):
-    """Print a report, and write it to `path` as JSON (with null in place of NaN)."""
+    """Print a report, and write it to `path` as JSON."""
     # Accuracy, with 95% intervals.
     print(f"\n{report['n']} test problems, greedy answers [95% interval]")
     for when, name in (("before", "policy alone"), ("after", stage_name(report))):
@@ -284,7 +297,7 @@ def show_report(report, path):
     if attention:
         title += "; attention to each expert"
     if masked:
-        title += " (points gained or lost without it)"
+        title += " (change in points without it)"
     print(title)
     for dataset, numbers in report["by_dataset"].items():
         print(f"  {dataset:26} {numbers['before']:6.1%} -> {numbers['after']:6.1%} of {numbers['n']}")
@@ -292,12 +305,17 @@ def show_report(report, path):
         for name, share in attention.get(dataset, {}).items():
             pair = f"{name} {share:.2f}"
             if name in masked:
-                points = 100 * (masked[name][dataset] - numbers["after"])
-                pair += f" ({points:+.0f})"
+                change = 100 * (masked[name][dataset] - numbers["after"])  # negative: it is worse without it
+                pair += f" ({change:+.0f})"
             pairs.append(unbreakable(pair))
         if pairs:
             print(wrap("      " + ", ".join(pairs), indent=6))
 
+    write_report(report, path)
+
+
+def write_report(report, path):
+    """Write a report as JSON, with null in place of NaN, which JSON does not have. Only rank 0 writes it."""
     if RANK == 0:
         text = json.dumps(without_nan(report), indent=1, allow_nan=False)
         write_atomic(Path(path), f"{text}\n".encode())
@@ -486,6 +504,7 @@ def draw_attention_over_time(panel, records, attention):
     attention: {dataset: {expert: attention}}, on the test problems.
     """
     steps = [record["step"] for record in records]
+    n_experts = len(next(iter(attention.values())))
     for dataset, shares in attention.items():
         most = max(shares, key=lambda name: or_nan(shares[name]))
         curve = []
@@ -493,7 +512,7 @@ def draw_attention_over_time(panel, records, attention):
             at_this_step = record.get("attention_by_dataset", {}).get(dataset, {})
             curve.append(or_nan(at_this_step.get(most)))
         panel.plot(steps, curve, label=f"{dataset}: {most}")
-    panel.axhline(1 / len(shares), ls=":", color="0.3", label="even")
+    panel.axhline(1 / n_experts, ls=":", color="0.3", label="even")
     panel.set(xlabel="step of GRPO", ylabel="attention", ylim=(0, 1.02),
               title="The expert attended to most at the end")
     panel.legend(fontsize=8)
@@ -513,7 +532,11 @@ def draw_accuracy(panel, report):
 
 
 def points_lost(report):
-    """{dataset: {expert: percentage points of accuracy that are lost when it is hidden}}"""
+    """{dataset: {expert: percentage points of accuracy that are lost when it is hidden}}
+
+    A positive number means that the expert is needed. `show_report` prints the same as a change, so its sign
+    is the opposite: 88 points lost are a change of -88.
+    """
     points = {}
     for dataset, numbers in report["by_dataset"].items():
         points[dataset] = {}
@@ -527,10 +550,10 @@ def draw_matrix(panel, rows, top, style, title):
 
     rows: {dataset: {expert: value}}. top: the value that is darkest. style: how a value is written.
     """
-    values, names = [], []
+    names = list(next(iter(rows.values())))
+    values = []
     for row in rows.values():
         values.append([or_nan(value) for value in row.values()])
-        names = list(row)
     panel.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     panel.set_yticks(range(len(rows)), list(rows))
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
@@ -569,9 +592,12 @@ def run(argv=None):
     # Measure.
     problems = test_problems(args, options.n)
     dataset = Dataset(problems, policy, experts, args)
-    stage, step = "stage 0", 0
-    if not options.stage0:
-        stage, step = "GRPO", newest_step(options.run)
+    if options.stage0:
+        stage = "stage 0"
+        step = 0
+    else:
+        stage = "GRPO"
+        step = newest_step(options.run)
     report = test_report(policy, router, dataset, args, experts, stage, step)
     if can_swap(dataset):
         report["swap"] = swap_test(policy, router, dataset, args)
@@ -624,11 +650,16 @@ def test_problems(args, n=None):
 
 
 def newest_step(run):
-    """The step of the newest checkpoint that can be read: the one that `open_run` loads."""
+    """The step of the newest checkpoint that can be read, the one that `open_run` loads.
+
+    Returns None if no checkpoint can be read. A checkpoint holds tensors and nothing else, so what is not a
+    tensor is stored as JSON, with each byte of its text as a number: {"step": 80} is [123, 34, 115, ...].
+    """
     for path in checkpoints(run):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # a damaged file: try the one before it
             progress = read_tensors(path)["progress"]
             return json.loads(bytes(progress.tolist()))["step"]
+    return None
 
 
 def report_path(run, report):
@@ -640,4 +671,5 @@ def report_path(run, report):
 
 
 if __name__ == "__main__":
+    sys.modules["eval"] = sys.modules["__main__"]  # an extension that imports eval gets this program
     sys.exit(run_cli("eval.py", run))

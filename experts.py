@@ -199,6 +199,7 @@ class Expert:
         returned here are those that `write_texts` decodes and that own_text reads.
         length: the number of tokens to which every text is padded.
         """
+        # Any token would do as padding: before a text the mask hides it, and what follows an end is left out.
         ends = {*self.stop_ids, *line_ends(self.tokenizer)}
         padding = min(ends)
 
@@ -314,16 +315,17 @@ class Expert:
 
 # -- What all experts read, and what they write
 
-def read_states(experts, texts, progress=True):
+def read_states(experts, all_prompts, progress=True):
     """H, the states of all N experts for n problems: (n, N * K, D), D the width of the widest expert.
 
-    texts: N lists of n strings; texts[e][i] is the prompt of problem i for expert e. Narrower states are
-    padded with zeros. Example: an expert of width 64 that gives 4 states and one of width 96 that gives 1
-    state make H (n, 5, 96), and H[:, :4, 64:] is zero. H has the experts' dtype, or float32 if they differ.
+    all_prompts: N lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e. Narrower
+    states are padded with zeros. Example: an expert of width 64 that gives 4 states and one of width 96 that
+    gives 1 state make H (n, 5, 96), and H[:, :4, 64:] is zero. H has the experts' dtype, or float32 if they
+    differ.
     """
     widest = max(expert.width for expert in experts)
     columns = []
-    for expert, prompts in zip(experts, texts):
+    for expert, prompts in zip(experts, all_prompts):
 
         # With own_text, let the expert write first. It then reads each prompt together with its answer.
         answers = None
@@ -335,10 +337,13 @@ def read_states(experts, texts, progress=True):
     return torch.cat(columns, dim=1)
 
 
-def write_texts(experts, texts, progress=True):
-    """The answer of each of N experts to n problems: N lists of n lines of text. "" if it cannot write."""
+def write_texts(experts, all_prompts, progress=True):
+    """The answer of each of N experts to n problems: N lists of n lines of text. "" if it cannot write.
+
+    all_prompts: N lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e.
+    """
     columns = []
-    for expert, prompts in zip(experts, texts):
+    for expert, prompts in zip(experts, all_prompts):
         if not expert.writes:
             columns.append([""] * len(prompts))
             continue
@@ -367,7 +372,11 @@ def cached_rows(expert, kind, prompts, answers=None, progress=True):
     """The result ("row") of each prompt, stacked: from the cache, or computed now and stored.
 
     kind     "states": rows (K, width); "texts": rows (max_new,) of token ids, -1 after the end
-    answers  n lists of token ids that are read after the prompts, or None
+    answers  for own_text: n lists of token ids, what the expert wrote after each prompt and now reads
+             together with it. Else None.
+
+    A row is stored under its prompt alone, even if it depends on an answer too: an expert with this
+    fingerprint always writes the same answer to the same prompt.
     """
     folder = cache_dir() / kind / expert.fingerprint(kind)
 
@@ -384,8 +393,12 @@ def cached_rows(expert, kind, prompts, answers=None, progress=True):
     # 3. Compute and store them.
     if missing:
         indices = list(missing.values())
-        room = expert.max_new if kind == TEXTS else 0
+        room = 0
+        if kind == TEXTS:
+            room = expert.max_new
         ids = expert.tokenize([prompts[i] for i in indices], room)
+
+        # Append the answers. They fit into the window: this was checked when they were written.
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
         rows |= compute_rows(expert, kind, list(missing), ids, folder, progress)
@@ -408,11 +421,15 @@ def compute_rows(expert, kind, keys, ids, folder, progress=True):
         # Load the model, and choose what it does.
         model = expert.load(kind)
         if kind == STATES:
-            compute, verb = expert.states_of, "reads"
-            max_length, one_by_one = expert.window, False
+            compute = expert.states_of
+            max_length = expert.window
+            one_by_one = False
+            verb = "reads"
         else:
-            compute, verb = expert.texts_of, "writes"
-            max_length, one_by_one = expert.window - expert.max_new, expert.reads_padding(model)
+            compute = expert.texts_of
+            max_length = expert.window - expert.max_new
+            one_by_one = expert.reads_padding(model)
+            verb = "writes"
             if one_by_one:
                 verb = "writes one by one"
 
@@ -539,7 +556,11 @@ def stop_tokens(folder, config):
 
 def line_ends(tokenizer):
     """The ids of all tokens that contain a line end, as "\\n", "]\\n" and " \\n\\n" do."""
-    marks = ("\n", "Ċ", "<0x0A>")  # as it is, in byte-level vocabularies, and in SentencePiece's
+    marks = (
+        "\n",      # itself, in vocabularies of plain text
+        "Ċ",       # as byte-level vocabularies write it (GPT-2, Llama 3, Qwen)
+        "<0x0A>",  # as SentencePiece writes a byte that has no token of its own (Llama 2, Gemma)
+    )
     ids = []
     for token, i in tokenizer.get_vocab().items():
         if any(mark in token for mark in marks):

@@ -20,6 +20,8 @@ Letters for sizes:
     T   completion tokens                hd   numbers in one head
     n   rows of a matrix, whatever they stand for
 
+' means transposed: x W' is x @ W.T. In LoRALinear, A and B are LoRA's two matrices, not sizes.
+
 What is easy to get wrong:
 - The hidden state of a token predicts the NEXT token. The first completion token is therefore predicted by
   the last prompt token, and the last completion token need not be run at all.
@@ -148,9 +150,15 @@ class LoRALinear(nn.Module):
     B (out, rank): the layer computes x (W + scale B A)', a change of W that takes few numbers to describe.
     A starts random and B at zero, so a fresh layer computes exactly x W'.
 
-    Here m layers (q, k and v, for example) are stacked. W has the rows of all of them, and A (m rank, in) has
-    all their A. Each layer keeps its own B; in the product these are the diagonal blocks of one matrix
-    (out, m rank). So m layers with LoRA cost three products, not 3 m.
+    Here m layers are stacked. W has the rows of all of them, and A (m rank, in) has all their A. Each layer
+    keeps its own B; in the product these are the diagonal blocks of one matrix (out, m rank). For example,
+    for queries, keys and values:
+
+            [Aq]        [Bq  0   0 ]          [Bq Aq]
+        A = [Ak]    B = [0   Bk  0 ]    B A = [Bk Ak]
+            [Av]        [0   0   Bv]          [Bv Av]
+
+    So m layers with LoRA cost three products, not 3 m.
     """
 
     def __init__(self, matrices, biases, rank):
@@ -317,7 +325,7 @@ class Policy(nn.Module):
         T = tokens.shape[-1]
         slots = T
         if completion_kv is not None:
-            slots = completion_kv.shape[5]
+            slots = completion_kv.shape[-2]
         r = self.config.num_attention_heads // self.config.num_key_value_heads
 
         # Number the tokens of a completion, and find for each token the slots that lie in its future.
@@ -332,7 +340,7 @@ class Policy(nn.Module):
         def attend(layer, q, k, v):
             k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, nk, G, T, hd)
             if completion_kv is not None:
-                k, v = completion_kv[layer].index_copy_(4, token_index, torch.stack((k, v)))
+                k, v = completion_kv[layer].index_copy_(-2, token_index, torch.stack((k, v)))
             prompt_k, prompt_v = prefill.prompt_kv[layer]
             return group_attention(q, k, v, future, prompt_k, prompt_v, prefill.padding)
 
@@ -371,7 +379,8 @@ class Policy(nn.Module):
                     decoder.choose(prefill.last[:, None].expand(-1, group, -1))
                     continue
 
-                # Record step 2 as a graph, and replay it from then on. Step 1 has loaded all kernels.
+                # At t = 2 record the step as a CUDA graph and replay it from then on. The step at t = 1 ran
+                # without a graph, because the first call loads the kernels.
                 if t == 2 and use_graph:
                     step = capture_graph(decoder.step, self.embed.device)
                 if on_cpu:
@@ -399,7 +408,8 @@ class Policy(nn.Module):
         if tokens.shape[-1] > 1:
             h = torch.cat((h, self.extend(tokens[..., :-1], prefill)), dim=2)  # (B, G, T, d)
 
-        # Keep the real tokens only, and round their number up.
+        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`). Nobody reads
+        # these.
         h, targets = h[mask], tokens[mask]  # (n, d), (n,)
         extra = bucket(len(h)) - len(h)
         h, targets = F.pad(h, (0, 0, 0, extra)), F.pad(targets, (0, extra))
@@ -430,7 +440,7 @@ class Policy(nn.Module):
         if mode not in ("off", "merged"):
             raise ValueError(f'lora("{mode}") is not known: use "off" or "merged"')
         layers = [layer for layer in self.adapters() if layer.active]
-        frozen = [layer.weight for layer in layers]
+        unmerged = [layer.weight for layer in layers]
         try:
             for layer in layers:
                 if mode == "merged":
@@ -439,7 +449,7 @@ class Policy(nn.Module):
                 layer.active = False
             yield
         finally:
-            for layer, weight in zip(layers, frozen):
+            for layer, weight in zip(layers, unmerged):
                 layer.weight = weight
                 layer.active = True
 
@@ -543,14 +553,15 @@ class Decoder:
 
     def make_room(self, used):
         """See to it that there are slots for `used` tokens. Makes a new tensor: not for a recorded graph."""
-        slots = self.completion_kv.shape[5]
+        slots = self.completion_kv.shape[-2]
         if used > slots:
             self.completion_kv = F.pad(self.completion_kv, (0, 0, 0, bucket(used) - slots))
 
     def result(self):
         """tokens and mask (B, G, T), see `Policy.generate`."""
-        # A token belongs to the completion if no stop token comes before it. Then the number of stop tokens
-        # up to and including this one is 1 if it is a stop token itself, and 0 if not.
+        # A token belongs to the completion if no stop token comes before it. Compare is_stop with its running
+        # sum. For example is_stop 0 0 1 0 1 has the running sum 0 0 1 1 2: the two are equal up to and
+        # including the first stop token.
         is_stop = self.policy.ends[self.tokens].long()
         mask = is_stop.cumsum(-1) == is_stop
 
@@ -595,14 +606,14 @@ class TokenLogprob(torch.autograd.Function):
 
     h (n, d), weight W (V, d), targets (n,) -> logp (n,), entropy (n,) in nats, the entropy without gradient.
 
-    The gradient is formed in the forward pass. W is frozen, and a log-probability depends only on its own row
-    of h, so the backward pass needs just one vector (d,) for each token:
+    W is frozen, and a log-probability depends only on its own row of h. So the gradient is one vector (d,)
+    for each token:
 
         d logp / d h = (W[target] - softmax(h W' / temperature) W) / temperature
 
-    In the forward pass the softmax of a chunk is at hand, and the vectors cost one more product. The backward
-    pass could only use a softmax that was stored, (n, V) numbers, or that is computed a second time. So
-    forward saves the vectors (n, d), and backward multiplies each by the gradient of its log-probability.
+    The forward pass computes these vectors, because it has the softmax of each chunk in memory. The backward
+    pass would need all softmaxes, (n, V) numbers, or would have to compute them a second time. Forward saves
+    the vectors (n, d), and backward multiplies each by the gradient of its log-probability.
     """
 
     @staticmethod
@@ -624,22 +635,25 @@ class TokenLogprob(torch.autograd.Function):
                 z = rows.float().div_(temperature)
                 p = z.softmax(-1)
 
-                # 3. log p = z - logsumexp holds for every token. Solve it for the likeliest one, whose p is
-                #    never 0: that is cheaper than a sum of V exponentials.
+                # 3. log p = z - logsumexp, so logsumexp = z - log p, for any token. Take the likeliest one,
+                #    whose p is never 0. This is cheaper than a sum of V exponentials.
                 logsumexp = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
                 logp.append((z.gather(1, target) - logsumexp)[:, 0])
 
                 # 4. Entropy = -sum p log p = logsumexp - sum p z.
                 entropy.append(logsumexp[:, 0] - torch.linalg.vecdot(p, z))
 
-                # 5. Write p - onehot(target) over the logits, which are not needed any more.
+                # 5. Write p - onehot(target) over the logits, which are not needed any more. `rows` is a
+                #    view, so `logits` itself changes.
                 if wants_gradient:
                     minus_one = torch.full_like(logsumexp, -1.0)
                     rows.copy_(p.scatter_add_(1, target, minus_one))
 
             # 6. The gradient is (onehot - p) W / temperature.
             if wants_gradient:
-                grad[start:start + chunk] = frozen_matmul(logits, weight) / -temperature
+                p_minus_onehot = logits
+                grad[start:start + chunk] = frozen_matmul(p_minus_onehot, weight) / -temperature
+                del p_minus_onehot  # it would keep this chunk in memory beside the next one
 
         logp, entropy = torch.cat(logp), torch.cat(entropy)
         ctx.save_for_backward(grad)

@@ -14,6 +14,8 @@ training, validation and test problems. What is easy to get wrong:
   several numbers is not an answer, even if the right one is among them.
 - Different seeds do not separate training questions from test questions. Reasoning Gym draws item i from
   Random(seed + i), so two seeds give mostly the same items. Here the sha256 of a question decides its split.
+- For a reward of your own set rlvr.verify, not rewards.verify (README.md, Fork it): rlvr.py has imported the
+  function by its name, and would still call the old one.
 """
 import contextlib
 import dataclasses
@@ -66,8 +68,8 @@ class Verdict:
 def verify(completion, problem, answer_format="tagged", truncated=False):
     """Judge a completion: the text that a model wrote after its prompt. Returns a Verdict.
 
-    answer_format  "tagged": the answer stands between <answer> and </answer>. After the thought, if the
-                   model has written one, each of these tags must occur once.
+    answer_format  "tagged": the answer stands between <answer> and </answer>. Each of these tags must occur
+                   once. A thought before it (<think> ... </think>) is left out first, with the tags in it.
                    "plain": the first line is the answer.
     truncated      the completion hit the token limit. Then a first line without an end does not count. An
                    answer between tags does.
@@ -99,9 +101,14 @@ def verify(completion, problem, answer_format="tagged", truncated=False):
         words_may_follow = answer_format == "tagged"
         reason = grade(answer, problem, words_may_follow)
 
-    # Only "right" is rewarded. Note, for the report, what a generous reader would say.
+    # Only "right" is rewarded.
     right = reason == "right"
-    return Verdict(float(right), reason, right or lenient(completion[-2000:], problem.answer))
+
+    # For the report, look for the right answer in any format, near the end of the completion.
+    end = completion[-2000:]  # characters
+    right_in_any_format = right or is_found_in(end, problem.answer)
+
+    return Verdict(reward=float(right), reason=reason, lenient=right_in_any_format)
 
 
 OPEN_TAG, CLOSE_TAG = "<answer>", "</answer>"
@@ -182,10 +189,11 @@ def grade(answer, problem, words_may_follow):
     words_may_follow: "36 pencils" is read as 36.
     """
     gold = problem.answer.strip()
-    if problem.dataset != "gsm8k":
-        answer = answer.strip()
+    if problem.dataset == "gsm8k":  # every gold answer is a number
+        return grade_number(answer, gold, problem.dataset, words_may_follow)
 
-    if problem.dataset == "gsm8k" or PLAIN_NUMBER.fullmatch(gold):
+    answer = answer.strip()
+    if PLAIN_NUMBER.fullmatch(gold):
         return grade_number(answer, gold, problem.dataset, words_may_follow)
     return grade_text(answer, gold, problem.dataset)
 
@@ -320,10 +328,12 @@ def without_decorations(text):
     return text
 
 
+# Where a number may be in a text: "from 3-4 it is -1,000." has 3, 4 and -1,000. with its full stop. The sign
+# before the 4 is none of its own, because a digit comes before it.
 NUMBER_IN_TEXT = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN_SPACES}]*")
 
 
-def lenient(ending, gold):
+def is_found_in(ending, gold):
     """Whether a generous reader would find the gold answer in the end of a completion.
 
     This is reported and not trained on. It shows what a policy knows but does not write in the right format.
@@ -425,8 +435,8 @@ def render_chat(turns, tokenizer):
     """The text of a chat up to where the model's turn begins. It is the same on any day."""
     try:
         template = with_fixed_date(tokenizer.get_chat_template())
-        # Turn long thoughts before the answer off: experts are read, and policies hit the token limit, long
-        # before such a thought ends. Templates without this setting ignore it.
+        # Switch thinking off: a policy hits the token limit long before such a thought ends. Templates
+        # without this setting ignore it.
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False,
                                              add_generation_prompt=True, enable_thinking=False)
     except Exception as error:  # mostly jinja2.TemplateError, but a template may raise anything
@@ -472,7 +482,9 @@ TINY_LEVEL = {  # level "tiny": what the experts in tiny/ were trained on
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-FAMILIES = {  # at every other level; one and the same answer is right for less than a third of any of these
+# The datasets of a family at every other level. In each of these, any single answer is right for less than a
+# third of the problems.
+FAMILIES = {
     "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
     "logic": ("family_relationships", "knights_knaves", "color_cube_rotation", "aiw"),
     "algorithmic": ("count_primes", "number_sorting", "spell_backward", "base_conversion", "caesar_cipher"),
@@ -488,13 +500,12 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
                train repeats its questions in a new random order when there are no more.
     data_path  a file or folder with problems in place of the official GSM8K, see `gsm8k`
     level      "easy", "default", "hard", "tiny" or "parameter=value,...", for all tasks but gsm8k
-    least      the fewest problems to return, where fewer than n are enough (default: n)
+    least      raise ValueError if there are fewer problems than this (default: n)
     progress   show a bar if it takes more than a second
     The same arguments always give the same problems. A smaller n gives the beginning of the same list.
 
-    Raises ValueError for a task, split, level or file that cannot be used, for an option without effect, and
-    if there are fewer than `least` problems. It checks all parts of the task before it makes a problem, and
-    needs no model.
+    Raises ValueError also for a task, split, level or file that cannot be used, and for an option without
+    effect. It checks all parts of the task before it makes a problem, and needs no model.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
@@ -547,44 +558,57 @@ def open_part(name, split, data_path, level):
         raise ValueError(f"unknown level {level!r} of {name}: choose easy, default, hard or tiny")
 
     # Open the datasets of the part.
-    parts = {}
+    problems_of = {}  # {dataset: iterator over its problems}
     if name == "gsm8k":
-        rows = gsm8k(data_path)[split]
-        parts[name] = (Problem(question, answer, split=split) for question, answer in rows)
+        problems_of["gsm8k"] = gsm8k_problems(split, data_path)
     else:
-        datasets = FAMILIES.get(name, [name])
-        if name in TINY_LEVEL and level == "tiny":
-            datasets = TINY_LEVEL[name]
-        for dataset in datasets:
+        for dataset in datasets_of(name, level):
             items = draw_items(open_dataset(dataset, level), dataset, level)
-            parts[dataset] = distinct_problems(items, name, dataset, split)
+            problems_of[dataset] = distinct_problems(items, name, dataset, split)
 
     # Training begins again, in a new order, when a dataset has no more questions.
     if split == "train":
-        for dataset, problems in parts.items():
-            parts[dataset] = repeat(problems, dataset)
-    return take_turns(parts.values())
+        for dataset, problems in problems_of.items():
+            problems_of[dataset] = repeat(problems, dataset)
+    return take_turns(problems_of.values())
 
 
-def take_turns(parts):
-    """Yield a problem of each part in turn, until one part ends.
+def datasets_of(name, level):
+    """The Reasoning Gym datasets of one part of a task: those of a family, or the one that it names."""
+    if name in TINY_LEVEL and level == "tiny":
+        return list(TINY_LEVEL[name])
+    if name in FAMILIES:
+        return FAMILIES[name]
+    return [name]
 
-    A question of val or test that two parts have is given only once.
+
+def gsm8k_problems(split, data_path):
+    """An iterator over the problems of one split of GSM8K. Raises ValueError at once for a bad file."""
+    problems = []
+    for question, answer in gsm8k(data_path)[split]:
+        problems.append(Problem(question, answer, split=split))
+    return iter(problems)
+
+
+def take_turns(iterators):
+    """Yield a problem of each iterator in turn, until one of them ends.
+
+    A question of val or test that two iterators have is given only once.
     """
-    parts = list(parts)
+    iterators = list(iterators)
     seen = set()
     while True:
-        for part in parts:
-            problem = next_new(part, seen)
+        for problems in iterators:
+            problem = next_new(problems, seen)
             if problem is None:
                 return
             seen.add(problem.question)
             yield problem
 
 
-def next_new(part, seen):
-    """The next problem of a part. For val and test its question is not in `seen`. None if there is none."""
-    for problem in part:
+def next_new(problems, seen):
+    """The next problem of an iterator. For val and test its question is not in `seen`. None at the end."""
+    for problem in problems:
         if problem.split == "train" or problem.question not in seen:
             return problem
     return None
@@ -596,17 +620,17 @@ def distinct_problems(items, task, dataset, split):
     items: an iterator over (question, gold answer), in which questions may come again.
     """
     seen = set()
-    last_new = -1
-    for drawn, (question, answer) in enumerate(items):
+    last_new_draw = -1
+    for draw, (question, answer) in enumerate(items):
         if question not in seen and answer:  # nobody can give an empty answer
             seen.add(question)
-            last_new = drawn
+            last_new_draw = draw
             if split_of(question) == split:
                 yield Problem(question, answer, task, dataset, split)
 
-        # Stop after many draws without a new question of any split. So all splits end at the same draw, and
-        # it does not matter which one is asked for.
-        if drawn - last_new >= max(200, 3 * len(seen)):
+        # Stop after many draws without a new question. Questions of all splits count, so the end is the same
+        # draw whichever split is asked for.
+        if draw - last_new_draw >= max(200, 3 * len(seen)):
             return
 
 
@@ -652,7 +676,8 @@ def next_in_dataset(problems):
 
 # -- Plumbing. Nothing below is about the method; skip it at first reading.
 
-# Reasoning Gym: which datasets can be used, and what a level means
+# Reasoning Gym: which datasets can be used, and what a level means. A dataset of your own is added at
+# `registry`.
 
 # A level is a step of a dataset's own curriculum. "default" is its default parameters.
 CURRICULUM_STEPS = {"easy": 0, "hard": 2}
@@ -677,7 +702,11 @@ for why, unfit_datasets in UNFIT.items():
 
 
 def registry():
-    """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym."""
+    """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym.
+
+    A dataset of your own: in a file that --extension names, call reasoning_gym.factory.register_dataset(name,
+    dataset class, configuration class). Its name is then a --task.
+    """
     import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS
 
@@ -788,8 +817,8 @@ GSM8K_ADVICE = "pass --data FOLDER with train.jsonl and test.jsonl of github.com
 def gsm8k(data_path=None):
     """{split: [(question, gold answer)]}. Raises ValueError for a file that is missing or has wrong lines.
 
-    test is test.jsonl. val is the last 256 problems of train.jsonl, at most a quarter of it. train is the
-    rest.
+    test is test.jsonl. val is the last 256 problems of train.jsonl, or its last quarter if that is less.
+    train is the rest of train.jsonl.
     data_path: a folder with these two files, or one file, whose problems are divided by `split_of`. If it is
     train.jsonl or test.jsonl and the other file is next to it, both are used. Without a data_path the
     official files are used, which are downloaded once.

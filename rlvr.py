@@ -10,28 +10,39 @@ or less likely by how much better the answer was than its group (2402.03300, sec
 
 How this differs from the textbook:
 1. One optimizer step for each rollout. The policy that is trained is the policy that sampled, so the ratio
-   pi / pi_sampled is 1, and there is nothing to clip. Its gradient is a_g times the gradient of log pi(t).
+   pi / pi_sampled is 1, and there is nothing to clip. Its gradient is not 0, it is the gradient of log pi(t):
+   so, before the mean, the loss of a token has the gradient -a_g * grad log pi(t).
 2. The loss is a mean over all tokens of the step, not first over the tokens of each answer.
 3. Two experts are compared (ours). Half of a group is sampled while the policy sees one expert, the other
    half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
-   BETWEEN the halves, rewards teach the router whom to believe: `draw_pair` and `choice_loss`.
+   BETWEEN the halves, rewards teach the router whom to believe. In order: `draw_pair` draws two experts for
+   each problem. `Batch.with_experts` makes two problems of it, each with one of the two experts visible.
+   `rollout` samples G / 2 answers to each. `advantages` takes mean and std within a half. `choice_loss`
+   compares the mean rewards of the two halves. The GRPO loss trains LoRA and, through the context, how the
+   router reads. The choice loss trains the router's trust: queries and keys get this gradient, too, but their
+   learning rate is a thousandth of trust's.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
-5. There is no KL term after stage 0. Its reference is the frozen policy, which cannot read a context, so that
-   KL would undo stage 0. Without stage 0 (preset *paper*) it is there, with weight 0.04.
+5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
+   context, and so it would undo stage 0. Without stage 0 (preset *paper*) it is there, with weight 0.04.
 
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
 experts mixed by an attention that is still even, it has to learn from a mixture that it cannot read, and
 whether it ever finds out whom to believe is luck. When each half sees one expert alone, its context is one
-that the policy can read, and the two mean rewards say at once which of the two experts knows more.
+that the policy can read, and the two mean rewards say at once which of the two experts knows more. Later the
+attention is sharp: then the context of all experts is almost that of one expert, and can be read.
 
 What is easy to get wrong:
-- The stop token is part of the completion and is trained on, or the policy never learns to stop.
-- Loss and sampler use the same temperature, and no top-k or top-p, or the ratio is not the policy's.
+- The stop token is part of the completion and is trained on. Otherwise the policy never learns to stop.
+- Loss and sampler use the same temperature, and no top-k or top-p. Otherwise pi is not what was sampled from.
 - The rollout has no gradient, so train.py runs the router again when it scores the answers.
 - A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
-- The loss is about 0 by construction, as the ratio is 1: watch the reward, not the loss.
-- Stage 0 sees no gold answer and no reward, and reads all writing experts equally often.
+- The loss is about 0 by construction: the ratio is 1, and the advantages of a group add up to 0. Watch the
+  reward, not the loss.
+- Stage 0 sees no gold answer and no reward, and reads all experts that write equally often.
+
+With several devices each process is a "rank" and has its part of the problems (`my_part`); sums go over all
+ranks (`all_reduce_sum`). With one device these functions change nothing.
 """
 import contextlib
 import importlib.util
@@ -89,9 +100,10 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
 
     # Write: sample the whole group from this one reading.
     tokens, mask = policy.generate(prefill, group, args.max_new, temperature, generator)
-    is_stop = policy.ends[tokens] & mask
+    is_stop = policy.ends[tokens] & mask  # policy.ends: True for the stop tokens of the vocabulary
     truncated = ~is_stop.any(-1)  # (B, G)
-    tokens_cpu, kept_cpu = tokens.cpu(), (mask & ~is_stop).cpu()
+    tokens_cpu = tokens.cpu()
+    kept_cpu = (mask & ~is_stop).cpu()
     seconds = time.perf_counter() - start
 
     # Decode every answer without its stop token. Other special tokens stay: <answer> may be one.
@@ -107,7 +119,8 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
                          for answer, cut in zip(answers, was_cut)])
 
     rewards = torch.tensor([[verdict.reward for verdict in row] for row in verdicts], device=tokens.device)
-    return Rollout(batch.problems, tokens, mask, texts, verdicts, rewards, truncated, attention, seconds)
+    return Rollout(problems=batch.problems, tokens=tokens, mask=mask, texts=texts, verdicts=verdicts,
+                   rewards=rewards, truncated=truncated, attention=attention, seconds=seconds)
 
 
 def advantages(rewards):
@@ -183,25 +196,28 @@ def candidates(router, dataset, args):
 def draw_pair(shares, experts, u):
     """Draw two different experts for each problem.
 
-    shares (B, E): how much each problem attends to each expert. experts: the candidates, C indices.
+    shares (B, E): how much each problem attends to each expert. experts: the candidates, n indices.
     u (B, 2): random numbers in [0, 1). Returns (B, 2), indices of experts.
 
-    The first is drawn from the attention, of which a fifth is even, so that nobody is forgotten; the second
-    evenly from the others. With two candidates both are always drawn, in an order that does not matter.
+    The first is drawn with the probabilities of the attention (80%) mixed with equal ones (20%), so that
+    every expert is tried sometimes. The second is any of the others, with equal probability. With two
+    candidates both are always drawn; their order does not matter.
     """
     experts = torch.tensor(experts, device=shares.device)
-    C = len(experts)
+    n = len(experts)
 
     # First: the attention among the candidates, mixed with an even draw.
     p = shares[:, experts]
     p = p / p.sum(1, keepdim=True).clamp(min=1e-9)
-    p = (1 - EXPLORE) * p + EXPLORE / C
-    edges = p.cumsum(1)[:, :-1].contiguous()  # (B, C - 1)
-    first = torch.searchsorted(edges, u[:, :1].contiguous(), right=True)[:, 0]
+    p = (1 - EXPLORE) * p + EXPLORE / n
 
-    # Second: one of the C - 1 others.
-    distance = 1 + (u[:, 1] * (C - 1)).long()
-    second = (first + distance) % C
+    # Candidate i owns the interval edges[i - 1] <= u < edges[i]: count the edges that u has passed.
+    edges = p.cumsum(1)[:, :-1]  # (B, n - 1)
+    first = (edges <= u[:, :1]).sum(1)  # (B,)
+
+    # Second: one of the n - 1 others, 1 to n - 1 places further on, in a circle.
+    distance = 1 + (u[:, 1] * (n - 1)).long()
+    second = (first + distance) % n
     return torch.stack((experts[first], experts[second]), dim=1)
 
 
@@ -224,16 +240,18 @@ def choice_loss(p, half_rewards):
 
         loss  =  sum over problems of   - (R_w - R_l) * log p_w
 
-    This is logistic regression on "which expert was better" (the Bradley-Terry model), in which a problem
-    counts as much as the halves differ. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
+    This is logistic regression on "which expert was better" (the Bradley-Terry model), where each problem has
+    the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
     Why not the expected reward, - sum of p R? Its gradient has the factor p (1 - p). When trust has once gone
     far in a wrong direction, so that p_w is nearly 0, it can hardly come back. The gradient of log p_w is
     largest there.
     """
-    lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_w - R_l and R_l - R_w
-    return -(lead.clamp(min=0) * p.clamp(min=1e-30).log()).sum()
+    lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
+    weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
+    log_p = p.clamp(min=1e-30).log()
+    return -(weight * log_p).sum()
 
 
 # -- Stage 0: learn to read the experts, one at a time, from what they themselves would say
@@ -242,28 +260,28 @@ WORDS_BATCH = 256  # problems in a step of words; the policy is not run, so that
 
 
 def learn_words(policy, router, dataset, args):
-    """Stage 0a, the router alone: context token i becomes the policy's embedding of token i of a text.
+    """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
-    The text is what the one visible expert would say, behind the last token of the prompt. Why this token
-    first? The context then looks like the end of the prompt followed by an answer. Language models tend to
-    repeat: when a token comes again, they continue as it was continued before (induction heads, 2209.11895).
-    So when the policy reaches the end of its prompt, it tends to go on with the expert's text.
+    The target is the last token of the prompt, followed by what the one visible expert would say. Why is the
+    last token of the prompt there? A language model tends to repeat: when a token appears again, it writes
+    what followed this token the first time (induction heads, 2209.11895). So at the end of its prompt the
+    policy meets this token for the second time, and tends to continue with the expert's text.
 
     Yields the loss per token of each step.
     """
-    optimizer = make_optimizer(policy, router, 0.0, args.words_lr)
+    optimizer = make_optimizer(policy, router, lr=0.0, router_lr=args.words_lr)  # LoRA stays as it is
     vocabulary = words_vocabulary(dataset)
     for step in range(args.words_steps):
         set_rates(optimizer, stage0_rate(step, args.words_steps))
-        loss, n_tokens = loss_of_words(policy, router, dataset, vocabulary, args, step)
+        loss, n_tokens = words_step(policy, router, dataset, vocabulary, args, step)
         loss = loss / max(1.0, all_reduce_sum(n_tokens))  # the experts may have written nothing at all
         loss.backward()
         update(optimizer)
         yield all_reduce_sum(loss.item())
 
 
-def loss_of_words(policy, router, dataset, vocabulary, args, step):
-    """The loss of a step of `learn_words`, summed over the tokens of this rank's problems; their number."""
+def words_step(policy, router, dataset, vocabulary, args, step):
+    """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
     indices, experts = draw_stage0(dataset.words_groups, dataset.writers, WORDS_BATCH, seed)
@@ -279,23 +297,23 @@ def loss_of_words(policy, router, dataset, vocabulary, args, step):
 
 
 def learn_to_read(policy, router, dataset, args):
-    """Stage 0b, LoRA and, slowly, the router: context and prompt in, the expert's text out.
+    """Reading, LoRA and, slowly, the router: context and prompt in, the expert's text out.
 
     With a router that has no context the same texts are learned from the prompt alone: a control.
     Yields the loss per token of each step.
     """
-    optimizer = make_optimizer(policy, router, args.reading_lr, args.reading_router_lr)
+    optimizer = make_optimizer(policy, router, lr=args.reading_lr, router_lr=args.reading_router_lr)
     for step in range(args.reading_steps):
         set_rates(optimizer, stage0_rate(step, args.reading_steps))
-        loss, n_tokens = loss_of_reading(policy, router, dataset, args, step)
+        loss, n_tokens = reading_step(policy, router, dataset, args, step)
         loss = loss / max(1.0, all_reduce_sum(n_tokens))
         loss.backward()
         update(optimizer)
         yield all_reduce_sum(loss.item())
 
 
-def loss_of_reading(policy, router, dataset, args, step):
-    """The loss of a step of `learn_to_read`, summed over the tokens of this rank's problems; their number."""
+def reading_step(policy, router, dataset, args, step):
+    """One step of `learn_to_read` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + args.words_steps + step
     indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, args.reading_batch, seed)
@@ -315,18 +333,21 @@ def words_and_reading(args):
 
 
 def stage0_parts(problems):
-    """The problems of reading and those of words, as two lists of indices, one for each different question.
+    """The problems of stage 0: (those of reading, those of words), as two lists of indices.
 
-    Reading uses the second quarter of the questions, words the second half, and GRPO begins with the first.
-    They are apart because a router knows the states that it was trained on by heart: on these a policy would
-    learn to trust it blindly. A question that comes twice belongs to the part where it comes first.
+    GRPO begins with the first quarter of the questions, reading uses the second quarter, words the second
+    half. Why different ones? The router knows by heart the states that it was trained on, so its context is
+    too good there. The policy must learn to read the context of problems that are new to the router. A
+    question that comes twice counts once, where it comes first. A part that is empty becomes all questions.
     """
     first_place = {}
     for i, problem in enumerate(problems):
         first_place.setdefault(problem.question, i)
     indices = list(first_place.values())
     half = len(indices) // 2
-    return indices[half // 2:half] or indices, indices[half:] or indices
+    quarter = half // 2
+    reading, words = indices[quarter:half], indices[half:]
+    return reading or indices, words or indices
 
 
 def group_by_text(texts, indices):
@@ -385,7 +406,8 @@ def words_loss(policy, context, targets, vocabulary):
     """
     B, L, d = context.shape
 
-    # The embeddings, in the units of a context token: the prefix is origin + std * context.
+    # The embeddings of the vocabulary, n tokens, in the units of a context token: a prefix vector is
+    # prefix_origin + std * context.
     embeddings = (policy.embed[vocabulary].float() - policy.prefix_origin) / policy.embed_std  # (n, d)
     place = {token: i for i, token in enumerate(vocabulary)}
 
@@ -397,10 +419,12 @@ def words_loss(policy, context, targets, vocabulary):
     target = target.to(context.device)
 
     has_target = target >= 0
-    context, target = context[has_target], target[has_target]  # (n, d), (n,)
-    cross_entropy = F.cross_entropy(context @ embeddings.T / d**0.5, target, reduction="sum")
-    distance = (context - embeddings[target]).square().mean(-1).sum()
-    return cross_entropy + 0.1 * distance, len(target)
+    c, wanted = context[has_target], target[has_target]  # (M, d), (M,): the M tokens that have a target
+    e = embeddings[wanted]  # (M, d)
+    inner_products = c @ embeddings.T / d**0.5  # (M, n)
+    cross_entropy = F.cross_entropy(inner_products, wanted, reduction="sum")
+    distance = (c - e).square().mean(-1).sum()
+    return cross_entropy + 0.1 * distance, len(wanted)
 
 
 def reading_loss(policy, batch, context, targets):
@@ -519,8 +543,8 @@ class Dataset:
     texts            [experts][n]: what each expert would say; [] where nobody asks
     targets          [experts][n]: these texts as the policy's tokens, stop token included; [] for no text
     writers          the indices of the experts that say anything
-    words_groups     [experts][different texts][problems]: what stage 0a draws from, see `group_by_text`
-    reading_groups   the same for stage 0b
+    words_groups     [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
+    reading_groups   the same for `learn_to_read`
     visible_alone    (E, N): row e is True for the states of expert e and of all experts that only read.
                      Encoders write nothing, so stage 0 cannot teach to read them; they are always visible
                      and are never compared.
@@ -711,20 +735,21 @@ def build(args):
                          "or add another expert")
 
     # The policy. An Expert of the same folder knows its tokenizer and its size.
-    files = Expert(args.policy)
+    policy_files = Expert(args.policy)
     if args.answer_format == "auto":
-        args.answer_format = "tagged" if files.prompt_format == "chat" else "plain"
-    if args.answer_format == "tagged" and files.prompt_format == "plain":
-        raise ValueError(f"{files.name} has no chat template: use --answer_format plain")
+        args.answer_format = "tagged" if policy_files.prompt_format == "chat" else "plain"
+    if args.answer_format == "tagged" and policy_files.prompt_format == "plain":
+        raise ValueError(f"{policy_files.name} has no chat template: use --answer_format plain")
     if args.dtype == "auto":
-        args.dtype = str(pick_dtype(args.device, files.params)).removeprefix("torch.")
+        args.dtype = str(pick_dtype(args.device, policy_files.params)).removeprefix("torch.")
     policy = Policy.from_pretrained(args.policy, args.lora_rank, getattr(torch, args.dtype), args.device,
                                     args.prefix_origin)
-    policy.tokenizer = files.tokenizer
+    policy.tokenizer = policy_files.tokenizer
     if args.answer_format == "plain":  # the answer is the first line
         policy.stop_at([*policy.config.stop, *line_ends(policy.tokenizer)])
 
-    # The router. How large a fresh prefix is: close to the mean embedding, or half as large as an embedding.
+    # The router. A fresh prefix is prefix_origin + std * C, and init_scale is the size of C: small around the
+    # mean embedding, larger around zero.
     init_scale = 0.02 if args.prefix_origin == "mean" else 0.5
     widths, expert_of_state = [], []
     for e, expert in enumerate(experts):
@@ -733,7 +758,7 @@ def build(args):
     router = ROUTERS[args.router](widths, expert_of_state, policy.config.hidden_size, args.latents,
                                   args.router_heads, args.router_dim, args.router_temperature, init_scale)
 
-    args.policy = files.pinned
+    args.policy = policy_files.pinned
     args.experts = [expert.pinned for expert in experts]
     return policy, experts, router.to(args.device)
 
@@ -1047,7 +1072,8 @@ def run_cli(program, run):
         return 0
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; what the experts have read is kept, and so is the last checkpoint, if "
-              "there is one; the same command, or --resume, continues", file=sys.stderr)
+              "there is one; continue with train.py --resume, or, if the experts were still reading, with the "
+              "same command", file=sys.stderr)
         return 130
     except SystemExit as error:  # argparse has already said what is wrong
         return error.code

@@ -2,16 +2,19 @@
 The router: attention from a few learned vectors to the hidden states of the experts.
 
 The policy cannot read the experts' states directly. Every expert has its own width, and its own meaning for
-every dimension. The router turns the N states of one problem into L context tokens. These are vectors of the
-policy's width that stand before the prompt, a soft prefix. The router is a Perceiver (2103.03206): a few
+every dimension. The router turns the N states of one problem into L context tokens. An expert gives one state
+or several, so N counts states, not experts. Context tokens are vectors of the policy's width. They stand
+before the prompt, a soft prefix. The router is a Perceiver (2103.03206): a few
 learned vectors, the latents, read a set of inputs of any size by cross-attention, and what they collect is
 the output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-attention:
 
     states    H (B, N, D)      padded with zeros to the widest expert
     scale     x (B, N, D)      (H - mean) / std, for every dimension of every state
-    project   E (B, N, dim)    einsum("bnd,ndk->bnk", x, W): every state has its own matrix W[n] (D, dim)
-    attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from E
+    project   S (B, N, dim)    einsum("bnd,ndk->bnk", x, W): every state has its own matrix W[n] (D, dim)
+    attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from S
     write     C (B, L, d)      out(mlp(A V)): the context tokens, of the policy's width d
+
+(Norms, the embedding of each state and residual sums are left out here.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -55,6 +58,7 @@ class StateReader(nn.Module):
 
         self.register_buffer("mean", torch.zeros(is_real.shape))
         self.register_buffer("inv_std", is_real.float())  # 1 / std, and 0 in the padding
+        self.register_buffer("is_real", is_real, persistent=False)
         self.register_buffer("widths", widths, persistent=False)
         self.register_buffer("expert_of_state", torch.tensor(expert_of_state), persistent=False)
 
@@ -68,16 +72,17 @@ class StateReader(nn.Module):
         """
         std, mean = torch.std_mean(H.float(), dim=0)  # (N, D)
 
-        # Do not amplify dimensions that are nearly constant.
-        std = std.clamp(min=1e-6 + 0.01 * std.amax(1, keepdim=True))
+        # Do not amplify dimensions that are nearly constant: no std below 1% of the largest one of the state.
+        smallest = 1e-6 + 0.01 * std.amax(1, keepdim=True)  # (N, 1)
+        std = std.clamp(min=smallest)
 
-        is_real = self.inv_std > 0
-        self.inv_std.copy_(is_real / std)
+        self.inv_std.copy_(self.is_real / std)
         self.mean.copy_(mean)
 
     def standardize(self, H, visible=None):
         """H (B, N, D) -> x (B, N, D), zero for a state that is not visible (which may contain NaN)."""
-        x = ((H.to(self.mean.dtype) - self.mean) * self.inv_std).clamp(-10, 10)
+        x = (H.to(self.mean.dtype) - self.mean) * self.inv_std
+        x = x.clamp(-10, 10)  # no single dimension decides alone
         if visible is not None:
             x = x.masked_fill(~visible[..., None], 0.0)
         return x
@@ -110,7 +115,7 @@ class Router(StateReader):
 
         # Project: one matrix and one embedding for each state. The embedding says which state it is.
         W = torch.randn(N, D, dim) / self.widths[:, None, None].sqrt()
-        self.W = nn.Parameter(W * (self.inv_std > 0)[..., None])  # zero in the padding
+        self.W = nn.Parameter(W * self.is_real[..., None])  # zero in the padding
         self.state_embed = nn.Parameter(torch.randn(N, dim) * 0.02)
         self.norm_states = nn.LayerNorm(dim)
 
@@ -136,7 +141,8 @@ class Router(StateReader):
     def forward(self, H, visible=None, attention=None):
         """States H (B, N, D), zero beyond each width -> context tokens and attention.
 
-        Returns C (B, L, d), in standard deviations of the policy's embeddings, and A (B, h, L, N).
+        Returns C (B, L, d) and A (B, h, L, N). The policy reads prefix_origin + std * C, with the standard
+        deviation of its embeddings, see `Policy.prepend`.
 
         visible    (N,) or (B, N): False hides a state; its attention is 0, and it has no influence and no
                    gradient. At least one state of each problem must stay visible.
@@ -144,21 +150,23 @@ class Router(StateReader):
         """
         # Project the states of all experts at once.
         x = self.standardize(H, visible)
-        E = torch.einsum("bnd,ndk->bnk", x, self.W) + self.state_embed
-        E = self.norm_states(E)  # (B, N, dim)
+        S = torch.einsum("bnd,ndk->bnk", x, self.W) + self.state_embed
+        S = self.norm_states(S)  # (B, N, dim)
 
         # Attend: every latent asks, every state answers.
         q = self.split_heads(self.to_q(self.norm_latents(self.latents)))  # (h, L, dim / h)
-        k, v = self.to_kv(E).chunk(2, dim=-1)
+        k, v = self.to_kv(S).chunk(2, dim=-1)
         k, v = self.split_heads(k), self.split_heads(v)  # (B, h, N, dim / h)
         scores = q @ k.transpose(-1, -2) * self.scale  # (B, h, L, N)
         scores = scores + self.trust_in_states(x)[:, None, None]
         if visible is not None:
             scores = scores.masked_fill(~visible[..., None, None, :], -torch.inf)
-        A = scores.float().softmax(-1)
-        if attention is not None:
+        if attention is None:
+            A = scores.float().softmax(-1)
+        else:
             A = attention.expand_as(scores)
-        y = (A.to(v.dtype) @ v).transpose(-3, -2).flatten(-2)  # (B, L, dim)
+        per_head = A.to(v.dtype) @ v  # (B, h, L, dim / h)
+        y = per_head.transpose(-3, -2).flatten(-2)  # (B, L, dim), the heads side by side
 
         # Write the context tokens.
         z = self.latents + self.proj(y)
@@ -168,14 +176,18 @@ class Router(StateReader):
     def trust_in_states(self, x):
         """x (B, N, D) -> (B, N): the trust in the expert that each state belongs to.
 
-        Trust in an expert is the mean over its states of (x . w) / sqrt(width) + b. All states of an expert
+        Trust in an expert is the mean over its states of (x . w) / sqrt(width) + b, with w in self.trust and
+        b in self.trust_bias. All states of an expert
         receive the same number. If each state had its own, rewards could push the attention onto one state
         of an expert, and what the latents read from the other states would be lost.
         """
-        votes = torch.einsum("bnd,nd->bn", x, self.trust) / self.widths.sqrt() + self.trust_bias  # (B, N)
+        votes = torch.einsum("bnd,nd->bn", x, self.trust)  # (B, N)
+        votes = votes / self.widths.sqrt() + self.trust_bias
+
+        # average[m, n] is 1 / k if m and n are two of the k states of one expert, else 0.
         same_expert = self.expert_of_state[:, None] == self.expert_of_state  # (N, N)
         average = same_expert.float() / same_expert.sum(1, keepdim=True)
-        return votes @ average
+        return votes @ average  # (B, N)
 
     def split_heads(self, x):
         """(..., n, dim) -> (..., h, n, dim / h)"""
@@ -189,7 +201,7 @@ class HardRouter(Router):
     """Every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
     The choice is straight-through (1308.3432): the forward pass uses the chosen state alone, the backward
-    pass uses the softmax. So the layer learns what the states that were not chosen would have given.
+    pass uses the softmax. So the layer also gets a gradient for the states that it did not choose.
     """
 
     compares = False  # it learns its choice from the gradient of the answers, as the policy does
@@ -231,7 +243,7 @@ class LinearRouter(StateReader):
 class ConstantPrefix(nn.Module):
     """L learned vectors that are the same for every problem (2104.08691).
 
-    A run gains something with these, too. What it gains with them it does not gain by reading the experts.
+    Training these vectors alone also raises the reward. This part of a gain does not come from the experts.
     """
 
     def __init__(self, widths, expert_of_state, d_policy, latents=8, heads=8, dim=512, temperature=1.0,

@@ -1315,9 +1315,84 @@ def test_a_router_of_ones_own_is_trained_resumed_and_tested(quick, tmp_path, cap
     assert records(out)[-1]["step"] == 4
 
 
+README_CODE = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+
+
 def test_the_readmes_router_is_the_one_that_is_tested():
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert MEAN_ROUTER in blocks
+    assert MEAN_ROUTER in README_CODE
+
+
+class RememberingWriter:
+    """Stands for tensorboard's SummaryWriter, which need not be installed."""
+
+    def __init__(self, folder):
+        self.path = Path(os.environ["N_MUSKETEERS_TEST_WRITER"])
+
+    def add_scalar(self, name, value, step):
+        with open(self.path, "a") as file:
+            file.write(f"{name} {value} {step}\n")
+
+
+@pytest.mark.parametrize("number, line", [(1, "rlvr.verify = short_is_better"),
+                                          (2, "train.advantages = without_std"),
+                                          (3, "rlvr.Expert = PoliteExpert"),
+                                          (4, "train.log = log_and_draw")])
+def test_the_readmes_extensions_run_word_for_word(quick, tmp_path, monkeypatch, number, line):
+    """Each in a process of its own, as it replaces a function of the program."""
+    code = README_CODE[number]
+    assert line in code
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    out = tmp_path / "run"
+    monkeypatch.setenv("N_MUSKETEERS_TEST_WRITER", str(tmp_path / "written"))
+
+    def run():
+        sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=RememberingWriter)
+        arguments = [*quick, "--words_steps", "1", "--reading_steps", "1", "--steps", "2", "--out", str(out)]
+        return rlvr.run_cli("train.py", lambda: train.run([*arguments, "--extension", str(path)]))
+
+    process = forked(run, tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    assert len(records(out)) == 2
+    if line == "train.log = log_and_draw":
+        names = [text.split()[0] for text in (tmp_path / "written").read_text().splitlines()]
+        assert names == ["reward", "reward"]
+
+
+def test_an_extension_that_imports_eval_gets_the_program_that_runs(finished, tmp_path):
+    """`python eval.py` calls itself __main__. A second copy of it would be changed without effect."""
+    path = tmp_path / "mine.py"
+    path.write_text("import sys\nimport eval\n"
+                    "raise ValueError(f'the same program: {eval is sys.modules[\"__main__\"]}')\n")
+    result = subprocess.run([sys.executable, "eval.py", str(finished), "--extension", str(path)],
+                            capture_output=True, text=True)
+    assert "the same program: True" in result.stderr, result.stderr
+
+
+def test_the_readmes_script_runs_word_for_word(tmp_path, monkeypatch):
+    """As in a notebook: train, open the run, evaluate. Only stage 0 is made shorter here."""
+    code = README_CODE[5]
+    short = dict(words_steps=1, reading_steps=1, stage0_problems=64, batch=4, reading_batch=4, val=32)
+    monkeypatch.setitem(train.PRESETS, "tiny", short)
+    repository = os.getcwd()
+
+    def run():
+        os.chdir(tmp_path)
+        names = {}
+        exec(compile(code, "README", "exec"), names)
+        assert names["report"]["n"] == 32
+        assert len(names["verdicts"]) == 32
+        assert names["attention"].shape == (32, 4, 8, 3)
+        return 0
+
+    sys.path.insert(0, repository)
+    try:
+        process = forked(run, tmp_path / "log")
+        process.join()
+    finally:
+        sys.path.remove(repository)
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
 
 
 def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
@@ -2930,6 +3005,15 @@ def test_wilson_by_hand():
     assert evaluation.wilson(8, 10) == pytest.approx((0.4901, 0.9433), abs=1e-3)
     assert evaluation.wilson(0, 5)[0] == 0
     assert evaluation.wilson(5, 5)[1] == 1
+
+
+def test_a_right_answer_counts_whatever_its_reward_is():
+    """An extension may give it 0.5 for its length, or a wrong answer -1: accuracy is about the reason."""
+    verdicts = [rewards.Verdict(0.5, "right", True), rewards.Verdict(-1.0, "wrong", False),
+                rewards.Verdict(0.5, "no_answer", True), rewards.Verdict(1.0, "right", True)]
+    assert evaluation.right_of(verdicts).tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert evaluation.accuracy(verdicts) == 0.5
+    assert evaluation.summary(verdicts) == dict(strict=0.5, lenient=0.75, ci95=evaluation.wilson(2, 4))
 
 
 def test_averages_by_dataset_by_hand():

@@ -6,7 +6,8 @@ $ python train.py --task gsm8k                       # the paper's setting, on o
 $ python train.py --router none                      # the same policy without experts: the first control
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
-`main` below is the whole method, in the order in which things happen. Its steps stand in rlvr.py.
+Read `Args` and `main`: the whole method, in the order in which things happen. The functions that `main` calls
+are in rlvr.py. What comes after "What a run prints and records" can be skipped.
 """
 import os
 import signal
@@ -34,7 +35,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
 
-from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, rewards_of, show_report, test_report,
+from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_report, test_report,
                   unbreakable, wrap)
 from experts import (BATCH_TOKENS, SMALL, computes_in_bfloat16, generates_text, loading, local_folder,
                      pick_device, to_fetch, write_texts)
@@ -44,8 +45,8 @@ from rewards import (SPLITS, check_answer_format, get_problems, known_task, offi
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
                   append, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
-                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, loss_of_reading,
-                  loss_of_words, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
+                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_step,
+                  words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
                   pair_probabilities, parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint,
                   set_rates, words_and_reading, words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, reads_states
@@ -140,13 +141,14 @@ class Args:
     stage0_problems: int = option(2000,
         "Number of training problems that the experts read for stage 0, at least.", minimum=4)
     words_steps: int = option(250,
-        "Steps of stage 0a, in which the router learns words. No matter without 0b.", minimum=0)
-    words_lr: float = option(4e-3, "Learning rate of the router in stage 0a.", above=0)
+        "Steps of stage 0 in which the router learns words. Ignored if --reading_steps is 0.", minimum=0)
+    words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
     reading_steps: int = option(30,
-        "Steps of stage 0b, in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
-    reading_batch: int = option(48, "Problems in a step of stage 0b.", minimum=1)
-    reading_lr: float = option(3e-3, "Learning rate of LoRA in stage 0b.", above=0)
-    reading_router_lr: float = option(3e-4, "Learning rate of the router in stage 0b.", above=0)
+        "Steps of stage 0 in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
+    reading_batch: int = option(48, "Problems in a step of reading.", minimum=1)
+    reading_lr: float = option(3e-3, "Learning rate of LoRA while the policy learns to read.", above=0)
+    reading_router_lr: float = option(3e-4,
+        "Learning rate of the router while the policy learns to read.", above=0)
 
     # GRPO
     steps: int = option(10, "Steps of GRPO.", minimum=1)
@@ -157,7 +159,7 @@ class Args:
     compare: bool = option(True,
         "Compare two experts on each problem, so that rewards teach whom to believe.")
     beta: float = option(0.0,
-        "Weight of the KL to the frozen policy; 0 for none. Not after stage 0.", minimum=0)
+        "Weight of the KL to the frozen policy; 0 for none, as it must be after stage 0.", minimum=0)
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
@@ -198,10 +200,12 @@ def main(args):
 
     # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
     policy, experts, router = build(args)
-    check_problems(args, problems)
+    check_problems(args, problems)  # again, now that `build` knows what --answer_format auto means
     datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
     train_set = datasets["train"]
     device = policy.embed.device
+
+    # Measure mean and size of the experts' states, so that the router sees numbers of one scale.
     if reads_states(args.router):
         router.fit_standardization(train_set.H[:256].to(device))
 
@@ -209,16 +213,21 @@ def main(args):
     generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * RANK)
     progress, moments = load_newest(out, policy, router, generator)
     introduce(args, policy, router, experts, datasets, progress)
+
+    # Before the first step: time a gradient pass, halve args.micro_batch if memory is short, ask the experts.
     if progress["step"] == 0:
         rehearse(policy, router, experts, datasets, args)
 
     # Stage 0, without any reward: the router learns to write words, the policy learns to read them.
     if args.reading_steps and not progress["stage0"]:
+        # Both are generators: each turn of a loop makes one training step, and gives its loss.
         words_steps, reading_steps = words_and_reading(args)
-        if words_steps:
-            for step, loss in numbered(learn_words(policy, router, train_set, args), words_steps, "words"):
+        if words_steps:  # trains the router alone
+            losses = learn_words(policy, router, train_set, args)
+            for step, loss in numbered(losses, words_steps, "words"):
                 log_stage0(out, "words", step, loss)
-        for step, loss in numbered(learn_to_read(policy, router, train_set, args), reading_steps, "reading"):
+        losses = learn_to_read(policy, router, train_set, args)  # trains LoRA, and the router a little
+        for step, loss in numbered(losses, reading_steps, "reading"):
             log_stage0(out, "reading", step, loss)
         read_back(out, policy, router, datasets["val"], args, experts)
         progress["stage0"] = True
@@ -228,7 +237,7 @@ def main(args):
     stop_at_next_step()
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
     parameters = parameters_of(optimizer)
-    compared = candidates(router, train_set, args)
+    rivals = candidates(router, train_set, args)  # the experts that are compared; [] for none
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
         set_rates(optimizer, min(1.0, step / max(1, args.warmup)))
@@ -240,25 +249,29 @@ def main(args):
 
         # 2. To compare experts, show each problem twice: with one expert visible, and with another one.
         shown, pair = batch, None
-        if compared:
+        if rivals:
             shares = by_expert(attention, train_set.expert_of_state).mean((1, 2))  # (B, E)
-            pair = draw_pair(shares, compared, random_numbers(args, step, device))  # (B, 2)
-            shown = batch.with_experts(pair)  # 2 B problems
+            pair = draw_pair(shares, rivals, random_numbers(args, step, device))  # (B, 2)
+            shown = batch.with_experts(pair)  # 2 B problems: rows 2 i and 2 i + 1 are problem i
 
         # 3. Sample: the policy reads context and prompt, and writes a group of answers. The verifier gives 1
         #    for a right answer and 0 for any other. If each problem is shown twice, each half has G / 2.
-        group = args.group * len(batch) // len(shown)
+        group = args.group // 2 if rivals else args.group
         sampled = rollout(policy, router, shown, args, group, args.temperature, generator)
 
+        training_started = time.perf_counter()
+
         # 4. How much better was each answer than the others of its half?
-        start = time.perf_counter()
         advantage = advantages(sampled.rewards)  # (2 B, G / 2)
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
-        #    The divisor is the number of tokens of the step, so micro-batches and ranks change nothing.
+        #    Where only one expert is visible, it has all the attention: step 6 teaches whom to believe.
+        #    The loss is a sum over tokens. It is divided by all sampled tokens of the step, on all ranks, so
+        #    the size of micro-batches and the number of ranks change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        for rows in informative(advantage, args.beta).split(args.micro_batch):
+        rows_that_teach = informative(advantage, args.beta)  # at least one row
+        for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
             logp, entropy = policy.score(micro, context, tokens, mask, args.temperature)
@@ -270,29 +283,32 @@ def main(args):
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? The gradient goes to the router's trust.
-        if compared:
-            _, attention_now = router(batch.H, batch.visible)
-            p = pair_probabilities(attention_now, train_set.expert_of_state, pair)  # (B, 2)
-            half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2)
-            choice = choice_loss(p, half_rewards) / all_reduce_sum(len(batch))
-            choice.backward()
+        # 6. Which of the two experts was better? The same attention as in 1, now with gradient: to trust.
+        if rivals:
+            _, attention_with_gradient = router(batch.H, batch.visible)
+            p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
+            half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2): column k saw expert pair[:, k]
+            comparing_loss = choice_loss(p, half_rewards) / all_reduce_sum(len(batch))
+            comparing_loss.backward()
 
-        # 7. Step. One gradient that is not finite would stay in AdamW's moments, so such a step is skipped.
+        # 7. Add the gradients of all ranks, limit their norm, and step. If a gradient is not finite, skip the
+        #    step: AdamW would keep NaN in its running means forever.
         grad_norm = clip_gradients(parameters)
         is_finite = math.isfinite(grad_norm) and math.isfinite(all_reduce_sum(sums["loss"]))
         if is_finite:
             optimizer.step()
         optimizer.zero_grad()
 
-        # 8. Look at the reward, and at the attention by dataset.
+        # 8. Record the reward, and the attention by dataset. Now and then validate.
         progress["step"] = step
         skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-        record = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - start)
+        record = dict(step=step, grad_norm=grad_norm, train_seconds=time.perf_counter() - training_started)
         record |= summarize(sampled, batch, attention, pair, train_set.expert_of_state, experts, sums)
         if step % args.eval_every == 0 or step == args.steps:
             record["val"] = accuracy(evaluate(policy, router, datasets["val"], args)[0])
         log(args, record, sampled, experts_seen(pair, experts), skipped_in_a_row)
+
+        # 9. Save every tenth step. After Ctrl-C the program ends here.
         save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, generator)
 
     # Test on problems that were never used before.
@@ -323,9 +339,9 @@ def add_up(sums, loss, logp, reference_logp, entropy, mask):
 def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     """The record of a step for metrics.jsonl, over all ranks.
 
-    reward             what the policy itself would get: the mean reward. Where two experts are compared, each
-                       half counts as much as the router attends to its expert, see `weighted_mean`
-    sampled_reward     the mean reward of what was sampled: half of it with an expert nobody may believe
+    reward             an estimate of the reward with all experts visible. Where two experts are compared,
+                       a half counts as much as the router attends to its expert, see `weighted_mean`
+    sampled_reward     the plain mean reward of all sampled answers, also of those that saw a wrong expert
     reward_by_expert   {dataset: {expert: mean reward of the halves that saw it}}: who is right where
     attention          to each expert, with all of them visible; also by dataset, and by head and latent
     attention_entropy  in nats, mean over problems, heads and latents: log(E) for an even attention, 0 when
@@ -343,7 +359,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     row_datasets = [problem.dataset for part in all_gather(sampled.problems) for problem in part]
     verdicts = [verdict for part in all_gather(sampled.verdicts) for row in part for verdict in row]
 
-    # What the policy itself would get: a half counts as much as its problem attends to its expert.
+    # Estimate the reward with all experts visible: a half counts as much as its expert is attended to.
     weights = torch.ones(len(sampled.rewards))
     if pair is not None:
         weights = by_expert(attention, expert_of_state).mean((1, 2)).gather(1, pair).flatten()
@@ -626,10 +642,10 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     if words:
         vocabulary = words_vocabulary(train)
         words_seconds = words * timed(
-            lambda: loss_of_words(policy, router, train, vocabulary, args, 0)[0].backward())
+            lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward())
     if reading:
         reading_seconds = reading * timed(
-            lambda: loss_of_reading(policy, router, train, args, 0)[0].backward())
+            lambda: reading_step(policy, router, train, args, 0)[0].backward())
     clear_gradients(policy, router)
 
     grpo_seconds = args.steps * step_seconds
@@ -656,7 +672,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     """
     problems = [dataset.problems[i] for i in indices]
     datasets = [problem.dataset for problem in problems]
-    alone = by_dataset(datasets, rewards_of(verdicts_alone))
+    alone = by_dataset(datasets, right_of(verdicts_alone))
     print(f"  alone      the policy is right in {percents(alone)}")
     if not experts:
         return
@@ -670,7 +686,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
         if not expert.writes:
             continue
         verdicts = [verify(text, problem, "plain") for text, problem in zip(column, problems)]
-        own = by_dataset(datasets, rewards_of(verdicts))
+        own = by_dataset(datasets, right_of(verdicts))
         gains += [own[name] - alone[name] for name in own]
         print(f"  expert     {expert.name} alone is right in {percents(own)}")
     if gains and max(gains) < 0.15:
@@ -855,6 +871,9 @@ def fresh(given):
     if args.router == "none" and "reading_steps" not in given:
         args.reading_steps = 0
 
+    args.extension = absolute(args.extension)
+    args.data = absolute(args.data)
+
     args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     args.out = str(Path(all_gather(args.out)[0]).expanduser())  # the name that rank 0 chose, as clocks differ
     out = Path(args.out)
@@ -863,6 +882,12 @@ def fresh(given):
     if list(out.glob("*.json")):
         raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
     return args
+
+
+def absolute(path):
+    """The path of a file that is there as one that leads to it from any folder; any other text as it is."""
+    expanded = os.path.expanduser(path)
+    return os.path.abspath(expanded) if path and os.path.exists(expanded) else path
 
 
 def resumed(given):
@@ -893,7 +918,6 @@ def resumed(given):
                          "drawn for all problems at once: start another run with more")
     check_models(folder, args, config["models"])
     return args
-
 
 
 def check(args):
@@ -958,7 +982,6 @@ def check_value(field, value):
     too_high = limits["maximum"] is not None and value > limits["maximum"]
     if too_low or too_high or not math.isfinite(value):
         raise ValueError(f"--{name} is {value}, but must be a number{range_of(field).lower().rstrip('.')}")
-
 
 
 # Memory: what fits on which machine.
@@ -1185,8 +1208,6 @@ def router_parameters(args, policy, experts):
     return states * widest * (dim + 1) + 12 * dim**2 + dim * policy.width
 
 
-
-
 def is_cuda(args):
     return args.device.startswith("cuda")
 
@@ -1359,7 +1380,8 @@ def what_runs_here(given):
     smallest = GPU_ROWS[-1]
     run_here = f"python train.py{device}"
     asked = f"python train.py --task {shlex.quote(task)}"
-    return (f"{task} needs more than the embedded models, and this machine has {has} and {where}: "
+    return (f"{task} needs more than the tiny models of this repository, and this machine has {has} and "
+            f"{where}: "
             f"`{run_here}` takes {duration(run_seconds(tiny))} here, "
             f"`{run_here} --preset small --task {shlex.quote(task)}` {duration(run_seconds(small))} "
             f"(from a short measurement), and `{asked}` needs a CUDA GPU of "
@@ -1455,4 +1477,5 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
+    sys.modules["train"] = sys.modules["__main__"]  # an extension that imports train gets this program
     sys.exit(run_cli("train.py", run))

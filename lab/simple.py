@@ -37,10 +37,11 @@ which expert is good at which kind of problem. The method has seven steps, and `
 
                  advantage = (r - mean of r in the half) / std of r in the half
 
-             Between the halves, the expert whose half earned more gets more attention. With p, the attention
-             to the two experts scaled to sum to 1, and R, the mean reward of each half:
+             Between the halves, the expert whose half earned more gets more attention. With R, the mean
+             reward of each half, and p, the attention to the better expert, scaled so that the attention to
+             both of them sums to 1:
 
-                 choice loss = - sum over the two experts of p * (R - mean of R)
+                 choice loss = - (R of the better half - R of the other half) * log p
 
 7. Test.     All experts are visible. What the policy reads depends on the router's attention alone.
 
@@ -248,13 +249,14 @@ def main(seed=0, steps=10, split="test"):
         rewards = get_rewards(tokenizer, answers, [problems[i] for i in asked])
         rewards = rewards.view(2 * BATCH, GROUP // 2)
 
-        # 6. Learn whom to believe, from the difference between the halves. The loss is the expected reward
-        #    with a minus sign, up to a constant. With p = [0.6, 0.4] and R = [1, 0] it is
-        #    -(0.6 * 0.5 - 0.4 * 0.5) = -0.1, and it falls when p[0] rises.
+        # 6. Learn whom to believe, from the difference between the halves. With p = [0.6, 0.4] and
+        #    R = [1, 0] the loss is -1 * log 0.6 = 0.51, and it falls when p[0] rises. If both halves are
+        #    equally good, it is 0.
         R = rewards.mean(1).view(BATCH, 2)
         p = shares.gather(1, pair)
         p = p / p.sum(1, keepdim=True)
-        choice_loss = -(p * (R - R.mean(1, keepdim=True))).sum(1).mean()
+        lead = R - R.flip(1)  # (B, 2): by how much each half is better than the other one
+        choice_loss = -(lead.clamp(min=0) * p.log()).sum(1).mean()
 
         #    Learn how to answer, from the differences inside each half. A half whose answers are all right
         #    or all wrong has advantage 0 and teaches nothing. Every sample is used for one step only, so

@@ -1,18 +1,20 @@
 """
-The embedded pool, made from nothing: three small specialists, and a policy that knows form but no answers.
+The embedded pool: three small specialists, and a policy that knows what answers look like, but no answer.
 
-    python tiny/make.py                 all four, two trainings at a time: under 15 minutes on two cores
+    python tiny/make.py                 all four, two at a time: under 15 minutes on two cores
     python tiny/make.py arithmetic      one of them: arithmetic, logic, algorithmic or policy
-    python tiny/make.py report          make nothing, measure what lies here and put it in README.md
+    python tiny/make.py report          make nothing; measure the four models, and put the table in README.md
 
-All is learned from train items of the level "tiny" (rewards.py), seeded, and saved as Hugging Face folders.
-A specialist is a language model of "<plain prompt> <answer>" for its own family, so its state at the prompt's
-last token is the one that says the answer: that state is what the router reads.
+All four are made from random weights, with fixed seeds, from training problems of the level "tiny" alone
+(rewards.py), and saved as Hugging Face folders.
+
+A specialist is a language model of "<plain prompt> <answer>" for its own family. From its state at the last
+token of the prompt it predicts the answer, which is one token. This state is what the router reads.
 
 The policy is a language model of two kinds of text. Questions, each followed by a random answer of the right
-kind, teach it the form of answers, never a solution. Lines of random tokens that come twice teach it what a
-large language model learns from any text: to go on with a line as it went on before (induction, 2209.11895).
-It never sees a prefix, a vector that is no token, or an expert.
+kind, teach it what an answer looks like, but never a solution. Lines of random tokens that come twice teach
+it what a large language model learns from any text: when a token comes again, to continue as it was continued
+before (induction, 2209.11895). In training it never sees a context token or an expert.
 """
 import argparse
 import math
@@ -36,12 +38,14 @@ from rewards import get_problems, render_prompt
 
 FAMILIES = ("arithmetic", "logic", "algorithmic")
 SPECIAL, (UNK_ID, PAD_ID, EOS_ID) = ("<unk>", "<pad>", "<eos>"), range(3)
-# Experts: whole numbers, runs of small-letter words, single signs: short questions, any answer ONE token.
+# Experts: a token is a whole number, some small-letter words, or one sign. So questions are short, and every
+# answer is ONE token.
 WORDS = r"-?\d+|[a-z]+(?:[- ][a-z]+)*|[A-Z][a-z]*|[^\w\s]"
-# Policy: a space belongs to what follows (as in GPT-2), so decoding gives the text back; digits are single.
+# Policy: a token is a word, a digit or a sign, with the space before it, as in GPT-2. So decoding gives the
+# same text again.
 PIECES = r" ?[A-Za-z]+(?:-[A-Za-z]+)*| ?\d|\s| ?[^\w\s]"
-# Different architectures, widths and depths on purpose: the router must cope with that. `lm` is the weight of
-# predicting the question too: it helps the logic expert to find out that names are to be matched.
+# Architectures, widths and depths differ on purpose, because the router has to read all of them. `lm` is the
+# weight of also predicting the question. It helps the logic expert to learn that names must be compared.
 MADE = {
     "arithmetic": dict(model="llama", width=128, layers=3, mlp=384, items=25_000, steps=1500, lm=0.0),
     "logic": dict(model="mistral", width=160, layers=3, mlp=320, items=50_000, steps=800, lm=0.3),
@@ -77,11 +81,14 @@ def save(model, tokenizer, name):
     tokenizer.save_pretrained(HERE / name)
     (HERE / name / "model.safetensors").chmod(0o644)
     text, loaded = " ".join(tokenizer.get_vocab()), AutoTokenizer.from_pretrained(HERE / name)
-    if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:  # it goes by the model's type: no qwen2
+    if loaded(text)["input_ids"] != tokenizer(text)["input_ids"]:  # AutoTokenizer chooses by architecture
         raise ValueError(f"AutoTokenizer ignores {name}/tokenizer.json: choose another architecture for it")
 
 class Optimizer:
-    """Muon for the matrices inside (it needs a fraction of AdamW's steps here), AdamW for the rest."""
+    """Muon for the matrices in the layers, as it needs far fewer steps than AdamW here; AdamW for the rest.
+
+    The learning rates rise for 100 steps, and then fall to zero along a cosine.
+    """
 
     def __init__(self, model, steps, lr=3e-3, matrix_lr=0.02):
         matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -102,12 +109,15 @@ class Optimizer:
         self.done += 1
 
 def padded(rows):
-    """Lists of ids as one tensor (B, T), padded on the right, where causality hides the padding."""
+    """Lists of ids as one tensor (B, T), padded on the right: a causal model does not look to the right."""
     longest = max(map(len, rows))
     return torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
 
 def expert_loss(model, ids, ends, lm):
-    """Cross-entropy of the answer (at place `ends`), plus lm times that of all tokens to it. ids (B, T)."""
+    """The cross-entropy of the answer, plus lm times that of all tokens up to and including the answer.
+
+    ids (B, T); ends (B,): the position of the answer in each row.
+    """
     h = model.model(input_ids=ids).last_hidden_state  # (B, T, d)
     rows = torch.arange(len(ids))
     loss = F.cross_entropy(model.lm_head(h[rows, ends - 1]), ids[rows, ends])
@@ -127,7 +137,7 @@ def make_expert(name, made):
         if len(order) < BATCH:
             order = torch.randperm(len(ids)).tolist()
         now, order = order[:BATCH], order[BATCH:]
-        lm = made["lm"] * (step <= 0.8 * made["steps"])  # at last nothing but the answer
+        lm = made["lm"] * (step <= 0.8 * made["steps"])  # at the end only the answer counts
         loss = expert_loss(model, ids[now, :int(ends[now].max()) + 1], ends[now], lm)
         optimizer.step(loss)
         if step % 100 == 0:
@@ -137,7 +147,7 @@ def make_expert(name, made):
 
 @torch.no_grad()
 def expert_accuracy(model, tokenizer, rows):
-    """Share of (prompt, answer) whose answer, as one token, is the most likely next one."""
+    """The fraction of rows (prompt, answer) whose answer, one token, is the likeliest next token."""
     ids = tokenizer([p for p, _ in rows])["input_ids"]
     gold = torch.tensor([tokenizer(a)["input_ids"][0] for _, a in rows])
     h = model.model(input_ids=padded(ids)).last_hidden_state
@@ -145,20 +155,24 @@ def expert_accuracy(model, tokenizer, rows):
     return ((model.lm_head(last).argmax(-1) == gold) & (gold != UNK_ID)).float().mean().item()
 
 def form_document(questions, answers):
-    """A question and a random answer of its kind: (token ids, weight of each in the loss)."""
+    """A question and a random answer of its kind: token ids, and the weight of each token in the loss."""
     question, answer = random.choice(questions), random.choice(answers)
     return question + answer, [0.1] * len(question) + [1.0] * len(answer)
 
 def copy_document(vocabulary):
-    """A line of random tokens, others, and the line again. Only what can be foretold counts in the loss: the
-    second line from its second token on."""
-    draw = lambda least, most: random.choices(range(len(SPECIAL), vocabulary), k=random.randint(least, most))
+    """A line of random tokens, some other tokens, and the same line again: token ids and weights.
+
+    Only what can be predicted counts in the loss: the second line, from its second token on.
+    """
+    def draw(least, most):
+        return random.choices(range(len(SPECIAL), vocabulary), k=random.randint(least, most))
+
     before, line, between = draw(0, 4), draw(2, 12), draw(0, 24)
     unknown = len(before) + len(line) + len(between) + 1
     return before + line + between + line, [0.0] * unknown + [1.0] * (len(line) - 1)
 
 def language_model_loss(model, documents):
-    """Weighted mean of the next token's cross-entropy; documents: (token ids, weights) each."""
+    """The weighted mean of the next token's cross-entropy. documents: a list of (token ids, weights)."""
     ids = padded([ids for ids, _ in documents])  # (B, T)
     weights = torch.zeros(ids.shape)
     for row, (_, weight) in zip(weights, documents):
@@ -174,12 +188,18 @@ def make_policy(name, made):
     rows = {family: items(family, "train", made["items"]) for family in FAMILIES}
     texts = [f"{question} {answer}" for family in FAMILIES for question, answer in rows[family]]
     tokenizer = make_tokenizer(texts + [f"{n} {n}" for n in range(10)], PIECES, keep_spaces=True)
-    encode = lambda lines: tokenizer(lines)["input_ids"]
+
+    def encode(lines):
+        return tokenizer(lines)["input_ids"]
+
     questions = {f: encode([question for question, _ in rows[f]]) for f in FAMILIES}
     answers = {f: encode([f" {answer}" for _, answer in rows[f]]) for f in FAMILIES}
     answers = {f: [ids + [EOS_ID] for ids in answers[f]] for f in FAMILIES}
     model = make_model(made, len(tokenizer))
-    with torch.no_grad():  # an offset common to all tokens gives the neutral prefix an ordinary length
+
+    # Give all embeddings a common offset. Context tokens are added to the mean of the embeddings
+    # (--prefix_origin mean), which then has about the length of an embedding.
+    with torch.no_grad():
         model.model.embed_tokens.weight.normal_(0, 0.05).add_(0.05 * torch.randn(made["width"]))
     optimizer = Optimizer(model, made["steps"])
     for step in range(1, made["steps"] + 1):
@@ -193,7 +213,7 @@ def make_policy(name, made):
 
 @torch.no_grad()
 def policy_accuracy(model, tokenizer, rows):
-    """Share of (prompt, answer) that the policy alone, nothing before the prompt, answers right, greedily."""
+    """The fraction of rows (prompt, answer) that the policy alone answers right, greedily."""
     right = 0
     for text, answer in rows:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
@@ -204,7 +224,7 @@ def policy_accuracy(model, tokenizer, rows):
 HEAD = "| model | what it is | size | arithmetic | logic | algorithmic |\n|---|---|---|---|---|---|\n"
 
 def report():
-    """Measure what lies here on val items, loaded as anybody would; print it, and put it in README.md."""
+    """Measure the four models on validation problems, print the table, and put it in README.md."""
     rows, table = {f: items(f, "val", 500) for f in FAMILIES}, HEAD
     for name in MADE:
         tokenizer = AutoTokenizer.from_pretrained(HERE / name)
@@ -229,12 +249,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("what", nargs="*", default="all", choices=["all", *MADE, "report"])
     what = parser.parse_args().what
-    torch.set_num_threads(1)  # two processes on two cores; threads inside would only wait for each other
+    torch.set_num_threads(1)  # two processes use two cores; more threads would only wait for each other
     if "all" in what:
         halves = (("logic", "algorithmic"), ("policy", "arithmetic"))  # about equally long
         processes = [subprocess.Popen([sys.executable, __file__, *half]) for half in halves]
         if any([process.wait() for process in processes]):
-            raise SystemExit("not all were made, see above: mend that and start again")
+            raise SystemExit("not all were made, see above: fix this and start again")
         what = ["report"]
     for name in what:
         report() if name == "report" else make(name)
