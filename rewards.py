@@ -705,7 +705,8 @@ def registry():
     """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym.
 
     A dataset of your own: in a file that --extension names, call reasoning_gym.factory.register_dataset(name,
-    dataset class, configuration class). Its name is then a --task.
+    dataset class, configuration class). Its name is then a --task. The configuration is a dataclass that has
+    the fields seed and size.
     """
     import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS

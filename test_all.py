@@ -3312,7 +3312,7 @@ def test_ctrl_c_while_the_experts_read(tmp_path, capsys):
         raise KeyboardInterrupt
 
     assert rlvr.run_cli("train.py", interrupted) == 130
-    assert "the same command, or --resume, continues" in capsys.readouterr().err
+    assert "continue with train.py --resume" in capsys.readouterr().err
     with rlvr.one_process(tmp_path / "run"):
         pass
     assert "start the same command again" in refused(capsys, "--resume", tmp_path / "run")
