@@ -64,8 +64,8 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     """Answer problems greedily, and verify the answers. All ranks call this, and share the work.
 
     indices   which problems of the dataset; None: all n of them
-    H         (n, S, D), S states for each problem of the dataset: they replace the dataset's own
-    visible   (S,) or, for all problems of the dataset, (n, S): False hides a state from the router
+    H         (n, N, D), N states for each problem of the dataset: they replace the dataset's own
+    visible   (N,) or, for all problems of the dataset, (n, N): False hides a state from the router
     Returns, in the order of the indices, the verdicts, the texts of the answers, and the attention (problems,
     heads, latents, experts); None in its place if the router has no attention.
     """
@@ -86,7 +86,7 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         if H is not None:
             batch.H = H[part].to(batch.H)
         if visible is not None:
-            visible_to_each = visible.expand(len(dataset), -1)  # (n, S)
+            visible_to_each = visible.expand(len(dataset), -1)  # (n, N)
             batch.visible = visible_to_each[part].to(batch.visible)
 
         # A group of one: one greedy answer to each problem.

@@ -316,9 +316,9 @@ class Expert:
 # -- What all experts read, and what they write
 
 def read_states(experts, all_prompts, progress=True):
-    """H, the states of all N experts for n problems: (n, N * K, D), D the width of the widest expert.
+    """H, the states of all E experts for n problems: (n, E * K, D), D the width of the widest expert.
 
-    all_prompts: N lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e. Narrower
+    all_prompts: E lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e. Narrower
     states are padded with zeros. Example: an expert of width 64 that gives 4 states and one of width 96 that
     gives 1 state make H (n, 5, 96), and H[:, :4, 64:] is zero. H has the experts' dtype, or float32 if they
     differ.
@@ -338,9 +338,9 @@ def read_states(experts, all_prompts, progress=True):
 
 
 def write_texts(experts, all_prompts, progress=True):
-    """The answer of each of N experts to n problems: N lists of n lines of text. "" if it cannot write.
+    """The answer of each of E experts to n problems: E lists of n lines of text. "" if it cannot write.
 
-    all_prompts: N lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e.
+    all_prompts: E lists of n strings; all_prompts[e][i] is the prompt of problem i for expert e.
     """
     columns = []
     for expert, prompts in zip(experts, all_prompts):

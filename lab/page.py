@@ -297,7 +297,7 @@ def from_checkpoint(folder, n, device="cpu", extension=""):
 
 
 def is_right(verdict):
-    return verdict.reward == 1.0
+    return verdict.reason == "right"
 
 
 # -- Several runs side by side

@@ -128,7 +128,7 @@ def mean_attention(policy, experts, router, args):
 
 
 def ones_where_right(verdicts):
-    return [int(verdict.reward) for verdict in verdicts]
+    return [int(verdict.reason == "right") for verdict in verdicts]
 
 
 def knows(dataset):
