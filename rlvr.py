@@ -64,8 +64,9 @@ import torch.distributed as dist
 import torch.distributed.nn  # must be imported before init_process_group, or the process hangs at its end
 import torch.nn.functional as F
 
-from experts import (Expert, find_model, first_line, line_ends, pick_device, portable, prompt_ids,
-                     read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors, write_texts)
+from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick_device, portable,
+                     prompt_ids, read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors,
+                     write_texts)
 from model import Policy, bucket, pick_dtype
 from rewards import check_answer_format, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states
@@ -858,8 +859,13 @@ def read_config(folder):
 
 
 def import_extension(path):
-    """Import a Python file of the user's. Raises ValueError if it is not there."""
+    """Import a Python file. A relative path starts in the current folder, or else in the repository.
+
+    Raises ValueError if it is not there.
+    """
     path = Path(path).expanduser()
+    if not path.is_file() and (REPOSITORY / path).is_file():
+        path = REPOSITORY / path
     if not path.is_file():
         raise ValueError(f"--extension {path} is not there: name a Python file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -1072,8 +1078,8 @@ def run_cli(program, run):
         return 0
     except KeyboardInterrupt:
         print(f"\n{program}: stopped; what the experts have read is kept, and so is the last checkpoint, if "
-              "there is one; continue with train.py --resume, or, if the experts were still reading, with the "
-              "same command", file=sys.stderr)
+              "there is one; continue with train.py --resume, or, if the experts were still reading, with "
+              "the same command", file=sys.stderr)
         return 130
     except SystemExit as error:  # argparse has already said what is wrong
         return error.code

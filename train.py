@@ -37,8 +37,8 @@ from transformers import AutoConfig, AutoModel
 
 from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_report, test_report,
                   unbreakable, wrap)
-from experts import (BATCH_TOKENS, SMALL, computes_in_bfloat16, generates_text, loading, local_folder,
-                     pick_device, to_fetch, write_texts)
+from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, generates_text, loading,
+                     local_folder, pick_device, to_fetch, write_texts)
 from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, get_problems, known_task, official_files_to_fetch,
                      render_prompt, verify)
@@ -871,8 +871,10 @@ def fresh(given):
     if args.router == "none" and "reading_steps" not in given:
         args.reading_steps = 0
 
-    args.extension = absolute(args.extension)
     args.data = absolute(args.data)
+    args.extension = absolute(args.extension)
+    if args.extension.startswith(f"{REPOSITORY}{os.sep}"):  # the repository may be moved
+        args.extension = os.path.relpath(args.extension, REPOSITORY)
 
     args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
     args.out = str(Path(all_gather(args.out)[0]).expanduser())  # the name that rank 0 chose, as clocks differ
