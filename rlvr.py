@@ -6,7 +6,7 @@ them the reward r_g, 1 for a right answer and 0 for any other. Every token t of 
 or less likely by how much better the answer was than its group (2402.03300, section 4.1):
 
     advantage  a_g  =  (r_g - mean(r)) / std(r)
-    loss            =  - mean over the tokens of all answers of   a_g * pi(t) / pi_sampled(t)
+    loss            =  - mean( a_g * pi(t) / pi_sampled(t) ),  over all tokens t of all answers g
 
 How this differs from the textbook:
 1. One optimizer step for each rollout. The policy that is trained is the policy that sampled, so the ratio
@@ -17,10 +17,12 @@ How this differs from the textbook:
    half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
    BETWEEN the halves, rewards teach the router whom to believe. In order: `draw_pair` draws two experts for
    each problem. `Batch.with_experts` makes two problems of it, each with one of the two experts visible.
-   `rollout` samples G / 2 answers to each. `advantages` takes mean and std within a half. `choice_loss`
-   compares the mean rewards of the two halves. The GRPO loss trains LoRA and, through the context, how the
-   router reads. The choice loss trains the router's trust: queries and keys get this gradient, too, but their
-   learning rate is a thousandth of trust's.
+   `rollout` samples G / 2 answers to each. `advantages` takes mean and std within a half.
+   `pair_probabilities` takes the attention with ALL experts visible, restricted to the two of the pair;
+   `choice_loss` moves it towards the expert whose half has the higher mean reward. The GRPO loss trains LoRA
+   and, through the context, how the router reads. It hardly moves trust: with one visible expert all scores
+   get the same trust, which cancels in the softmax. The choice loss trains trust: queries and keys get this
+   gradient, too, but their learning rate is a thousandth of trust's.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
@@ -36,9 +38,10 @@ What is easy to get wrong:
 - The stop token is part of the completion and is trained on. Otherwise the policy never learns to stop.
 - Loss and sampler use the same temperature, and no top-k or top-p. Otherwise pi is not what was sampled from.
 - The rollout has no gradient, so train.py runs the router again when it scores the answers.
-- A group whose rewards are all equal has advantage 0 and teaches nothing: watch `frac_reward_zero_std`.
-- The loss is about 0 by construction: the ratio is 1, and the advantages of a group add up to 0. Watch the
-  reward, not the loss.
+- A group (or half) whose rewards are all equal has advantage 0 and teaches the policy nothing: watch
+  `frac_reward_zero_std`. But if one half is all right and the other all wrong, trust learns most.
+- The GRPO loss is about 0 by construction: the ratio is 1, and the advantages of a group add up to 0. Watch
+  the reward, not the loss.
 - Stage 0 sees no gold answer and no reward, and reads all experts that write equally often.
 
 With several devices each process is a "rank" and has its part of the problems (`my_part`); sums go over all
@@ -138,8 +141,8 @@ def advantages(rewards):
 def informative(advantage, beta):
     """The rows of advantage (B, G) that have a gradient, as indices.
 
-    A group of equal rewards has advantage 0, so without a KL term (beta 0) it can be left out. If all groups
-    are like that, the first one is kept, so that a NaN in the weights is still noticed.
+    A group of equal rewards has advantage 0, so without a KL term (beta 0) it can be left out of the loss.
+    If all groups are like that, the first one is kept, so that a NaN in the weights is still noticed.
     """
     if beta:
         return torch.arange(len(advantage))
@@ -245,9 +248,9 @@ def choice_loss(p, half_rewards):
     the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
-    Why not the expected reward, - sum of p R? Its gradient has the factor p (1 - p). When trust has once gone
-    far in a wrong direction, so that p_w is nearly 0, it can hardly come back. The gradient of log p_w is
-    largest there.
+    Why not the expected reward, - sum of p R? Its gradient with respect to trust has the factor p_w (1 -
+    p_w). When trust has once gone far in a wrong direction, so that p_w is nearly 0, it can hardly come
+    back. The gradient of log p_w has only the factor 1 - p_w, which is largest there.
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
@@ -263,10 +266,11 @@ WORDS_BATCH = 256  # problems in a step of words; the policy is not run, so that
 def learn_words(policy, router, dataset, args):
     """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
-    The target is the last token of the prompt, followed by what the one visible expert would say. Why is the
-    last token of the prompt there? A language model tends to repeat: when a token appears again, it writes
-    what followed this token the first time (induction heads, 2209.11895). So at the end of its prompt the
-    policy meets this token for the second time, and tends to continue with the expert's text.
+    The target is the last token of the prompt, followed by what the one visible expert would say, cut to L
+    tokens together. Why is the last token of the prompt there? A language model tends to repeat: when a
+    token appears again, it writes what followed this token the first time (induction heads, 2209.11895). So
+    at the end of its prompt the policy meets this token for the second time, and tends to continue with the
+    expert's text.
 
     Yields the loss per token of each step.
     """
@@ -336,10 +340,11 @@ def words_and_reading(args):
 def stage0_parts(problems):
     """The problems of stage 0: (those of reading, those of words), as two lists of indices.
 
-    GRPO begins with the first quarter of the questions, reading uses the second quarter, words the second
-    half. Why different ones? The router knows by heart the states that it was trained on, so its context is
-    too good there. The policy must learn to read the context of problems that are new to the router. A
-    question that comes twice counts once, where it comes first. A part that is empty becomes all questions.
+    GRPO takes the problems in order, so it starts in the first quarter of the questions (a long run also
+    reaches the others). Reading uses the second quarter, words the second half. Why different ones? The
+    router knows by heart the states that it was trained on, so its context is too good there. The policy
+    must learn to read the context of problems that are new to the router. A question that comes twice
+    counts once, where it comes first. A part that is empty becomes all questions.
     """
     first_place = {}
     for i, problem in enumerate(problems):
@@ -402,7 +407,7 @@ def words_loss(policy, context, targets, vocabulary):
 
     Two terms for a context token c and its target's embedding e: the cross-entropy of the inner products
     c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that c is nearest to the right one; and 0.1
-    times the mean square of c - e, which also brings c to the right length. For example, with two tokens in
+    times the mean square of c - e, which also brings c to the right norm. For example, with two tokens in
     the vocabulary and inner products of 2 (right) and 0 (wrong) the cross-entropy is log(1 + exp(-2)) = 0.13.
     """
     B, L, d = context.shape

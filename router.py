@@ -96,9 +96,9 @@ class Router(StateReader):
     latents      L, the number of context tokens (8 in the paper)
     heads, dim   h and dim, the heads and the width of the attention (8 and 512 in the paper)
     temperature  divides Q K' but not trust; below 1 the attention becomes sharper
-    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. It is
-                 small (near zero in the paper), so that a fresh prefix does little harm, but not zero, so
-                 that every parameter has a gradient from the start
+    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings (near
+                 zero in the paper; here 0.02 around the mean embedding and 0.5 around zero, see rlvr.build).
+                 So a fresh prefix does little harm, and every parameter has a gradient from the start
     Raises ValueError when dim is not a multiple of heads.
     """
 
