@@ -8,6 +8,9 @@ $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
 Read `Args` and `main`: the whole method, in the order in which things happen. The functions that `main` calls
 are in rlvr.py. What comes after "What a run prints and records" can be skipped.
+
+Sizes: B problems in a step, G answers to each, E experts, N states of all experts together, D their width, L
+context tokens. H (B, N, D) are the states; `visible` says which of the N the router may attend to.
 """
 import os
 import signal
@@ -73,7 +76,8 @@ class Args:
         "Folder of a run to continue. With it only --steps, --micro_batch, --device, --extension, "
         "--policy and --experts may be given.")
     extension: str = option("",
-        "A Python file of yours that is imported first. It may add a router or a control.")
+        "A Python file of yours that is imported first. It may add a router or a control, or "
+        "replace functions.")
     plan: bool = option(False, "Print the memory that this run would need, and end.")
     seed: int = option(0,
         "Seed of fresh weights, of the order of problems and of sampling.", minimum=0, maximum=2**31)
@@ -163,7 +167,7 @@ class Args:
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
-        "Learning rate of the router's trust in each expert; 0: there is none.", minimum=0)
+        "Learning rate of the router's trust in each expert; 0: no trust.", minimum=0)
     warmup: int = option(0,
         "Steps in which the rates of LoRA and router rise to their full value.", minimum=0)
     micro_batch: int = option(72,
@@ -184,7 +188,8 @@ PRESETS = {
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                  "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
-        write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero", words_steps=0,
+        write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero",
+        words_steps=200, words_lr=1e-3, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
         reading_steps=0, compare=False, beta=0.04, lr=1e-4, router_lr=1e-4, trust_lr=0.0, warmup=20, batch=32,
         micro_batch=4, steps=233, max_new=128, eval_every=25),
 }
@@ -270,7 +275,7 @@ def main(args):
         #    the size of micro-batches and the number of ranks change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        rows_that_teach = informative(advantage, args.beta)  # at least one row
+        rows_that_teach = informative(advantage, args.beta)  # those with an advantage, at least one
         for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
@@ -283,7 +288,8 @@ def main(args):
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? The same attention as in 1, now with gradient: to trust.
+        # 6. Which of the two experts was better? The same attention as in 1, now with gradient. It moves
+        #    trust; queries and keys get it, too, but their learning rate is far lower.
         if rivals:
             _, attention_with_gradient = router(batch.H, batch.visible)
             p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
