@@ -371,15 +371,17 @@ def group_by_text(texts, indices):
 def draw_stage0(groups, writers, size, seed):
     """This rank's part of `size` draws of stage 0: a list of problems, and a list of experts, as indices.
 
-    Each draw takes an expert that writes, then one of its different texts, then a problem with this text, all
-    of them evenly. If problems were drawn evenly, a rare answer such as -13 would hardly be learned. The draw
-    depends on the seed alone.
+    Each draw takes an expert that writes, then one of its different texts, then a problem with this text. A
+    text that comes n times is drawn with a weight of sqrt(n). If all problems had the same weight, a rare
+    answer such as -13 would hardly be learned; if all texts had, an expert's many odd answers to questions
+    that it does not understand would crowd out the others. The draw depends on the seed alone.
     """
     generator = random.Random(seed)
+    weights = {e: [math.sqrt(len(same_text)) for same_text in groups[e]] for e in writers}
     indices, experts = [], []
     for _ in range(size):
         e = generator.choice(writers)
-        same_text = generator.choice(groups[e])
+        [same_text] = generator.choices(groups[e], weights[e])
         indices.append(generator.choice(same_text))
         experts.append(e)
     return my_part(indices), my_part(experts)

@@ -181,8 +181,8 @@ PRESETS = {
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
         cue="The answer is:", own_text=True, positions=4, write=6, router_dim=512, router_heads=8,
-        router_temperature=1.0, prefix_origin="zero", stage0_problems=1000, words_steps=200, words_lr=1e-3,
-        reading_steps=40, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6,
+        router_temperature=1.0, prefix_origin="zero", words_steps=200, words_lr=1e-3,
+        reading_steps=60, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6,
         trust_lr=0.3, batch=8, micro_batch=16, steps=20, max_new=16),
     "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",

@@ -74,8 +74,7 @@ TASKS = {
 
     # One expert twice. Each copy answers another problem on one of the two datasets.
     "real copies": f"--preset small --task chain_sum+basic_arithmetic {SUMS_OF.format(2, 2, 2)} {REAL} "
-                   "--extension lab/controls.py --control each_knows_one --stage0_problems 2000 "
-                   "--reading_steps 60 --steps 40 --trust_lr 1.0",
+                   "--extension lab/controls.py --control each_knows_one --steps 40 --trust_lr 1.0",
 
     # Two experts that are each right about a part of one dataset.
     "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL}",
