@@ -975,10 +975,10 @@ def test_problems_are_grouped_by_what_the_expert_says():
 
 
 def test_stage_0_draws_an_expert_then_a_text_then_a_problem():
-    """Each evenly, so that a rare text is drawn as often as a frequent one; and by the seed alone."""
+    """A text that comes 4 times is drawn twice as often as one that comes once; by the seed alone."""
     groups = [[[0, 1, 2, 3], [4]], [], [[5]]]  # expert 1 says nothing
     indices, drawn_experts = rlvr.draw_stage0(groups, [0, 2], 40_000, seed=7)
-    expected = {(0, 0): 1 / 16, (1, 0): 1 / 16, (2, 0): 1 / 16, (3, 0): 1 / 16, (4, 0): 1 / 4, (5, 2): 1 / 2}
+    expected = {(0, 0): 1 / 12, (1, 0): 1 / 12, (2, 0): 1 / 12, (3, 0): 1 / 12, (4, 0): 1 / 6, (5, 2): 1 / 2}
     drawn = list(zip(indices, drawn_experts))
     assert set(drawn) == set(expected)
     for what, fraction in expected.items():
