@@ -410,11 +410,11 @@ def answer(policy, router, experts, args, question):
     dataset = Dataset([problem], policy, experts, args, progress=False)
     _, texts, attention = evaluate(policy, router, dataset, args)
 
-    said = [column[0] for column in dataset.texts]
+    expert_answers = [column[0] for column in dataset.texts]
     text = texts[0].strip() or "(an empty answer)"
     if attention is None:
-        return said, text, None
-    return said, text, attention.mean((0, 1, 2)).tolist()
+        return expert_answers, text, None
+    return expert_answers, text, attention.mean((0, 1, 2)).tolist()
 
 
 def show_answer(policy, router, experts, args, question):

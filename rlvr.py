@@ -342,7 +342,7 @@ def stage0_parts(problems):
 
     GRPO takes the problems in order, so it starts in the first quarter of the questions (a long run also
     reaches the others). Reading uses the second quarter, words the second half. Why different ones? The
-    router knows by heart the states that it was trained on, so its context is too good there. The policy
+    router has memorized the states that it was trained on, so its context is too good there. The policy
     must learn to read the context of problems that are new to the router. A question that comes twice
     counts once, where it comes first. A part that is empty becomes all questions.
     """
@@ -440,15 +440,18 @@ def reading_loss(policy, batch, context, targets):
 
     targets [B][tokens], stop token included; [] for a problem to which the expert says nothing.
     """
-    T = max(1, *map(len, targets))
-    tokens = torch.zeros(len(targets), 1, T, dtype=torch.long)
-    mask = torch.zeros(len(targets), 1, T, dtype=torch.bool)
+    # Put the texts into one tensor, as groups of one completion: (B, 1, T).
+    B = len(targets)
+    T = max(1, max(len(ids) for ids in targets))
+    tokens = torch.zeros(B, 1, T, dtype=torch.long)
+    mask = torch.zeros(B, 1, T, dtype=torch.bool)
     for b, ids in enumerate(targets):
         tokens[b, 0, :len(ids)] = torch.tensor(ids, dtype=torch.long)
         mask[b, 0, :len(ids)] = True
-    tokens, mask = tokens.to(batch.H.device), mask.to(batch.H.device)
 
-    logp, _ = policy.score(batch, context, tokens, mask)
+    # How likely are they?
+    device = batch.H.device
+    logp, _ = policy.score(batch, context, tokens.to(device), mask.to(device))
     return -logp.sum(), int(mask.sum())
 
 
@@ -600,8 +603,8 @@ class Dataset:
         self.prompts = []
         for i, problem in enumerate(problems):
             if args.expert_text:
-                said = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
-                problem = replace(problem, question=said + problem.question)
+                answers = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
+                problem = replace(problem, question=answers + problem.question)
             self.prompts.append(render_prompt(problem, prompt_format, policy.tokenizer))
         self.ids = prompt_ids(policy.tokenizer, self.prompts, prompt_format, policy.config.stop)
 
@@ -652,13 +655,23 @@ class Dataset:
     def batch(self, indices):
         """Some problems as a Batch in which all experts are visible."""
         indices = list(indices)
+
+        # Pad the prompts on the right, to a round number of tokens.
         ids = [self.ids[i] for i in indices]
-        width = bucket(max(map(len, ids)))
-        tokens = torch.tensor([row + [0] * (width - len(row)) for row in ids]).to(self.device)
-        lengths = torch.tensor([len(row) for row in ids]).to(self.device)
-        visible = torch.ones(len(indices), self.H.shape[1], dtype=torch.bool, device=self.device)
-        return Batch([self.problems[i] for i in indices], tokens, lengths, self.states(indices), visible,
-                     self.visible_alone.to(self.device))
+        lengths = [len(row) for row in ids]
+        width = bucket(max(lengths))
+        padded = [row + [0] * (width - len(row)) for row in ids]
+
+        # Show all experts.
+        n_states = self.H.shape[1]
+        visible = torch.ones(len(indices), n_states, dtype=torch.bool, device=self.device)
+
+        return Batch(problems=[self.problems[i] for i in indices],
+                     tokens=torch.tensor(padded).to(self.device),
+                     lengths=torch.tensor(lengths).to(self.device),
+                     H=self.states(indices),
+                     visible=visible,
+                     visible_alone=self.visible_alone.to(self.device))
 
 
 # Control experiments: what replaces the states H (n, N, D) and the texts [experts][n] of a Dataset. To add

@@ -1070,9 +1070,9 @@ def test_target_tokens_are_those_of_prompt_and_answer_less_the_prompt():
 @pytest.mark.parametrize("answer_format", ["tagged", "plain"])
 def test_what_stage_0_teaches_to_say_is_in_the_rewarded_format(answer_format):
     tokenizer = characters("▁7")
-    said = targets_of(tokenizer, "Q:", "18", answer_format)
-    assert said[-1] == "</s>"
-    text = "".join(said[:-1]).replace("▁", " ")
+    target = targets_of(tokenizer, "Q:", "18", answer_format)
+    assert target[-1] == "</s>"
+    text = "".join(target[:-1]).replace("▁", " ")
     assert verify(text, Problem("How many?", "18"), answer_format).reward == 1
 
 
@@ -3985,8 +3985,8 @@ def split_weights(folder, with_index=True):
 
 def test_the_files_of_the_index_and_no_others_are_read(tmp_path, own_cache):
     """Files of another save beside them change neither states nor size nor fingerprint."""
-    whole = Expert(make_expert(tmp_path / "whole"))
-    H = read_all(whole)
+    complete = Expert(make_expert(tmp_path / "complete"))
+    H = read_all(complete)
 
     folder = make_expert(tmp_path / "m")
     weight_map = split_weights(folder)
@@ -3998,7 +3998,7 @@ def test_the_files_of_the_index_and_no_others_are_read(tmp_path, own_cache):
     for name in ("model.safetensors", "model-00009-of-00009.safetensors"):
         shutil.copy(Path(other, "model.safetensors"), Path(folder, name))
     expert = Expert(folder)
-    assert torch.equal(read_all(expert), H) and expert.params == whole.params
+    assert torch.equal(read_all(expert), H) and expert.params == complete.params
     assert (experts.weights_fingerprint(folder), expert.fingerprint("states")) == before
 
     # An index cannot name files outside the folder, nor files that are missing.

@@ -258,8 +258,8 @@ def head(at_once, device, n=2048):
 def bench_head(folder, size, device):
     times = alternate(device, head(False, device), head(True, device))
     chunks = in_a_process(peak_of, head, at_once=False, device=device)
-    whole = in_a_process(peak_of, head, at_once=True, device=device)
-    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / whole]))
+    all_at_once = in_a_process(peak_of, head, at_once=True, device=device)
+    return dict(logprob_time_share=ratio(*times), logprob_memory_share=summary([chunks / all_at_once]))
 
 
 def bench_router(folder, size, device):

@@ -119,8 +119,8 @@ def moments_of(records, window):
     """
     places = [i for i, record in enumerate(records) if "attention_map" in record]
     if len(places) > SNAPSHOTS:
-        some = np.linspace(0, len(places) - 1, SNAPSHOTS).round().astype(int)
-        places = [places[i] for i in some]
+        chosen = np.linspace(0, len(places) - 1, SNAPSHOTS).round().astype(int)
+        places = [places[i] for i in chosen]
 
     moments = []
     for i in places:

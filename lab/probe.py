@@ -183,8 +183,8 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
         for layers in ((middle,), (last,), (middle, last)):
             row = dict(own_text=own_text, layers=layers, spelled={})
             for positions in POSITIONS:
-                some = H[:, places_of_states(layers, last, positions)]
-                row["spelled"][positions] = fraction_spelled(policy, args, some, targets, n_train, steps)
+                states = H[:, places_of_states(layers, last, positions)]
+                row["spelled"][positions] = fraction_spelled(policy, args, states, targets, n_train, steps)
             yield row
 
 
