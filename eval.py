@@ -436,6 +436,7 @@ def escape(text):
 
 
 def unescape(text):
+    text = text.encode("utf-8", "replace").decode()  # bytes of another encoding become question marks
     return text.replace("\\n", "\n")
 
 

@@ -272,6 +272,8 @@ class Expert:
         # Load the weights from the files of `weight_files`, whatever else is in the folder.
         config = copy.deepcopy(self.config)
         has_index = (self.folder / INDEX).is_file()
+        if not has_index and len(weight_files(self.folder)) > 1:
+            raise ValueError(f"{self.source} has several weight files but no {INDEX}: fetch that file too")
         config.transformers_weights = INDEX if has_index else "model.safetensors"
         if kind == STATES:
             config.get_text_config().use_cache = False  # a text is read once: keep no keys and values
@@ -603,14 +605,17 @@ def find_model(source):
     try:
         folder = Path(hub_snapshot(source))
     except Exception as error:  # the errors of the hub's client have no common class
-        raise ValueError(f"{source} is no folder and cannot be fetched from the Hugging Face hub: name a "
-                         "folder, or check name, network and HF_HUB_OFFLINE "
+        raise ValueError(f"{source} is no folder and cannot be fetched from the Hugging Face hub: name the "
+                         "folder where it lies with --policy or --experts, or check name, network and "
+                         "HF_HUB_OFFLINE "
                          f"({first_line(error)})") from error
     return folder, folder.name
 
 
 def local_folder(source):
     """The folder that a source names, as a Path, or None if it is not on this computer."""
+    if not source:
+        raise ValueError("the name of a model is empty: give --policy and --experts a folder or a hub name")
     folder = Path(os.path.expanduser(source))
     if folder.is_dir():
         return folder

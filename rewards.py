@@ -510,7 +510,8 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose {', '.join(SPLITS)}")
     if n > MAX_PROBLEMS:
-        options = {"train": "--steps or --batch", "val": "--val", "test": "--test"}
+        options = {"train": "--steps or --batch, or --stage0_problems", "val": "--val",
+                   "test": "--test, --test_skip, or --n of eval.py"}
         raise ValueError(f"{n:,} {split} problems are too many, {MAX_PROBLEMS:,} are the most: "
                          f"lower {options[split]}")
 
@@ -721,7 +722,7 @@ def known_task(name):
         names = ["gsm8k", *FAMILIES, *sorted(registry().keys() - REFUSED.keys())]
         suggestions = difflib.get_close_matches(name.lower(), names, cutoff=0.5) or names[:4]
         raise ValueError(f"unknown task {name!r}: choose {', '.join(suggestions)} or another Reasoning Gym "
-                         "dataset")
+                         "dataset, or add yours with --extension FILE")
     return name
 
 
@@ -891,6 +892,7 @@ def read_gsm8k_line(line):
     """The line {"question": "How many?", "answer": "600 + 1,200 #### 1,800"} gives ("How many?", "1800")."""
     row = json.loads(line)
     question = row["question"].strip()
+    question.encode()  # half of a surrogate pair is no text: a UnicodeEncodeError, which is a ValueError
     _, answer = row["answer"].rsplit("####", 1)
     if not question or number(answer) is None:
         raise ValueError("an empty question, or no number")

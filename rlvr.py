@@ -57,6 +57,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
+from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -71,7 +72,7 @@ from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick
                      prompt_ids, read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors,
                      write_texts)
 from model import Policy, bucket, pick_dtype
-from rewards import check_answer_format, get_problems, render_prompt, verify
+from rewards import check_answer_format, expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states
 
 GRAD_CLIP = 1.0  # the largest norm of a gradient
@@ -340,20 +341,35 @@ def words_and_reading(args):
 def stage0_parts(problems):
     """The problems of stage 0: (those of reading, those of words), as two lists of indices.
 
-    GRPO takes the problems in order, so it starts in the first quarter of the questions (a long run also
-    reaches the others). Reading uses the second quarter, words the second half. Why different ones? The
-    router has memorized the states that it was trained on, so its context is too good there. The policy
-    must learn to read the context of problems that are new to the router. A question that comes twice
-    counts once, where it comes first. A part that is empty becomes all questions.
+    GRPO takes the problems in order, so it starts in the first quarter (a long run also reaches the others).
+    Reading uses the second quarter, words the second half. Why different ones? The router has memorized the
+    states that it was trained on, so its context is too good there. The policy must learn to read the context
+    of problems that are new to the router. A question that comes twice counts once, where it comes first.
+
+    A dataset with few questions repeats them, so that all of them come early, and none would be left for
+    words. Such a dataset is divided by itself: a third of its questions for reading, the others for words.
     """
-    first_place = {}
+    # Where does each question come first?
+    first_places = {}
+    n_problems = Counter()
     for i, problem in enumerate(problems):
-        first_place.setdefault(problem.question, i)
-    indices = list(first_place.values())
-    half = len(indices) // 2
+        n_problems[problem.dataset] += 1
+        questions = first_places.setdefault(problem.dataset, {})
+        questions.setdefault(problem.question, i)
+
+    half = len(problems) // 2
     quarter = half // 2
-    reading, words = indices[quarter:half], indices[half:]
-    return reading or indices, words or indices
+    reading, words = [], []
+    for dataset, questions in first_places.items():
+        indices = list(questions.values())
+        if len(indices) < n_problems[dataset]:  # it repeats its questions
+            third = max(1, len(indices) // 3)
+            reading += indices[:third]
+            words += indices[third:] or indices
+        else:
+            reading += [i for i in indices if quarter <= i < half]
+            words += [i for i in indices if half <= i]
+    return sorted(reading), sorted(words)
 
 
 def group_by_text(texts, indices):
@@ -374,8 +390,13 @@ def draw_stage0(groups, writers, size, seed):
     Each draw takes an expert that writes, then one of its different texts, then a problem with this text. A
     text that comes n times is drawn with a weight of sqrt(n). If all problems had the same weight, a rare
     answer such as -13 would hardly be learned; if all texts had, an expert's many odd answers to questions
-    that it does not understand would crowd out the others. The draw depends on the seed alone.
+    that it does not understand would crowd out the others. The draw depends on the seed alone. Raises
+    ValueError if no expert says anything.
     """
+    writers = [e for e in writers if groups[e]]
+    if not writers:
+        raise ValueError("no expert writes anything that stage 0 could teach to read: use --reading_steps 0, "
+                         "a --cue, or a higher --write")
     generator = random.Random(seed)
     weights = {e: [math.sqrt(len(same_text)) for same_text in groups[e]] for e in writers}
     indices, experts = [], []
@@ -726,7 +747,7 @@ def load_problems(args, split, n=None):
     n = n or n_training_problems(args)
     block = max(256, 8 * args.batch)
     n_blocks = math.ceil(n / block)
-    problems = get_problems(args.task, "train", n_blocks * block, args.data, args.level, None, RANK == 0)
+    problems = get_problems(args.task, "train", n_blocks * block, args.data, args.level, 1, RANK == 0)
     for start in range(0, len(problems), block):
         part = problems[start:start + block]
         random.Random(f"{args.seed} {start}").shuffle(part)
@@ -760,7 +781,8 @@ def build(args):
     if args.answer_format == "auto":
         args.answer_format = "tagged" if policy_files.prompt_format == "chat" else "plain"
     if args.answer_format == "tagged" and policy_files.prompt_format == "plain":
-        raise ValueError(f"{policy_files.name} has no chat template: use --answer_format plain")
+        raise ValueError(f"{policy_files.name} has no chat template: use --answer_format plain, or a "
+                         "--policy that has one")
     if args.dtype == "auto":
         args.dtype = str(pick_dtype(args.device, policy_files.params)).removeprefix("torch.")
     policy = Policy.from_pretrained(args.policy, args.lora_rank, getattr(torch, args.dtype), args.device,
@@ -883,11 +905,11 @@ def import_extension(path):
 
     Raises ValueError if it is not there.
     """
-    path = Path(path).expanduser()
+    path = expand_home(path, "--extension")
     if not path.is_file() and (REPOSITORY / path).is_file():
         path = REPOSITORY / path
-    if not path.is_file():
-        raise ValueError(f"--extension {path} is not there: name a Python file")
+    if not path.is_file() or path.suffix != ".py":
+        raise ValueError(f"--extension {path} is not there, or is no .py file: name a Python file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -917,6 +939,10 @@ def model_fingerprint(source):
 
 def check_models(folder, args, fingerprints):
     """Raises ValueError if the models of `args` do not have the weights that the run was made with."""
+    n_experts = len(fingerprints) - 1
+    if len(args.experts) != n_experts:
+        raise ValueError(f"{folder} was trained with {n_experts} experts, and --experts names "
+                         f"{len(args.experts)}: name all of them, in the same order")
     for source, expected in zip((args.policy, *args.experts), fingerprints):
         if model_fingerprint(source) != expected:
             raise ValueError(f"{source} does not hold the weights that {folder} was trained with: name the "
@@ -977,7 +1003,9 @@ def read_records(path):
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
     return records
 
 
@@ -1090,7 +1118,7 @@ def load_newest(out, policy, router, generator=None):
 
 def run_cli(program, run):
     """Call run(), and return the exit code. What a user can fix is one printed sentence; a bug is raised."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal in latin-1 must not end a run
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # a terminal in latin-1 must not end a run
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")
     try:
@@ -1111,7 +1139,8 @@ def run_cli(program, run):
         if not out_of_memory(error):
             raise
         message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
-                   "models, or a lower --batch, --group or --max_new")
+                   "models, or a lower --batch, --reading_batch, --group, --max_new, --router_dim or "
+                   "--lora_rank")
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 

@@ -956,16 +956,25 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
 
 
 def test_the_parts_of_stage_0_share_no_question():
-    """Reading: the second quarter of the questions. Words: the second half. GRPO begins with the first. A
-    question that comes again stays where it came first."""
+    """Reading: the second quarter of the questions. Words: the second half. GRPO begins with the first."""
     problems = [Problem(question, "") for question in "abcdefgh"]
     assert rlvr.stage0_parts(problems) == ([2, 3], [4, 5, 6, 7])
 
-    problems = [Problem(question, "") for question in "aabbccaaddeeffgghhaa"]
+
+def test_a_dataset_that_repeats_its_questions_is_divided_by_itself():
+    """All questions of the small dataset come early; a third of them is for reading, the others for words."""
+    small = [Problem(question, "", dataset="small") for question in "abcabcabc"]
+    large = [Problem(question, "", dataset="large") for question in "ABCDEFGHI"]
+    problems = [problem for pair in zip(small, large) for problem in pair]
     reading, words = rlvr.stage0_parts(problems)
-    assert [problems[i].question for i in reading] == ["c", "d"]
-    assert [problems[i].question for i in words] == ["e", "f", "g", "h"]
+    assert [problems[i].question for i in reading] == ["a", "C", "D"]
+    assert [problems[i].question for i in words] == ["b", "c", "E", "F", "G", "H", "I"]
     assert rlvr.stage0_parts([Problem("a", "")] * 3) == ([0], [0])  # there is nothing to divide
+
+
+def test_experts_that_say_nothing_in_stage_0_are_named():
+    with pytest.raises(ValueError, match="--reading_steps 0"):
+        rlvr.draw_stage0([[], []], [0, 1], 4, seed=0)
 
 
 def test_problems_are_grouped_by_what_the_expert_says():
@@ -1476,9 +1485,9 @@ def test_what_will_be_fetched_is_said_first(monkeypatch, capsys):
     with pytest.raises(ValueError, match="no problem has been made"):
         train.run(settings)
     output = capsys.readouterr().out
-    assert "2.01 GB in all" in output
-    assert re.search(r"org/model +2\.00 GB", output)
-    assert re.search(r"train\.jsonl +0\.01 GB", output)
+    assert "2.010 GB in all" in output
+    assert re.search(r"org/model +2\.000 GB", output)
+    assert re.search(r"train\.jsonl +0\.010 GB", output)
 
     monkeypatch.setattr(train, "to_fetch", lambda sources: [])
     args = types.SimpleNamespace(policy="tiny/policy", experts=[], task="gsm8k", data="mine.jsonl")

@@ -43,8 +43,8 @@ from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_repo
 from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, generates_text, loading,
                      local_folder, pick_device, to_fetch, write_texts)
 from model import bucket, pick_dtype
-from rewards import (SPLITS, check_answer_format, get_problems, known_task, official_files_to_fetch,
-                     render_prompt, verify)
+from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
+                     official_files_to_fetch, render_prompt, verify)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
                   append, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
@@ -132,14 +132,15 @@ class Args:
 
     # router and LoRA
     latents: int = option(8, "Number of context tokens.", minimum=1, maximum=512)
-    router_dim: int = option(64, "Width of the router's attention.", minimum=1)
+    router_dim: int = option(64, "Width of the router's attention.", minimum=1, maximum=16384)
     router_heads: int = option(4, "Number of heads of the router's attention.", minimum=1)
     router_temperature: float = option(0.5,
         "Temperature of the router's attention; below 1 it is sharper.", above=0)
     prefix_origin: str = option("mean",
         "The vector to which context tokens are added: zero (paper), or the mean embedding, which suits "
         "small policies.", choices=["zero", "mean"])
-    lora_rank: int = option(8, "Rank of LoRA on the policy; 0 leaves the policy frozen.", minimum=0)
+    lora_rank: int = option(8, "Rank of LoRA on the policy; 0 leaves the policy frozen.", minimum=0,
+        maximum=1024)
 
     # stage 0
     stage0_problems: int = option(2000,
@@ -149,7 +150,7 @@ class Args:
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
     reading_steps: int = option(30,
         "Steps of stage 0 in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
-    reading_batch: int = option(48, "Problems in a step of reading.", minimum=1)
+    reading_batch: int = option(48, "Problems in a step of reading.", minimum=1, maximum=4096)
     reading_lr: float = option(3e-3, "Learning rate of LoRA while the policy learns to read.", above=0)
     reading_router_lr: float = option(3e-4,
         "Learning rate of the router while the policy learns to read.", above=0)
@@ -487,9 +488,13 @@ def announce_downloads(args):
         files += official_files_to_fetch()
     if files:
         total = sum(size for _, size in files)
-        print(f"to be fetched once, {total / 1e9:.2f} GB in all:")
+        print(f"to be fetched once, {total / 1e9:.3f} GB in all:")
         for name, size in files:
-            print(f"  {name:45} {size / 1e9:6.2f} GB", flush=True)
+            print(f"  {name:45} {size / 1e9:8.3f} GB", flush=True)
+    n_train = n_training_problems(args)
+    if args.experts:
+        print(f"to be read by each of {len(args.experts)} experts, once for all runs: {n_train:,} + "
+              f"{args.val:,} + {args.test:,} problems", flush=True)
 
 
 def check_problems(args, problems):
@@ -547,9 +552,13 @@ def count(module):
 
 
 def log_stage0(out, part, step, loss):
+    """Record and print the loss of every 25th step. The losses of words and of reading are different ones."""
     if step % 25 == 1:
         append(out / "stage0.jsonl", dict(part=part, part_step=step, loss=loss))
-        tqdm.write(f"stage 0, {part:7} step {step:4d} | loss per token {loss:.3f}")
+        what = "minus log-probability of a token"
+        if part == "words":
+            what = "distance of context tokens from words"
+        tqdm.write(f"stage 0, {part:7} step {step:4d} | {what} {loss:.3f}")
 
 
 @torch.no_grad()
@@ -772,7 +781,7 @@ def save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, ge
             for old in sorted(out.glob("step-*.safetensors"), reverse=True)[2:]:
                 old.unlink()
     if stop:
-        tqdm.write(f"stopped and saved; continue with: python train.py --resume {out}")
+        tqdm.write(f"stopped and saved; continue with: python train.py --resume {shlex.quote(str(out))}")
         raise SystemExit(0)
 
 
@@ -883,12 +892,13 @@ def fresh(given):
         args.extension = os.path.relpath(args.extension, REPOSITORY)
 
     args.out = args.out or f"runs/{args.task.replace('+', '-')}-{time.strftime('%m%d-%H%M%S')}"
-    args.out = str(Path(all_gather(args.out)[0]).expanduser())  # the name that rank 0 chose, as clocks differ
+    args.out = all_gather(args.out)[0]  # the name that rank 0 chose, as clocks differ
+    args.out = str(expand_home(args.out, "--out"))
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {args.out} is a file: name a folder")
     if list(out.glob("*.json")):
-        raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {args.out}")
+        raise ValueError(f"{args.out} holds a run: choose another --out, or --resume {shlex.quote(args.out)}")
     return args
 
 
@@ -909,10 +919,11 @@ def resumed(given):
     config = read_config(folder)
     if config["ranks"] != WORLD:
         raise ValueError(f"{folder} is a run of {config['ranks']} ranks: continue with as many, not {WORLD}")
+    extension = config["args"].get("extension")
+    if isinstance(extension, str) and extension and "extension" not in given:
+        import_extension(extension)
     try:
         saved = Args(**config["args"])
-        if saved.extension and "extension" not in given:
-            import_extension(saved.extension)
         check(saved)
         if dataclasses.asdict(saved) != config["args"]:
             raise ValueError("settings are missing")
