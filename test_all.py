@@ -175,7 +175,7 @@ def quick(tmp_path_factory):
         model.save_pretrained(folder / name)
     return ("--preset tiny --device cpu --task logic+algorithmic --words_steps 6 --reading_steps 6 "
             "--reading_batch 8 --reading_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 --lr 1e-3 "
-            "--router_lr 2e-3 --trust_lr 0.1 --seed 1 --micro_batch 4 --max_new 4 --val 8 --test 8 "
+            "--router_lr 2e-3 --trust_lr 0.1 --seed 2 --micro_batch 4 --max_new 4 --val 8 --test 8 "
             "--eval_every 3 --router_dim 16 --router_heads 2 --policy {0}/policy "
             "--experts {0}/logic {0}/algorithmic {0}/arithmetic".format(folder)).split()
 

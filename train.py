@@ -491,8 +491,8 @@ def announce_downloads(args):
         print(f"to be fetched once, {total / 1e9:.3f} GB in all:")
         for name, size in files:
             print(f"  {name:45} {size / 1e9:8.3f} GB", flush=True)
-    n_train = n_training_problems(args)
     if args.experts:
+        n_train = n_training_problems(args)
         print(f"to be read by each of {len(args.experts)} experts, once for all runs: {n_train:,} + "
               f"{args.val:,} + {args.test:,} problems", flush=True)
 
