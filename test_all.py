@@ -3367,7 +3367,7 @@ def as_rank(rank, ports, out, settings):
 def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         ports = [str(free.getsockname()[1]) for free in (first, second)]
-    settings = [*quick, "--steps 2 --batch 5 --reading_batch 5 --words_steps 2 --reading_steps 2"]
+    settings = [*quick, "--seed 1 --steps 2 --batch 5 --reading_batch 5 --words_steps 2 --reading_steps 2"]
     processes = []
     for name, rank in (("two", 0), ("two", 1), ("one", None)):
         process = forked(functools.partial(as_rank, rank, ports, tmp_path / name, settings),
