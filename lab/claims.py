@@ -249,10 +249,15 @@ def above_even(label, values, n_experts):
     return compare(f"{label} - {100 / n_experts:.0f}", values, 100 / n_experts)
 
 
+def probed(rows, task, way):
+    """The runs of a way that lab/probe.py has looked into, problem by problem."""
+    return [row for row in runs_of(rows, task, way) if row.get("attended")]
+
+
 def wide_is_preferred(rows):
     """The attention to the wide expert that knows nothing."""
     shares = []
-    for row in runs_of(rows, "sums", "soft wide"):
+    for row in probed(rows, "sums", "soft wide"):
         wide = names_of(row).index("wide")
         shares.append(100 * np.array(row["attended"])[:, wide])
     return [above_even("its share", shares, 4)]
@@ -271,9 +276,8 @@ def specialist_places(row):
 
 def specialist_is_attended(rows):
     shares = []
-    for row in runs_of(rows, "mix", "soft"):
-        if row.get("attended"):
-            shares.append(100.0 * (most_attended(row) == specialist_places(row)))
+    for row in probed(rows, "mix", "soft"):
+        shares.append(100.0 * (most_attended(row) == specialist_places(row)))
     return [above_even("mix, it is attended to most", shares, 3)]
 
 
@@ -346,7 +350,7 @@ def attention_agrees_with_who_knows(rows):
 def believed(rows, task, way):
     """On sums: the share of the first expert against that of its copy, the last one, which is wrong there."""
     first, copy = [], []
-    for row in runs_of(rows, task, way):
+    for row in probed(rows, task, way):
         is_sum = np.array(row["datasets"]) == "chain_sum"
         shares = 100 * np.array(row["attended"])[is_sum]
         first.append(shares[:, 0])
