@@ -961,6 +961,29 @@ def test_the_parts_of_stage_0_share_no_question():
     assert rlvr.stage0_parts(problems) == ([2, 3], [4, 5, 6, 7])
 
 
+def test_a_run_wants_all_of_its_experts(finished, capsys):
+    """Fewer than it was trained with is a sentence about --experts, not a lost run."""
+    sentence = refused(capsys, "--resume", finished, "--experts", "tiny/logic")
+    assert "was trained with 3 experts, and --experts names 1" in sentence
+
+
+def test_an_extension_is_a_python_file(tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("not Python")
+    with pytest.raises(ValueError, match="name a Python file"):
+        rlvr.import_extension(notes)
+
+
+def test_lines_that_are_no_records_are_skipped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n[1]\n{"step": 2')
+    assert rlvr.read_records(path) == [{"step": 1}]
+
+
+def test_a_question_in_another_encoding_is_still_text():
+    assert evaluation.unescape("caf\udce9 3 + 4 =") == "caf? 3 + 4 ="
+
+
 def test_a_dataset_that_repeats_its_questions_is_divided_by_itself():
     """All questions of the small dataset come early; a third of them is for reading, the others for words."""
     small = [Problem(question, "", dataset="small") for question in "abcabcabc"]
