@@ -72,7 +72,7 @@ from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick
                      prompt_ids, read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors,
                      write_texts)
 from model import Policy, bucket, pick_dtype
-from rewards import check_answer_format, expand_home, get_problems, render_prompt, verify
+from rewards import expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states
 
 GRAD_CLIP = 1.0  # the largest norm of a gradient

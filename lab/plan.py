@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from rlvr import WORLD, run_cli
-from router import ROUTERS
 from train import (GAPS, GPU_ROWS, PRESETS, Args, estimate_of, frozen_dtype, longest_prompt, model_size,
                    parse_args, peak_memory, print_plan)
 
