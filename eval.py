@@ -73,13 +73,16 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         indices = range(len(dataset))
     mine = list(my_part(indices))
 
+    # Take prompts of similar length together, so that little is padded.
+    order = sorted(range(len(mine)), key=lambda i: len(dataset.ids[mine[i]]))
+
     # Take no more problems at once than a rollout has answers, so that no more memory is needed.
     size = min(EVAL_ROWS, args.batch * args.group)
     hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
 
     verdicts, texts, attention = [], [], []
     for start in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=hide_bar):
-        part = mine[start:start + size]
+        part = [mine[i] for i in order[start:start + size]]
         batch = dataset.batch(part)
 
         # Replace what the router reads, or what it can see.
@@ -96,8 +99,11 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         if answered.attention is not None:
             attention.append(by_expert(answered.attention, dataset.expert_of_state).cpu())
 
-    # Put the parts of all ranks together.
-    verdicts, texts, attention = joined(verdicts), joined(texts), joined(attention)
+    # Undo the sorting, and put the parts of all ranks together.
+    back = sorted(range(len(order)), key=order.__getitem__)
+    verdicts = joined([verdicts[i] for i in back])
+    texts = joined([texts[i] for i in back])
+    attention = joined([torch.cat(attention)[back]] if attention else [])
     if not attention:
         return verdicts, texts, None
     return verdicts, texts, torch.cat(attention)

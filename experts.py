@@ -60,9 +60,11 @@ class Expert:
     state_token  which token's state is used: "last" (of a BERT: its [SEP]), "first", or the "mean" of all
     layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
                  the final norm
-    positions    with state_token "last": how many tokens at the end are used, the last one first
-    own_text     the expert first writes its answer, then reads prompt and answer together, so that the last
-                 states are those it had while it answered. Ignored for an expert that cannot write.
+    positions    with state_token "last": how many tokens are used. They are those at the end of the prompt, the
+                 last one first. With own_text they start at the last token of the prompt and go forward.
+    own_text     the expert first writes its answer, then reads prompt and answer together, so that its states
+                 are those it had while it answered: state k is the one from which it chose token k of the
+                 answer. Ignored for an expert that cannot write.
     max_new      the most tokens that it may write
     cue          text that is appended to every prompt, such as "The answer is "
     untrained    the same architecture with random weights, the same ones every time (a control experiment)
@@ -138,14 +140,16 @@ class Expert:
         return ids
 
     @torch.no_grad()
-    def states_of(self, model, ids, length):
+    def states_of(self, model, ids, length, prompt_lengths):
         """Read B texts, given as lists of token ids. Returns their states (B, K, width).
 
-        length: the number of tokens T to which every text is padded. Raises ValueError for a model whose
-        output has another shape than its config says, or is not finite.
+        length: the number of tokens T to which every text is padded. prompt_lengths: B numbers, how many
+        tokens of each text are its prompt; with own_text, the others are the expert's answer. Raises
+        ValueError for a model whose output has another shape than its config says, or is not finite.
         """
         B = len(ids)
         lengths = torch.tensor([len(row) for row in ids])  # (B,)
+        last_of_prompt = torch.tensor(prompt_lengths) - 1  # (B,)
 
         # Pad on the right. The mask is True where a real token is.
         tokens = torch.zeros(B, length, dtype=torch.long)
@@ -169,9 +173,11 @@ class Expert:
             elif self.state_token == "first":
                 states.append(hidden[:, 0])
             else:
-                # Step back from the last token. In a text that is too short, stay at the first token.
-                for back in range(1, self.positions + 1):
-                    position = (lengths - back).clamp(min=0)
+                # Start at the last token of the prompt. Go back, or with own_text go forward into the answer.
+                # Where a text is too short, stay at its first or last token.
+                direction = 1 if self.own_text else -1
+                for k in range(self.positions):
+                    position = (last_of_prompt + k * direction).clamp(min=0).minimum(lengths - 1)
                     states.append(hidden[torch.arange(B), position])
 
         states = torch.stack(states, dim=1).to(self.dtype)
@@ -300,6 +306,7 @@ class Expert:
         settings = []
         if kind == STATES:
             settings += [self.state_token, self.layers, self.positions]
+            settings += ["forward" if self.own_text else "back"]
         if kind == TEXTS or self.own_text:
             settings += [self.max_new]
         if self.device.type != "cpu":  # another processor rounds differently
@@ -399,11 +406,12 @@ def cached_rows(expert, kind, prompts, answers=None, progress=True):
         if kind == TEXTS:
             room = expert.max_new
         ids = expert.tokenize([prompts[i] for i in indices], room)
+        prompt_lengths = [len(row) for row in ids]
 
         # Append the answers. They fit into the window: this was checked when they were written.
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
-        rows |= compute_rows(expert, kind, list(missing), ids, folder, progress)
+        rows |= compute_rows(expert, kind, list(missing), ids, prompt_lengths, folder, progress)
         torch.cuda.empty_cache()  # give back the memory of the weights; does nothing without a GPU
 
     return torch.stack([rows[key] for key in keys])
@@ -414,21 +422,20 @@ def text_key(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def compute_rows(expert, kind, keys, ids, folder, progress=True):
+def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True):
     """{key: row} for n lists of token ids, one for each key. Only here are an expert's weights in memory.
 
+    prompt_lengths: how many of the tokens are the prompt; those after them are the expert's own answer.
     Rows are stored every 20 seconds, at the end, and when something interrupts the work.
     """
     with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
         # Load the model, and choose what it does.
         model = expert.load(kind)
         if kind == STATES:
-            compute = expert.states_of
             max_length = expert.window
             one_by_one = False
             verb = "reads"
         else:
-            compute = expert.texts_of
             max_length = expert.window - expert.max_new
             one_by_one = expert.reads_padding(model)
             verb = "writes"
@@ -444,11 +451,16 @@ def compute_rows(expert, kind, keys, ids, folder, progress=True):
         try:
             for indices, length, size in batches(ids, max_length, expert.device.type, one_by_one):
                 # Fill the batch up with copies of its first text: all batches of a length have one shape.
-                batch = [ids[i] for i in indices]
-                batch += [batch[0]] * (size - len(batch))
+                copies = [indices[0]] * (size - len(indices))
+                batch = [ids[i] for i in indices + copies]
+                if kind == STATES:
+                    results = expert.states_of(model, batch, length,
+                                               [prompt_lengths[i] for i in indices + copies])
+                else:
+                    results = expert.texts_of(model, batch, length)
 
                 # The results of the copies are at the end, where zip leaves them out.
-                for index, row in zip(indices, compute(model, batch, length)):
+                for index, row in zip(indices, results):
                     unsaved[keys[index]] = row
                 bar.update(len(indices))
 

@@ -441,11 +441,11 @@ def words_loss(policy, context, targets, vocabulary):
     place = {token: i for i, token in enumerate(vocabulary)}
 
     # The target of each context token: a place in the vocabulary, -1 where there is none.
-    target = torch.full((B, L), -1)
-    for b, ids in enumerate(targets):
-        for position, token in enumerate(ids[:L]):
-            target[b, position] = place[token]
-    target = target.to(context.device)
+    rows = []
+    for ids in targets:
+        places = [place[token] for token in ids[:L]]
+        rows.append(places + [-1] * (L - len(places)))
+    target = torch.tensor(rows, device=context.device)  # (B, L)
 
     has_target = target >= 0
     c, wanted = context[has_target], target[has_target]  # (M, d), (M,): the M tokens that have a target
@@ -564,6 +564,24 @@ class Batch:
         return twice
 
 
+def ask_experts(problems, experts, args):
+    """Let every expert write and read all problems of a run, so that the results are in the cache on disk.
+
+    The datasets of the three splits find them there. Each expert's weights are so loaded only once.
+    """
+    prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
+    if needs_texts(args):
+        write_texts(experts, prompts, RANK == 0)
+    if reads_states(args.router):
+        read_states(experts, prompts, RANK == 0)
+    barrier()  # the results of all ranks are there
+
+
+def needs_texts(args):
+    """Does this run need what the experts say?"""
+    return bool(args.reading_steps or args.expert_text)
+
+
 class Dataset:
     """Problems, with what the experts make of them and what the policy reads.
 
@@ -591,7 +609,7 @@ class Dataset:
         # Let each expert write what it would say, and read the states. Both come from a cache on disk.
         expert_prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
         self.texts = []
-        if args.reading_steps or args.expert_text:
+        if needs_texts(args):
             parts = all_gather(write_texts(experts, expert_prompts, shows_progress))
             self.texts = [[text for part in parts for text in part[e]] for e in range(len(experts))]
         self.H = torch.zeros(len(problems), 0, 0)

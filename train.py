@@ -46,7 +46,7 @@ from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
                      official_files_to_fetch, render_prompt, verify)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
-                  append, bad_config, build, candidates, check_models, check_names, choice_loss,
+                  append, ask_experts, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
                   kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_step,
                   words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
@@ -124,8 +124,10 @@ class Args:
     layers: list[int] = option([-1],
         "Which layers' states are read; 0 is the embedding, -1 the last layer.")
     positions: int = option(1,
-        "How many last tokens are read, with --state_token last.", minimum=1, maximum=64)
-    own_text: bool = option(False, "Let an expert first write its own answer, and read the states of that.")
+        "How many states are read with --state_token last: of the last tokens, or with --own_text one for "
+        "each token of the answer.", minimum=1, maximum=64)
+    own_text: bool = option(False,
+        "Let an expert first write its own answer, and read the states from which it chose each token.")
     cue: str = option("", "Text at the end of every expert's prompt, such as 'The answer is:'.")
     write: int = option(1,
         "Most tokens that an expert may write, for stage 0 and --expert_text.", minimum=1, maximum=4096)
@@ -181,7 +183,7 @@ PRESETS = {
     "small": dict(  # real models for one consumer GPU, or for a patient CPU
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
-        cue="The answer is:", own_text=True, positions=4, write=6, router_dim=512, router_heads=8,
+        cue="The answer is:", own_text=True, positions=6, write=6, router_dim=512, router_heads=8,
         router_temperature=1.0, prefix_origin="zero", words_steps=200, words_lr=1e-3,
         reading_steps=60, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6,
         trust_lr=0.3, batch=8, micro_batch=16, steps=20, max_new=16),
@@ -207,6 +209,7 @@ def main(args):
     # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
     policy, experts, router = build(args)
     check_problems(args, problems)  # again, now that `build` knows what --answer_format auto means
+    ask_experts([problem for split in SPLITS for problem in problems[split]], experts, args)
     datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
     train_set = datasets["train"]
     device = policy.embed.device
@@ -979,6 +982,9 @@ def check(args):
               f"--positions {args.positions} counts last tokens: use it with --state_token last")
     refuse_if(args.own_text and args.state_token == "first",
               "--own_text writes after the first token, whose state it cannot change: use --state_token last")
+    refuse_if(args.own_text and args.state_token == "last" and args.positions == 1,
+              "--own_text reads one state for each token of the expert's answer, and --positions 1 is the "
+              f"prompt's state alone: give more, such as --positions {max(2, args.write)}")
 
 
 def check_value(field, value):

@@ -151,16 +151,16 @@ def ablation_table(result):
 
 # -- The first part of stage 0 alone: how well can a router spell, and from which states?
 
-POSITIONS = (1, 2, 4)  # how many last tokens are read
+POSITIONS = (1, 2, 4)  # of how many tokens the states are read
 
 
 def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     """Train fresh routers to spell what an expert says, each from other states of this expert.
 
     The expert is the first one that writes. The states are those of a middle layer, of the last layer, or of
-    both, of its last 1, 2 or 4 tokens, without and with its own text after the prompt. Yields a dict for each
-    choice of layers: `own_text`, `layers`, and `spelled`, {number of tokens: fraction of new texts that are
-    spelled without a mistake}. Raises ValueError if no expert writes.
+    both: of the last 1, 2 or 4 tokens of the prompt, or of the first 1, 2 or 4 tokens of its own text. Yields
+    a dict for each choice of layers: `own_text`, `layers`, and `spelled`, {number of tokens: fraction of new
+    texts that are spelled without a mistake}. Raises ValueError if no expert writes.
     """
     expert = next((expert for expert in experts if expert.writes), None)
     if expert is None:
