@@ -76,7 +76,7 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     # Take prompts of similar length together, so that little is padded.
     order = sorted(range(len(mine)), key=lambda i: len(dataset.ids[mine[i]]))
 
-    # Take no more problems at once than a rollout has answers, so that no more memory is needed.
+    # A rollout of training has batch * group answers at once. Take no more, so that memory is enough.
     size = min(EVAL_ROWS, args.batch * args.group)
     hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
 
@@ -163,7 +163,7 @@ def summary(verdicts):
     """What a report says about n verdicts.
 
     strict: the accuracy. ci95: its 95% interval. lenient: the fraction that is right in any format, for
-    example without the <answer> tags that were asked for.
+    example without the <answer> tags that were asked for. A statistic of your own can be added here.
     """
     right = right_of(verdicts).sum().item()
     return dict(strict=accuracy(verdicts),
@@ -190,7 +190,7 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
         step = args.steps
 
     # Before: the policy alone, without LoRA and without a context. After: with both.
-    no_context = NoRouter([], [], 0)  # a router of no experts
+    no_context = NoRouter([], [], 0)  # no states, no experts, width 0: it returns no context
     with policy.lora("off"):
         before, _, _ = evaluate(policy, no_context, dataset, args)
     after, _, attention = evaluate(policy, router, dataset, args)
@@ -225,18 +225,18 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
 def swap_test(policy, router, dataset, args):
     """Give each question the states of another question. Whose answer does the policy give?
 
-    Question i gets the states of j, the next question of its dataset. `expected` is the answer that the
-    policy should give if it believes these states: what the expert with the most attention says to j. If the
-    router has no attention, or the experts were not asked for texts, it is the gold answer of j. A question
-    that is alone in its dataset is left out. Returns a dict:
+    For example, question i is 2 + 3. Its states are replaced by those of j, the next question of its dataset,
+    4 + 5. If the policy answers 9, it has read that from the states: the answer counts for `follows`. If it
+    answers 5, it does not need the states: that counts for `strict`. Returns a dict:
 
         strict   the fraction of all answers that are still right for their own question i
         n        how many questions have an `expected` that is not the gold answer of i; only these can show
                  whom the policy follows
         follows  the fraction of these n that are answered with `expected`
 
-    For example, i is 2 + 3, j is 4 + 5, and the expert says 9 to j. The answer 5 counts for `strict`, and the
-    answer 9 counts for `follows`.
+    `expected` is what the expert with the most attention says to j, right or wrong; if it says nothing, the
+    question does not count in n. If the router has no attention, or the experts were not asked for texts,
+    `expected` is the gold answer of j. A question that is alone in its dataset is left out.
     """
     partner = next_in_dataset(dataset.problems)
     indices = [i for i, j in enumerate(partner) if i != j]
@@ -294,7 +294,7 @@ def show_report(report, path):
     if "swap" in report:
         swap = report["swap"]
         print(f"  {'states of another question':26} {swap['strict']:6.1%}; "
-              f"{swap['follows']:.1%} of {swap['n']} answers are those of the other question")
+              f"{swap['follows']:.1%} of {swap['n']} answers are the expert's to the other question")
 
     # The same for each dataset, and below it the attention to each expert.
     attention = report.get("attention_by_dataset", {})

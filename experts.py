@@ -10,7 +10,10 @@ its state sums up what the expert makes of the problem.
 
 These states are H in the paper's C = g(H): the router (router.py) turns them into the policy's context C.
 An expert that generates text can also *write* its own answer, a few greedy tokens. Stage 0 uses these answers
-as targets, and --expert_text puts them into the policy's prompt.
+as targets, and --expert_text puts them into the policy's prompt. With --think it first writes a *thought*, some
+sentences of reasoning, and then the answer:
+
+    prompt -> thought -> cue ("The answer is:") -> answer
 
 The weights of an expert and the prompt of a problem never change, so its state never changes either. We
 compute it once and store it on disk. While the policy trains, no expert is in memory.
@@ -25,6 +28,7 @@ What is easy to get wrong:
 """
 import contextlib
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -46,7 +50,8 @@ from tqdm import tqdm
 
 from rewards import cache_dir, render_prompt
 
-STATES, TEXTS = "states", "texts"  # the two kinds of results that the cache stores
+THOUGHTS, TEXTS, STATES = "thoughts", "texts", "states"  # the kinds of results that the cache stores
+THINK = "Reason step by step, briefly."  # what an expert with --think is asked, after the question
 FORMAT = "n-musketeers 3"  # change this when the code gives other results: it invalidates the stored ones
 SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
@@ -60,23 +65,29 @@ class Expert:
     state_token  which token's state is used: "last" (of a BERT: its [SEP]), "first", or the "mean" of all
     layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
                  the final norm
-    positions    with state_token "last": how many tokens are used. They are those at the end of the prompt, the
-                 last one first. With own_text they start at the last token of the prompt and go forward.
+    positions    with state_token "last": how many tokens are used. They are those at the end of the prompt,
+                 the last one first. With own_text they start at the last token of the prompt and go forward.
     own_text     the expert first writes its answer, then reads prompt and answer together, so that its states
                  are those it had while it answered: state k is the one from which it chose token k of the
                  answer. Ignored for an expert that cannot write.
-    max_new      the most tokens that it may write
-    cue          text that is appended to every prompt, such as "The answer is "
+    max_new      the most tokens of an answer that it may write
+    cue          text that stands before the answer, such as "The answer is:"
+    think        the most tokens of a thought that it writes before cue and answer; 0: it does not think. What
+                 was said of the end of the prompt then holds for the end of the cue.
     untrained    the same architecture with random weights, the same ones every time (a control experiment)
 
     One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1), positions=3
     gives K = 6 states in this order: layer 1 at the last, second last and third last token, then layer -1.
 
+    For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may compute
+    `states_of` and `texts_of` in another way, and `load` what they need. Then extend `fingerprint`, too, or
+    the cache returns what was computed in the old way.
+
     Raises ValueError for a model that is missing or damaged or that cannot be an expert.
     """
 
     def __init__(self, source, state_token="last", layers=(-1,), positions=1, own_text=False, max_new=16,
-                 cue="", device="cpu", untrained=False):
+                 cue="", think=0, device="cpu", untrained=False):
         self.source = source
         self.state_token = state_token
         self.positions = positions
@@ -112,7 +123,8 @@ class Expert:
         states_per_layer = positions if state_token == "last" else 1
         self.states_per_text = len(self.layers) * states_per_layer
 
-        # Load the tokenizer. The smaller of two windows counts: RoBERTa's config has two positions too many.
+        # Load the tokenizer. Config and tokenizer both name a window; the smaller one counts, because RoBERTa's
+        # config has two positions too many.
         self.tokenizer = read_tokenizer(self.folder, source)
         self.prompt_format = "chat" if self.tokenizer.chat_template else "plain"
         window = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -121,11 +133,30 @@ class Expert:
         # Only a model that generates text has stop tokens and can write.
         self.writes = generates_text(self.config)
         self.own_text = own_text and self.writes
+        self.think = think if self.writes else 0
         self.stop_ids = stop_tokens(self.folder, self.config) if self.writes else []
 
     def prompt(self, problem):
-        """The text that the expert reads: the problem, without an instruction for the answer, and the cue."""
-        return render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False) + self.cue
+        """The text that the expert reads: the problem, without an instruction for the answer, and the cue.
+
+        An expert that thinks is asked to reason. The cue then comes later, after the thought.
+        """
+        if self.think:
+            problem = dataclasses.replace(problem, question=f"{problem.question.strip()}\n{THINK}")
+        text = render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False)
+        return text if self.think else text + self.cue
+
+    def cue_after_thought(self):
+        """Token ids of the cue on a line of its own, as it follows a thought."""
+        return self.tokenizer("\n" + self.cue, add_special_tokens=False)["input_ids"]
+
+    def room(self, kind):
+        """How many tokens must have room in the window behind the prompt, when this kind of result is made."""
+        if kind == STATES:
+            return 0
+        if kind == TEXTS:
+            return self.max_new
+        return self.think + len(self.cue_after_thought()) + self.max_new
 
     def tokenize(self, texts, room=0):
         """Token ids of each text, a list of lists.
@@ -135,8 +166,9 @@ class Expert:
         ids = prompt_ids(self.tokenizer, texts, self.prompt_format, self.stop_ids)
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
+                shorter = ", a lower --think" if self.think else ""
                 raise ValueError(f"a prompt has {len(row)} tokens for {self.name}, which has room for 1 to "
-                                 f"{self.window - room}: use an easier --level or another expert")
+                                 f"{self.window - room}: use an easier --level{shorter} or another expert")
         return ids
 
     @torch.no_grad()
@@ -197,16 +229,21 @@ class Expert:
         return hidden.cpu()
 
     @torch.no_grad()
-    def texts_of(self, model, ids, length):
+    def texts_of(self, model, ids, length, kind=TEXTS):
         """Continue B texts, given as lists of token ids. Returns the new ids (B, max_new), -1 after the end.
 
         The model stops at a stop token or at the end of a line. The stop token is left out, and so is a token
         that is only a line end. A token like "]\\n" stays, because its "]" is part of the answer. The tokens
         returned here are those that `write_texts` decodes and that own_text reads.
-        length: the number of tokens to which every text is padded.
+        length: the number of tokens to which every text is padded. kind: "texts", or "thoughts", which may
+        have several lines and `think` tokens.
         """
-        # Any token would do as padding: before a text the mask hides it, and what follows an end is left out.
-        ends = {*self.stop_ids, *line_ends(self.tokenizer)}
+        max_new, ends = self.max_new, {*self.stop_ids, *line_ends(self.tokenizer)}
+        if kind == THOUGHTS:
+            max_new, ends = self.think, {*self.stop_ids}
+
+        # Padding has to be some token; which one does not matter. Before a text the mask hides it, and what
+        # follows an end is left out. Take one that every model has.
         padding = min(ends)
 
         # Pad on the left, so that all texts go on at the same position. The mask is 1 where a real token is.
@@ -217,7 +254,7 @@ class Expert:
             mask[b, length - len(row):] = 1
 
         # Always take the most likely token. The model's own settings may contain penalties: replace them.
-        greedy = transformers.GenerationConfig(max_new_tokens=self.max_new, do_sample=False,
+        greedy = transformers.GenerationConfig(max_new_tokens=max_new, do_sample=False,
                                                eos_token_id=sorted(ends), pad_token_id=padding)
         model.generation_config = greedy
         output = model.generate(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device),
@@ -225,7 +262,7 @@ class Expert:
         new_tokens = output[:, length:].tolist()
 
         # Keep the tokens before the end, and the token at the end if it holds a part of the answer.
-        written = torch.full((len(ids), self.max_new), -1, dtype=torch.int32)
+        written = torch.full((len(ids), max_new), -1, dtype=torch.int32)
         for b, row in enumerate(new_tokens):
             n = 0
             while n < len(row) and row[n] not in ends:
@@ -262,7 +299,7 @@ class Expert:
         return not torch.equal(logits[0], logits[1])
 
     def load(self, kind):
-        """The model with its weights, on the expert's device. kind: "states", or "texts" for one that writes.
+        """The model with its weights, on the expert's device; for "states" without the head that writes.
 
         Raises ValueError if weights are missing, or stored in a form that the model does not understand.
         """
@@ -307,8 +344,10 @@ class Expert:
         if kind == STATES:
             settings += [self.state_token, self.layers, self.positions]
             settings += ["forward" if self.own_text else "back"]
-        if kind == TEXTS or self.own_text:
+        if kind == TEXTS or (kind == STATES and self.own_text):
             settings += [self.max_new]
+        if self.think:
+            settings += ["think", self.think]
         if self.device.type != "cpu":  # another processor rounds differently
             settings += [self.device.type]
 
@@ -317,7 +356,8 @@ class Expert:
         if self.revision is None:
             files += weight_files(self.folder)
 
-        parts = [FORMAT, kind, settings, self.dtype, self.prompt_format, self.cue, self.revision,
+        cue = "" if kind == THOUGHTS else self.cue  # a thought is written before the cue
+        parts = [FORMAT, kind, settings, self.dtype, self.prompt_format, cue, self.revision,
                  self.untrained, *named_digests(files)]
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
@@ -336,12 +376,13 @@ def read_states(experts, all_prompts, progress=True):
     columns = []
     for expert, prompts in zip(experts, all_prompts):
 
-        # With own_text, let the expert write first. It then reads each prompt together with its answer.
+        # Let the expert think, and with own_text write its answer. It then reads all of that together.
+        thoughts = thought_ids(expert, prompts, progress)
         answers = None
         if expert.own_text:
             answers = written_ids(expert, prompts, progress)
 
-        states = cached_rows(expert, STATES, prompts, answers, progress)  # (n, K, width)
+        states = cached_rows(expert, STATES, prompts, thoughts, answers, progress)  # (n, K, width)
         columns.append(F.pad(states, (0, widest - expert.width)))
     return torch.cat(columns, dim=1)
 
@@ -368,24 +409,38 @@ def write_texts(experts, all_prompts, progress=True):
 
 
 def written_ids(expert, prompts, progress=True):
-    """The token ids that the expert writes after each prompt: n lists, see `Expert.texts_of`."""
-    rows = cached_rows(expert, TEXTS, prompts, progress=progress)
+    """The token ids of the expert's answer to each prompt: n lists, see `Expert.texts_of`."""
+    thoughts = thought_ids(expert, prompts, progress)
+    rows = cached_rows(expert, TEXTS, prompts, thoughts, progress=progress)
     return [row[row >= 0].tolist() for row in rows]
+
+
+def thought_ids(expert, prompts, progress=True):
+    """The token ids between each prompt and its answer: the expert's thought and the cue. n lists.
+
+    They are empty for an expert that does not think; the cue is then a part of the prompt.
+    """
+    if not expert.think:
+        return [[] for _ in prompts]
+    rows = cached_rows(expert, THOUGHTS, prompts, progress=progress)
+    cue = expert.cue_after_thought()
+    return [row[row >= 0].tolist() + cue for row in rows]
 
 
 # -- The cache on disk. Its files, the shards, are <cache_dir>/<kind>/<fingerprint>/<checksum>.safetensors. A
 # shard holds `keys` (n, 32) uint8, the sha256 of n texts, and `rows`, one result for each. Several processes
 # may use the cache at once: at worst a text is read twice.
 
-def cached_rows(expert, kind, prompts, answers=None, progress=True):
+def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=True):
     """The result ("row") of each prompt, stacked: from the cache, or computed now and stored.
 
-    kind     "states": rows (K, width); "texts": rows (max_new,) of token ids, -1 after the end
-    answers  for own_text: n lists of token ids, what the expert wrote after each prompt and now reads
-             together with it. Else None.
+    kind      "states": rows (K, width). "texts" and "thoughts": rows (max_new,) and (think,) of token ids, -1
+              after the end
+    thoughts  n lists of token ids that follow each prompt, see `thought_ids`; None while they are written
+    answers   for own_text: n lists of token ids that follow the thoughts; else None
 
-    A row is stored under its prompt alone, even if it depends on an answer too: an expert with this
-    fingerprint always writes the same answer to the same prompt.
+    A row is stored under its prompt alone, even if it depends on a thought or an answer: an expert with this
+    fingerprint always writes the same ones to the same prompt.
     """
     folder = cache_dir() / kind / expert.fingerprint(kind)
 
@@ -402,13 +457,12 @@ def cached_rows(expert, kind, prompts, answers=None, progress=True):
     # 3. Compute and store them.
     if missing:
         indices = list(missing.values())
-        room = 0
-        if kind == TEXTS:
-            room = expert.max_new
-        ids = expert.tokenize([prompts[i] for i in indices], room)
-        prompt_lengths = [len(row) for row in ids]
+        ids = expert.tokenize([prompts[i] for i in indices], expert.room(kind))
 
-        # Append the answers. They fit into the window: this was checked when they were written.
+        # Append thoughts and answers. They fit into the window: this was checked when they were written.
+        if thoughts is not None:
+            ids = [row + thoughts[i] for row, i in zip(ids, indices)]
+        prompt_lengths = [len(row) for row in ids]  # thoughts included
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
         rows |= compute_rows(expert, kind, list(missing), ids, prompt_lengths, folder, progress)
@@ -425,22 +479,19 @@ def text_key(text):
 def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True):
     """{key: row} for n lists of token ids, one for each key. Only here are an expert's weights in memory.
 
-    prompt_lengths: how many of the tokens are the prompt; those after them are the expert's own answer.
+    prompt_lengths: how many of the tokens are prompt and thought; those after them are the expert's answer.
     Rows are stored every 20 seconds, at the end, and when something interrupts the work.
     """
     with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
         # Load the model, and choose what it does.
         model = expert.load(kind)
-        if kind == STATES:
-            max_length = expert.window
-            one_by_one = False
-            verb = "reads"
-        else:
-            max_length = expert.window - expert.max_new
-            one_by_one = expert.reads_padding(model)
-            verb = "writes"
-            if one_by_one:
-                verb = "writes one by one"
+        max_length = expert.window
+        if kind != STATES:
+            max_length -= expert.think if kind == THOUGHTS else expert.max_new
+        one_by_one = kind != STATES and expert.reads_padding(model)
+        verb = {STATES: "reads", TEXTS: "writes", THOUGHTS: "thinks"}[kind]
+        if one_by_one:
+            verb += " one by one"
 
         # From here on the bar shows how fast the expert reads or writes. Loading does not count.
         bar.set_description(f"{expert.name} {verb}", refresh=False)
@@ -450,14 +501,15 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
         last_save = time.monotonic()
         try:
             for indices, length, size in batches(ids, max_length, expert.device.type, one_by_one):
-                # Fill the batch up with copies of its first text: all batches of a length have one shape.
+                # All batches of a length must have one shape: fill up the last one with copies of its first
+                # text.
                 copies = [indices[0]] * (size - len(indices))
                 batch = [ids[i] for i in indices + copies]
                 if kind == STATES:
                     results = expert.states_of(model, batch, length,
                                                [prompt_lengths[i] for i in indices + copies])
                 else:
-                    results = expert.texts_of(model, batch, length)
+                    results = expert.texts_of(model, batch, length, kind)
 
                 # The results of the copies are at the end, where zip leaves them out.
                 for index, row in zip(indices, results):
@@ -873,7 +925,7 @@ def progress_bar(total, description, unit, show=True, delay=0):
 # -- Devices
 
 def computes_in_bfloat16(device):
-    """Does this device compute in bfloat16, and not only imitate it? V100 and T4, and some Macs, do not."""
+    """Does this device compute in bfloat16? V100, T4 and some Macs only imitate it, which is slow."""
     device = torch.device(device)
     if device.type == "cpu":
         return True

@@ -8,7 +8,7 @@ training, validation and test problems. What is easy to get wrong:
 - The verifier is the teacher: the policy learns whatever it rewards, and also what it rewards by mistake.
 - An answer is text to compare, never code to run. Nine of Reasoning Gym's own scorers execute the answer, and
   one rewards any text, so we never call them. An answer is compared with the gold answer: as an exact
-  fraction where the gold answer is a number, and as normalized text elsewhere. A dataset with several right
+  number where the gold answer is one, like 18 or -2.5, and as normalized text elsewhere. A dataset with several right
   answers for a question is refused, because only one of them is known.
 - A completion that hit the token limit may be incomplete: "1" may be the beginning of "12". And a list of
   several numbers is not an answer, even if the right one is among them.
@@ -39,7 +39,7 @@ from tqdm import tqdm
 class Problem:
     question: str
     answer: str              # the gold answer
-    task: str = "gsm8k"      # the part of a mix that it belongs to: "arithmetic" in "arithmetic+logic"
+    task: str = "gsm8k"      # one part of --task: "arithmetic", if that is "arithmetic+logic"
     dataset: str = "gsm8k"   # "gsm8k", or the name of a Reasoning Gym dataset: "chain_sum"
     split: str = "train"     # "train", "val" or "test"
 
@@ -49,9 +49,9 @@ class Problem:
 REASONS = (
     "right",         # the only reason with reward 1
     "wrong",         # another number or text than the gold answer
-    "no_answer",     # no answer tags, nothing between them, or an empty first line
+    "no_answer",     # no answer tags outside a thought, nothing between them, or an empty first line
     "unclosed",      # <answer> without </answer> after it
-    "several",       # more than one answer
+    "several",       # answer tags more than once
     "too_long",      # far longer than an answer to this problem can be
     "not_a_number",  # the gold answer is a number, and this is none: "3 * 12", "17 18"
     "truncated",     # the token limit came before the end of the answer
@@ -62,7 +62,8 @@ REASONS = (
 class Verdict:
     reward: float  # 1.0 for a right answer in the requested format, else 0.0: the policy is trained on this
     reason: str    # one of REASONS
-    lenient: bool  # whether a generous reader would find the right answer: this is only reported
+    lenient: bool  # whether a generous reader would find the right answer: this is only reported. It can be
+                   # True for an answer that is "wrong" or "several": "12\n36" where 36 is right
 
 
 def verify(completion, problem, answer_format="tagged", truncated=False):
@@ -73,7 +74,7 @@ def verify(completion, problem, answer_format="tagged", truncated=False):
                    "plain": the first line is the answer.
     truncated      the completion hit the token limit. Then a first line without an end does not count. An
                    answer between tags does.
-    The text of a stop token (<|im_end|>) at the end of the completion is allowed.
+    The text of a stop token (<|im_end|>) at the end of the answer is allowed.
     Raises ValueError for an unknown answer_format, and never for a completion, whatever it holds.
 
     >>> problem = Problem("A box holds 12 pencils. How many pencils do 3 boxes hold?", "36")
@@ -98,7 +99,7 @@ def verify(completion, problem, answer_format="tagged", truncated=False):
     # Find the answer in the completion, then compare it with the gold answer.
     answer, reason = extract(completion, answer_format, truncated)
     if reason is None:
-        words_may_follow = answer_format == "tagged"
+        words_may_follow = answer_format == "tagged"  # a plain line is short: there a word would be noise
         reason = grade(answer, problem, words_may_follow)
 
     # Only "right" is rewarded.
@@ -175,8 +176,14 @@ def extract_tagged(completion, truncated):
     return rest.partition(CLOSE_TAG)[0], None
 
 
-# Gold answers like 18 and -2.5 are compared as numbers. 007 and 1/2 are compared as text: the problem may
-# have asked for exactly these digits, or for lowest terms.
+# A gold answer of this form is compared as a number, any other as text:
+#
+#     gold   compared as   right               wrong
+#     18     number        18, 18.0, $18       19
+#     007    text          007                 7: the problem may ask for exactly these digits
+#     1/2    text          1/2                 2/4: it may ask for lowest terms
+#
+# In GSM8K every gold answer is a number.
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?")
 # The answers of these datasets are grids. A grid with the same numbers in other rows is another answer.
 GRIDS = ("arc_agi", "binary_matrix", "futoshiki", "manipulate_matrix", "mini_sudoku", "modulo_grid",
@@ -203,7 +210,8 @@ def grade_number(answer, gold, dataset, words_may_follow):
     if len(answer) > MAX_NUMBER:
         return "too_long"
 
-    # Reject 8/4 and 1e2, except in GSM8K. Elsewhere 8/4 may be the question itself, and 1e2 hexadecimal.
+    # Reject 8/4 and 1e2, except in GSM8K. Elsewhere "8/4" may be a copy of the question "What is 8/4?", and
+    # 1e2 may be meant as a hexadecimal number.
     if dataset != "gsm8k" and re.search(r"/|[0-9][eE]", answer):
         return "not_a_number"
 
@@ -235,8 +243,8 @@ def grade_text(answer, gold, dataset):
 def normalize(text):
     """A text in the form in which texts are compared, for example "[ '1', 2.50 ]" -> "[1,2.5]".
 
-    Everything is in lower case. Quotes, line breaks, double spaces, spaces beside a mark, and zeros at the
-    end of decimals are removed.
+    Everything is in lower case. Line breaks and double spaces become one space. Quotes, spaces beside a mark,
+    and zeros at the end of decimals are removed.
     """
     text = text.casefold().replace("\u2212", "-")  # \u2212 is the mathematical minus sign
     text = text.replace("'", "").replace('"', "")
@@ -268,7 +276,7 @@ def thousands(mark):
 
 DIGITS = "(?:" + "|".join(thousands(mark) for mark in "," + THIN_SPACES) + "|[0-9]+)"  # 18 or 1,000
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"             # 18.50, .5 or 1e3
-QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"                                      # 36/2, but not 1/0
+QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"                                      # 36/2; not 1/0: a digit other than 0 must follow
 NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{QUOTIENT})")  # -$5
 
 # What may stand around a number without changing it: (before it, after it).
@@ -313,7 +321,7 @@ def number(text, units=True):
             text, n_taken_off = UNITS.subn("", text)
             may_have_units = n_taken_off == 0
 
-    # Read what is left. Fraction reads signs, decimals, exponents and quotients, but no marks in thousands.
+    # Read what is left. Fraction reads signs, decimals, exponents and quotients, but not 1,000: remove commas.
     match = NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -321,7 +329,7 @@ def number(text, units=True):
 
 
 def without_decorations(text):
-    """A text without one pair of each kind of decoration around it: "$**18**" -> "18"."""
+    """A text without one pair of each kind of decoration around it: "$18" -> "18", "$**18**" -> "**18**"."""
     for left, right in DECORATIONS:
         if text.startswith(left) and text.endswith(right) and len(text) > len(left + right):
             text = text[len(left):len(text) - len(right)].strip()
@@ -351,13 +359,13 @@ def is_found_in(ending, gold):
         inside, closing, _ = ending.rpartition("\\boxed{")[2].partition("}")
         return closing == "}" and number(inside) == value
 
-    # If there is a ####, as in the solutions of GSM8K, only the line after the first one is read.
+    # If there is a ####, as in the solutions of GSM8K, only the rest of this line is read.
     if "####" in ending:
         ending = ending.partition("####")[2].split("\n")[0]
         if number(ending) == value:
             return True
 
-    # The last number of all must be the gold answer.
+    # The last number in what is read must be the gold answer.
     return last_number(ending) == value
 
 
@@ -432,7 +440,7 @@ def render_prompt(problem, prompt_format="plain", tokenizer=None, instruct=True)
 
 
 def render_chat(turns, tokenizer):
-    """The text of a chat up to where the model's turn begins. It is the same on any day."""
+    """The text of a chat up to where the model's turn begins. A date in it is always the same one."""
     try:
         template = with_fixed_date(tokenizer.get_chat_template())
         # Switch thinking off: a policy hits the token limit long before such a thought ends. Templates
@@ -459,9 +467,11 @@ def with_fixed_date(template):
     """A chat template that writes FIXED_DATE where it would write today's date.
 
     Some templates call strftime_now("%d %B %Y"). With today's date in a prompt, experts' states would be read
-    again every day, and a resumed run would differ from one that was not stopped. transformers passes no
-    functions on to a template. So strftime_now is defined at the beginning of the template, as a macro that
-    replaces each %-code.
+    again every day, and a resumed run would differ from one that was not stopped. We cannot give transformers
+    another function of this name. So we write one into the template, a macro in the template's own
+    language that replaces each %-code by a part of FIXED_DATE:
+
+        {% macro strftime_now(format) %}{{ format | replace('%d', '26') | replace('%B', 'July') ... }}{% ...
     """
     if "strftime_now" not in template:
         return template
@@ -482,7 +492,7 @@ TINY_LEVEL = {  # level "tiny": what the experts in tiny/ were trained on
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-# The datasets of a family at every other level. In each of these, any single answer is right for less than a
+# The datasets of a family at all other levels. In each of these, any single answer is right for less than a
 # third of the problems.
 FAMILIES = {
     "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
@@ -592,7 +602,7 @@ def gsm8k_problems(split, data_path):
 
 
 def take_turns(iterators):
-    """Yield a problem of each iterator in turn, until one of them ends.
+    """Yield a problem of each iterator in turn, until one of them ends: the shortest one limits the length.
 
     A question of val or test that two iterators have is given only once.
     """
@@ -705,9 +715,22 @@ for why, unfit_datasets in UNFIT.items():
 def registry():
     """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym.
 
-    A dataset of your own: in a file that --extension names, call reasoning_gym.factory.register_dataset(name,
-    dataset class, configuration class). Its name is then a --task. The configuration is a dataclass that has
-    the fields seed and size.
+    A dataset of your own goes into a file that --extension names:
+
+        @dataclasses.dataclass
+        class Settings:
+            seed: int = 0
+            size: int = 500
+
+        class Doubles:                             # no base class is needed
+            def __init__(self, settings):
+                self.size = settings.size          # 10**9 is asked for: a list of items has its own length
+            def __getitem__(self, i):              # the same item for the same i, in every run
+                return dict(question=f"What is twice {i}?", answer=str(2 * i))
+
+        reasoning_gym.factory.register_dataset("doubles", Doubles, Settings)
+
+    `--preset small --task doubles` then learns it. (The level of preset tiny exists only for tiny's datasets.)
     """
     import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS

@@ -2,27 +2,38 @@
 Reinforcement learning with verifiable rewards: GRPO, comparing experts, and stage 0.
 
 GRPO in one formula. For each problem the policy samples a group of G answers, and the verifier gives each of
-them the reward r_g, 1 for a right answer and 0 for any other. Every token t of answer g is then made likelier
+them the reward r_g, 1 for a right answer and 0 for any other. Every token of answer g is then made likelier
 or less likely by how much better the answer was than its group (2402.03300, section 4.1):
 
     advantage  a_g  =  (r_g - mean(r)) / std(r)
     loss            =  - mean( a_g * pi(t) / pi_sampled(t) ),  over all tokens t of all answers g
 
+pi(t) is the probability of token t under the policy that is trained, pi_sampled(t) its probability when it
+was sampled.
+
 How this differs from the textbook:
 1. One optimizer step for each rollout. The policy that is trained is the policy that sampled, so the ratio
-   pi / pi_sampled is 1, and there is nothing to clip. Its gradient is not 0, it is the gradient of log pi(t):
-   so, before the mean, the loss of a token has the gradient -a_g * grad log pi(t).
-2. The loss is a mean over all tokens of the step, not first over the tokens of each answer.
+   pi / pi_sampled is 1 in value, and there is nothing to clip. What counts is its gradient: that of pi /
+   pi_sampled is the gradient of log pi (see `grpo_loss`), so the loss of a token has the gradient
+   -a_g * grad log pi(t).
+2. The loss is a mean over all tokens of the step. The paper first takes the mean over each answer, so that
+   a token of a long answer counts less.
 3. Two experts are compared (ours). Half of a group is sampled while the policy sees one expert, the other
    half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
-   BETWEEN the halves, rewards teach the router whom to believe. In order: `draw_pair` draws two experts for
-   each problem. `Batch.with_experts` makes two problems of it, each with one of the two experts visible.
-   `rollout` samples G / 2 answers to each. `advantages` takes mean and std within a half.
-   `pair_probabilities` takes the attention with ALL experts visible, restricted to the two of the pair;
-   `choice_loss` moves it towards the expert whose half has the higher mean reward. The GRPO loss trains LoRA
-   and, through the context, how the router reads. It hardly moves trust: with one visible expert all scores
-   get the same trust, which cancels in the softmax. The choice loss trains trust: queries and keys get this
-   gradient, too, but their learning rate is a thousandth of trust's.
+   BETWEEN the halves, rewards teach the router whom to believe. A step of `train.main`:
+
+       attention of B problems, with all experts visible                      (B, heads, L, N)
+       draw_pair            two experts for each problem                      (B, 2)
+       Batch.with_experts   each problem twice, with one expert visible       2 B problems
+       rollout              G / 2 answers to each, and their rewards          (2 B, G / 2)
+       advantages           mean and std are those of the half                (2 B, G / 2)
+       grpo_loss            trains LoRA and, through the context, how the router reads
+       pair_probabilities   how the attention divides between the two         (B, 2)
+       choice_loss          moves it to the expert whose half earned more: trains trust
+
+   The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
+   cancels in the softmax. (If encoders are visible, too, it moves it a little.) Queries and keys also get the
+   gradient of the choice loss, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
@@ -40,8 +51,8 @@ What is easy to get wrong:
 - The rollout has no gradient, so train.py runs the router again when it scores the answers.
 - A group (or half) whose rewards are all equal has advantage 0 and teaches the policy nothing: watch
   `frac_reward_zero_std`. But if one half is all right and the other all wrong, trust learns most.
-- The GRPO loss is about 0 by construction: the ratio is 1, and the advantages of a group add up to 0. Watch
-  the reward, not the loss.
+- The value of the GRPO loss says nothing: the ratio is 1, and the advantages of a group add up to 0, so it is
+  about 0 however well the policy answers. Watch the reward.
 - Stage 0 sees no gold answer and no reward, and reads all experts that write equally often.
 
 With several devices each process is a "rank" and has its part of the problems (`my_part`); sums go over all
@@ -143,7 +154,8 @@ def informative(advantage, beta):
     """The rows of advantage (B, G) that have a gradient, as indices.
 
     A group of equal rewards has advantage 0, so without a KL term (beta 0) it can be left out of the loss.
-    If all groups are like that, the first one is kept, so that a NaN in the weights is still noticed.
+    If all groups are like that, the first one is kept: the loss is computed at least once in each step, and
+    so a NaN in the weights is noticed.
     """
     if beta:
         return torch.arange(len(advantage))
@@ -216,11 +228,12 @@ def draw_pair(shares, experts, u):
     p = p / p.sum(1, keepdim=True).clamp(min=1e-9)
     p = (1 - EXPLORE) * p + EXPLORE / n
 
-    # Candidate i owns the interval edges[i - 1] <= u < edges[i]: count the edges that u has passed.
+    # p = (0.2, 0.5, 0.3) has the edges 0.2 and 0.7. The number of edges that u has passed is the candidate:
+    # 0 for u = 0.1, 1 for u = 0.4, 2 for u = 0.9.
     edges = p.cumsum(1)[:, :-1]  # (B, n - 1)
     first = (edges <= u[:, :1]).sum(1)  # (B,)
 
-    # Second: one of the n - 1 others, 1 to n - 1 places further on, in a circle.
+    # Second: one of the n - 1 others, 1 to n - 1 places further on; after the last comes the first.
     distance = 1 + (u[:, 1] * (n - 1)).long()
     second = (first + distance) % n
     return torch.stack((experts[first], experts[second]), dim=1)
@@ -249,9 +262,9 @@ def choice_loss(p, half_rewards):
     the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
-    Why not the expected reward, - sum of p R? Its gradient with respect to trust has the factor p_w (1 -
-    p_w). When trust has once gone far in a wrong direction, so that p_w is nearly 0, it can hardly come
-    back. The gradient of log p_w has only the factor 1 - p_w, which is largest there.
+    Why not the expected reward, - sum of p R? Its gradient with respect to trust has the factor
+    p_w (1 - p_w), which is nearly 0 where p_w is: if trust has once gone far in a wrong direction, it hardly
+    comes back. The gradient of log p_w has only the factor 1 - p_w, which is largest there.
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
@@ -261,17 +274,17 @@ def choice_loss(p, half_rewards):
 
 # -- Stage 0: learn to read the experts, one at a time, from what they themselves would say
 
-WORDS_BATCH = 256  # problems in a step of words; the policy is not run, so that they cost little
+WORDS_BATCH = 256  # problems in a step of words: many, as they cost little, because the policy is not run
 
 
 def learn_words(policy, router, dataset, args):
     """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
     The target is the last token of the prompt, followed by what the one visible expert would say, cut to L
-    tokens together. Why is the last token of the prompt there? A language model tends to repeat: when a
-    token appears again, it writes what followed this token the first time (induction heads, 2209.11895). So
-    at the end of its prompt the policy meets this token for the second time, and tends to continue with the
-    expert's text.
+    tokens together. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7". Why begin with "="? A
+    language model tends to repeat: when a token appears again, it writes what followed this token the first
+    time (induction heads, 2209.11895). The policy meets "=" in the context, followed by 7, and at the end of
+    the prompt a second time, where it tends to continue with 7.
 
     Yields the loss per token of each step.
     """
@@ -280,7 +293,7 @@ def learn_words(policy, router, dataset, args):
     for step in range(args.words_steps):
         set_rates(optimizer, stage0_rate(step, args.words_steps))
         loss, n_tokens = words_step(policy, router, dataset, vocabulary, args, step)
-        loss = loss / max(1.0, all_reduce_sum(n_tokens))  # the experts may have written nothing at all
+        loss = loss / all_reduce_sum(n_tokens)
         loss.backward()
         update(optimizer)
         yield all_reduce_sum(loss.item())
@@ -297,13 +310,12 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     # The target: the last token of the prompt, then the expert's text.
     targets = []
     for i, e in zip(indices, experts):
-        text = dataset.targets[e][i]
-        targets.append([dataset.ids[i][-1], *text] if text else [])
+        targets.append([dataset.ids[i][-1], *dataset.targets[e][i]])
     return words_loss(policy, context, targets, vocabulary)
 
 
 def learn_to_read(policy, router, dataset, args):
-    """Reading, LoRA and, slowly, the router: context and prompt in, the expert's text out.
+    """Reading: context and prompt in, the expert's text out. It trains LoRA and, at a lower rate, the router.
 
     With a router that has no context the same texts are learned from the prompt alone: a control.
     Yields the loss per token of each step.
@@ -312,7 +324,7 @@ def learn_to_read(policy, router, dataset, args):
     for step in range(args.reading_steps):
         set_rates(optimizer, stage0_rate(step, args.reading_steps))
         loss, n_tokens = reading_step(policy, router, dataset, args, step)
-        loss = loss / max(1.0, all_reduce_sum(n_tokens))
+        loss = loss / all_reduce_sum(n_tokens)
         loss.backward()
         update(optimizer)
         yield all_reduce_sum(loss.item())
@@ -341,13 +353,17 @@ def words_and_reading(args):
 def stage0_parts(problems):
     """The problems of stage 0: (those of reading, those of words), as two lists of indices.
 
-    GRPO takes the problems in order, so it starts in the first quarter (a long run also reaches the others).
-    Reading uses the second quarter, words the second half. Why different ones? The router has memorized the
-    states that it was trained on, so its context is too good there. The policy must learn to read the context
-    of problems that are new to the router. A question that comes twice counts once, where it comes first.
+        | GRPO begins here | reading | words             |
+        0                 1/4       1/2                  1     of the problems
 
-    A dataset with few questions repeats them, so that all of them come early, and none would be left for
-    words. Such a dataset is divided by itself: a third of its questions for reading, the others for words.
+    GRPO takes the problems in order from the first one on (a long run also reaches the others). Why different
+    ones? The router has memorized the states that it was trained on, so its context is too good there. The
+    policy must learn to read the context of problems that are new to the router. A question that comes twice
+    counts once, where it comes first.
+
+    A dataset with few questions repeats them: all of them come in the first part, and none would be left for
+    words. Its questions are divided without regard to their places, a third for reading, the others for
+    words. (If there is only one, it serves for both.)
     """
     # Where does each question come first?
     first_places = {}
@@ -398,12 +414,12 @@ def draw_stage0(groups, writers, size, seed):
         raise ValueError("no expert writes anything that stage 0 could teach to read: use --reading_steps 0, "
                          "a --cue, or a higher --write")
     generator = random.Random(seed)
-    weights = {e: [math.sqrt(len(same_text)) for same_text in groups[e]] for e in writers}
+    weights = {e: [math.sqrt(len(group)) for group in groups[e]] for e in writers}
     indices, experts = [], []
     for _ in range(size):
         e = generator.choice(writers)
-        [same_text] = generator.choices(groups[e], weights[e])
-        indices.append(generator.choice(same_text))
+        group = generator.choices(groups[e], weights[e])[0]  # the problems with one text
+        indices.append(generator.choice(group))
         experts.append(e)
     return my_part(indices), my_part(experts)
 
@@ -435,8 +451,8 @@ def words_loss(policy, context, targets, vocabulary):
     """
     B, L, d = context.shape
 
-    # The embeddings of the vocabulary, n tokens, in the units of a context token: a prefix vector is
-    # prefix_origin + std * context.
+    # The embeddings of the vocabulary, n tokens. The policy will read prefix_origin + embed_std * context, so
+    # the context token that equals an embedding is (embedding - prefix_origin) / embed_std.
     embeddings = (policy.embed[vocabulary].float() - policy.prefix_origin) / policy.embed_std  # (n, d)
     place = {token: i for i, token in enumerate(vocabulary)}
 
@@ -459,18 +475,18 @@ def words_loss(policy, context, targets, vocabulary):
 def reading_loss(policy, batch, context, targets):
     """Minus the log-probability of the texts after their prompts, summed, and the number of their tokens.
 
-    targets [B][tokens], stop token included; [] for a problem to which the expert says nothing.
+    targets [B][tokens], stop token included.
     """
-    # Put the texts into one tensor, as groups of one completion: (B, 1, T).
+    # Put the texts into one tensor. `Policy.score` takes G completions of each prompt; here G is 1.
     B = len(targets)
-    T = max(1, max(len(ids) for ids in targets))
+    T = max(len(ids) for ids in targets)
     tokens = torch.zeros(B, 1, T, dtype=torch.long)
     mask = torch.zeros(B, 1, T, dtype=torch.bool)
     for b, ids in enumerate(targets):
         tokens[b, 0, :len(ids)] = torch.tensor(ids, dtype=torch.long)
         mask[b, 0, :len(ids)] = True
 
-    # How likely are they?
+    # How likely are they? The log-probability of padding is 0.
     device = batch.H.device
     logp, _ = policy.score(batch, context, tokens.to(device), mask.to(device))
     return -logp.sum(), int(mask.sum())
@@ -505,7 +521,7 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
 def set_rates(optimizer, fraction):
     """Set the learning rates of LoRA and the router to a fraction of the full ones.
 
-    Trust always has its full rate: it starts from zero, and a large first step can spoil nothing.
+    Trust always has its full rate. A warm-up protects what is already learned, and trust starts from zero.
     """
     for group in optimizer.param_groups:
         if group["name"] != "trust":
@@ -535,7 +551,7 @@ def clip_gradients(parameters):
     return torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
 
 
-# -- Problems with everything that never changes while the policy trains
+# -- Problems, with the experts' states and texts and the policy's tokens, all computed once
 
 @dataclass
 class Batch:
@@ -590,14 +606,14 @@ class Dataset:
     ids              n lists: the tokens of these prompts
     H                (n, N, D): the experts' states; (n, 0, 0) where none are read
     expert_of_state  (N,): which expert each state belongs to
-    texts            [experts][n]: what each expert would say; [] where nobody asks
+    texts            [experts][n]: what each expert would say; [] if the run does not need it
     targets          [experts][n]: these texts as the policy's tokens, stop token included; [] for no text
     writers          the indices of the experts that say anything
     words_groups     [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
     reading_groups   the same for `learn_to_read`
-    visible_alone    (E, N): row e is True for the states of expert e and of all experts that only read.
-                     Encoders write nothing, so stage 0 cannot teach to read them; they are always visible
-                     and are never compared.
+    visible_alone    (E, N): row e is True for the states of expert e, and, where experts write, also for
+                     those of all experts that write nothing, such as encoders. Stage 0 cannot teach to read
+                     these one by one; they are visible beside each of the others.
     Raises ValueError for a prompt that does not fit into the policy's window.
     """
 
@@ -615,7 +631,9 @@ class Dataset:
         self.H = torch.zeros(len(problems), 0, 0)
         if reads_states(args.router):
             self.H = torch.cat(all_gather(read_states(experts, expert_prompts, shows_progress)))
-        expert_of_state = [e for e, expert in enumerate(experts) for _ in range(expert.states_per_text)]
+        expert_of_state = []
+        for e, expert in enumerate(experts):
+            expert_of_state += [e] * expert.states_per_text
         self.expert_of_state = torch.tensor(expert_of_state, dtype=torch.long)
 
         # A control experiment replaces states or texts.
@@ -713,8 +731,8 @@ class Dataset:
                      visible_alone=self.visible_alone.to(self.device))
 
 
-# Control experiments: what replaces the states H (n, N, D) and the texts [experts][n] of a Dataset. To add
-# one, write a function like these and add it to CONTROLS.
+# Control experiments: functions that replace the states H (n, N, D) of a Dataset; they may also replace the
+# texts [experts][n]. To add one, write a function like these and add it to CONTROLS.
 
 def no_control(H, texts, problems, expert_of_state, seed):
     return H, texts
@@ -742,19 +760,26 @@ CONTROLS = {  # by --control
     "noise": noise_states,
     "untrained": no_control,  # experts with random weights, see build
 }
-DRAWN_FOR_ALL = ("shuffled", "noise")  # drawn for all problems at once: more problems give other states
+
+# These depend on how many problems there are. So a run with them cannot be continued for more steps.
+DRAWN_FOR_ALL = ("shuffled", "noise")
 
 
 def n_training_problems(args):
-    """How many training problems a run uses: all that GRPO needs, and enough for stage 0."""
-    return max(args.steps * args.batch, args.stage0_problems if args.reading_steps else 32)
+    """How many training problems a run uses: all that GRPO needs, and enough for stage 0.
+
+    At least 32, as the router measures mean and std of the states on them.
+    """
+    for_stage0 = args.stage0_problems if args.reading_steps else 0
+    return max(32, args.steps * args.batch, for_stage0)
 
 
 def load_problems(args, split, n=None):
     """The problems of a split: n of them, by default as many as the run needs.
 
     Training problems are shuffled within blocks of fixed size, so that a longer run begins with the same
-    ones. A small dataset gives as many held-out problems as it has.
+    ones. A small dataset gives as many held-out problems as it has. Raises ValueError if there is not one for
+    each rank.
     """
     if split != "train":
         skipped = args.test_skip if split == "test" else 0
@@ -785,7 +810,7 @@ def build(args):
     experts = []
     for source in args.experts:
         expert = Expert(source, args.state_token, args.layers, args.positions, args.own_text,
-                        max_new=args.write, cue=args.cue, device=args.device,
+                        max_new=args.write, cue=args.cue, think=args.think, device=args.device,
                         untrained=args.control == "untrained")
         if expert.name in [other.name for other in experts]:
             expert.name += f"-{len(experts)}"  # attention is reported by name, so names must differ
@@ -794,7 +819,7 @@ def build(args):
         raise ValueError("stage 0 needs an expert that writes, and these only read: use --reading_steps 0, "
                          "or add another expert")
 
-    # The policy. An Expert of the same folder knows its tokenizer and its size.
+    # The policy. An Expert made of the same folder finds its tokenizer and its size; it is not used as one.
     policy_files = Expert(args.policy)
     if args.answer_format == "auto":
         args.answer_format = "tagged" if policy_files.prompt_format == "chat" else "plain"

@@ -2,11 +2,15 @@
 The router: attention from a few learned vectors to the hidden states of the experts.
 
 The policy cannot read the experts' states directly. Every expert has its own width, and its own meaning for
-every dimension. The router turns the N states of one problem into L context tokens. An expert gives one state
-or several, so N counts states, not experts. Context tokens are vectors of the policy's width. They stand
-before the prompt, a soft prefix. The router is a Perceiver (2103.03206): a few
-learned vectors, the latents, read a set of inputs of any size by cross-attention, and what they collect is
-the output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-attention:
+every dimension. The router turns the N states of one problem into L context tokens: vectors of the policy's
+width, which stand before the prompt, a soft prefix. The router is a Perceiver (2103.03206): a few learned
+vectors, the latents, read a set of inputs of any size by cross-attention, and what they collect is the
+output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-attention. Sizes:
+
+    B  problems                                   dim  width of the attention, divided among h heads
+    N  states of a problem, of all experts        L    latents, and context tokens
+       together; an expert gives one or several   d    width of the policy, and so of a context token
+    D  width of the widest expert
 
     states    H (B, N, D)      padded with zeros to the widest expert
     scale     x (B, N, D)      (H - mean) / std, for every dimension of every state
@@ -14,7 +18,8 @@ the output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-a
     attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from S
     write     C (B, L, d)      out(mlp(A V)): the context tokens, of the policy's width d
 
-(Norms, the embedding of each state and residual sums are left out here.)
+(Left out here: the clamp after scaling, norms, the embedding of each state, the output projection of the
+attention and residual sums.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -96,9 +101,9 @@ class Router(StateReader):
     latents      L, the number of context tokens (8 in the paper)
     heads, dim   h and dim, the heads and the width of the attention (8 and 512 in the paper)
     temperature  divides Q K' but not trust; below 1 the attention becomes sharper
-    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings (near
-                 zero in the paper; here 0.02 around the mean embedding and 0.5 around zero, see rlvr.build).
-                 So a fresh prefix does little harm, and every parameter has a gradient from the start
+    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. (Near
+                 zero in the paper. rlvr.build gives 0.02 if the policy adds its mean embedding to them, and
+                 0.5 if not.) A small prefix does little harm, and every parameter has a gradient
     Raises ValueError when dim is not a multiple of heads.
     """
 
@@ -141,8 +146,8 @@ class Router(StateReader):
     def forward(self, H, visible=None, attention=None):
         """States H (B, N, D), zero beyond each width -> context tokens and attention.
 
-        Returns C (B, L, d) and A (B, h, L, N). The policy reads prefix_origin + std * C, with the standard
-        deviation of its embeddings, see `Policy.prepend`.
+        Returns C (B, L, d) and A (B, h, L, N). C is in the units of the policy's embeddings: `Policy.prepend`
+        multiplies it by their standard deviation.
 
         visible    (N,) or (B, N): False hides a state; its attention is 0, and it has no influence and no
                    gradient. At least one state of each problem must stay visible.
@@ -177,14 +182,18 @@ class Router(StateReader):
         """x (B, N, D) -> (B, N): the trust in the expert that each state belongs to.
 
         Trust in an expert is the mean over its states of (x . w) / sqrt(width) + b, with w in self.trust and
-        b in self.trust_bias. All states of an expert
-        receive the same number. If each state had its own, rewards could push the attention onto one state
-        of an expert, and what the latents read from the other states would be lost.
+        b in self.trust_bias. All states of an expert receive the same number. If each state had its own,
+        rewards could push the attention onto one state of an expert, and what the latents read from the
+        other states would be lost.
         """
         votes = torch.einsum("bnd,nd->bn", x, self.trust)  # (B, N)
         votes = votes / self.widths.sqrt() + self.trust_bias
 
-        # average[m, n] is 1 / k if m and n are two of the k states of one expert, else 0.
+        # Replace each vote by the mean of its expert. average[m, n] is 1 / k if m and n are two of the k
+        # states of one expert, else 0. With two states of one expert and one of another:
+        #     [[1/2, 1/2, 0],
+        #      [1/2, 1/2, 0],
+        #      [  0,   0, 1]]
         same_expert = self.expert_of_state[:, None] == self.expert_of_state  # (N, N)
         average = same_expert.float() / same_expert.sum(1, keepdim=True)
         return votes @ average  # (B, N)
@@ -194,14 +203,15 @@ class Router(StateReader):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
 
-# -- Controls. Each of them takes the arguments of Router and is called like it, so that the loop never asks
+# -- Other routers, to compare with. Each of them takes the arguments of Router and is called like it, so that the loop never asks
 # which one it has.
 
 class HardRouter(Router):
     """Every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
-    The choice is straight-through (1308.3432): the forward pass uses the chosen state alone, the backward
-    pass uses the softmax. So the layer also gets a gradient for the states that it did not choose.
+    The choice is straight-through (1308.3432). In value it is 1 for the chosen state and 0 for the others: the
+    policy sees the chosen state alone. Its gradient is that of the softmax: so the layer also learns about
+    the states that it did not choose.
     """
 
     compares = False  # it learns its choice from the gradient of the answers, as the policy does

@@ -1709,7 +1709,7 @@ def test_the_paper_is_one_flag_away_and_begins_within_the_card(monkeypatch):
 
 def test_another_preset_can_take_the_papers_place(monkeypatch):
     has_card(monkeypatch, 24)
-    monkeypatch.setattr(train, "DEFAULT_PRESET", "small")
+    monkeypatch.setattr(train, "GPU_PRESET", "small")
     monkeypatch.setattr(train, "GPU_ROWS", [dict(gpu=8, preset="small", micro_batch=2), *GPU_ROWS])
     assert parse_args(GSM8K).preset == "small"
     assert row_of(parse_args([*GSM8K, "--preset", "paper"])) == [24]
@@ -2806,6 +2806,71 @@ def test_own_text_is_read_from_its_first_token_on(tmp_path, own_cache):
         assert chosen[:len(answers[i])] == answers[i]
 
 
+def test_an_expert_thinks_before_its_answer(tmp_path, own_cache):
+    """prompt -> thought -> cue -> answer, each greedy; the states are those from which it chose the answer."""
+    expert = Expert(make_expert(tmp_path / "m"), positions=2, own_text=True, max_new=2, cue="w7 w8", think=5)
+    prompts = [expert.prompt(Problem(text, "1")) for text in TEXTS]
+    assert prompts[0] == TEXTS[0] + "\n" + experts.THINK + "\nAnswer:"  # the cue comes later
+    thoughts = experts.thought_ids(expert, prompts, progress=False)
+    answers = experts.written_ids(expert, prompts, progress=False)
+    H = read_all(expert, prompts)
+
+    cue = expert.tokenizer("w7 w8", add_special_tokens=False)["input_ids"]
+    writer = expert.load("texts")
+    for i, prompt in enumerate(expert.tokenize(prompts)):
+        # The thought, token by token, and the cue after it.
+        thought = continued(writer, prompt, 5, ends=expert.stop_ids)
+        assert thoughts[i] == thought + cue
+
+        # The answer, which also ends at the end of a line.
+        start = prompt + thoughts[i]
+        assert answers[i] == continued(writer, start, 2, ends=[*expert.stop_ids, *experts.line_ends(
+            expert.tokenizer)])
+
+        # The states.
+        ids = torch.tensor([start + answers[i]])
+        with torch.no_grad():
+            hidden = writer.model(ids).last_hidden_state[0]
+        second = min(len(start), len(ids[0]) - 1)
+        expected = hidden[[len(start) - 1, second]]
+        torch.testing.assert_close(H[i], expected, atol=1e-5, rtol=1e-5)
+
+
+def continued(writer, ids, max_new, ends):
+    """Greedy tokens after `ids`, one forward pass for each."""
+    written = []
+    while len(written) < max_new:
+        with torch.no_grad():
+            token = int(writer(torch.tensor([ids + written])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        written.append(token)
+    return written
+
+
+def test_thoughts_are_kept_when_the_cue_changes(tmp_path, own_cache, monkeypatch):
+    """A thought is written before the cue, so it is the same for every cue. Its answers are not."""
+    folder = make_expert(tmp_path / "m")
+    one = Expert(folder, max_new=2, cue="w7", think=5)
+    two = Expert(folder, max_new=2, cue="w9", think=5)
+    longer = Expert(folder, max_new=2, cue="w7", think=6)
+    assert one.fingerprint("thoughts") == two.fingerprint("thoughts") != longer.fingerprint("thoughts")
+    for kind in ("texts", "states"):
+        assert len({expert.fingerprint(kind) for expert in (one, two, longer, Expert(folder, max_new=2))}) == 4
+
+    experts.thought_ids(one, TEXTS, progress=False)
+    forbid_loading(monkeypatch)
+    experts.thought_ids(two, TEXTS, progress=False)
+
+
+def test_a_thought_needs_room_in_the_window(tmp_path, own_cache):
+    expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=64), max_new=2, cue="w7 w8", think=30)
+    fits = " ".join(["w1"] * 30)  # 30 + 30 + 2 + 2 = 64
+    assert len(experts.written_ids(expert, [fits], progress=False)) == 1
+    with pytest.raises(ValueError, match="31 tokens .* room for 1 to 30: .* a lower --think"):
+        experts.written_ids(expert, [fits + " w1"], progress=False)
+
+
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
     a = Expert(make_expert(tmp_path / "a"))
     b = Expert(make_expert(tmp_path / "b", "Bert", hidden_size=24))
@@ -3703,6 +3768,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--positions 2 --state_token first", "--positions"),
     ("--own_text --state_token first", "--own_text"),
     ("--own_text --positions 1", "--positions"),
+    ("--think 8", "--cue"),
     # names
     ("--router louder", "louder.*attention.*--extension"),
     ("--control wrong", "wrong.*shuffled.*--extension"),

@@ -69,7 +69,7 @@ def option(default, help, choices=None, minimum=None, above=None, maximum=None):
 class Args:
     # the run
     preset: str = option("",
-        "Settings to begin with. Without it: tiny, or with --task what fits this machine.",
+        "Settings to begin with. Without it: tiny; or, with --task, what suits the task and this machine.",
         choices=["", "tiny", "small", "paper"])
     out: str = option("", "Folder of the run. Without it: runs/<task>-<time>.")
     resume: str = option("",
@@ -101,7 +101,7 @@ class Args:
         " auto: tagged for a policy with a chat template.", choices=["auto", "tagged", "plain"])
     val: int = option(120, "Number of validation problems.", minimum=1)
     test: int = option(256, "Number of test problems.", minimum=1)
-    test_skip: int = option(0, "Number of test problems before these that are left out.", minimum=0)
+    test_skip: int = option(0, "Skip so many test problems first.", minimum=0)
     eval_every: int = option(5, "Steps of GRPO between two validations.", minimum=1)
 
     # the models
@@ -128,9 +128,13 @@ class Args:
         "each token of the answer.", minimum=1, maximum=64)
     own_text: bool = option(False,
         "Let an expert first write its own answer, and read the states from which it chose each token.")
-    cue: str = option("", "Text at the end of every expert's prompt, such as 'The answer is:'.")
+    think: int = option(0,
+        "Most tokens of reasoning that an expert writes before --cue and answer; 0: none.", minimum=0,
+        maximum=16384)
+    cue: str = option("", "Text that stands before every expert's answer, such as 'The answer is:'.")
     write: int = option(1,
-        "Most tokens that an expert may write, for stage 0 and --expert_text.", minimum=1, maximum=4096)
+        "Most tokens that an expert may write, for stage 0, --own_text and --expert_text.", minimum=1,
+        maximum=4096)
 
     # router and LoRA
     latents: int = option(8, "Number of context tokens.", minimum=1, maximum=512)
@@ -146,7 +150,7 @@ class Args:
 
     # stage 0
     stage0_problems: int = option(2000,
-        "Number of training problems that the experts read for stage 0, at least.", minimum=4)
+        "Training problems that the experts read for stage 0, at least.", minimum=4)
     words_steps: int = option(250,
         "Steps of stage 0 in which the router learns words. Ignored if --reading_steps is 0.", minimum=0)
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
@@ -206,9 +210,10 @@ def main(args):
     problems = {split: load_problems(args, split) for split in SPLITS}
     check_problems(args, problems)
 
-    # What never changes is made once: the prompts' tokens, and what every expert makes of each problem.
+    # What never changes is made once: the prompts' tokens, and the states and texts of every expert.
+    # `build` also fills in what args leaves open, such as --answer_format auto, so problems are checked again.
     policy, experts, router = build(args)
-    check_problems(args, problems)  # again, now that `build` knows what --answer_format auto means
+    check_problems(args, problems)
     ask_experts([problem for split in SPLITS for problem in problems[split]], experts, args)
     datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
     train_set = datasets["train"]
@@ -218,24 +223,30 @@ def main(args):
     if reads_states(args.router):
         router.fit_standardization(train_set.H[:256].to(device))
 
-    # Continue from the newest checkpoint, if there is one.
+    # Continue from the newest checkpoint, if there is one. `moments` are AdamW's running means.
     generator = torch.Generator(device).manual_seed(args.seed + 1_000_003 * RANK)
     progress, moments = load_newest(out, policy, router, generator)
     introduce(args, policy, router, experts, datasets, progress)
 
-    # Before the first step: time a gradient pass, halve args.micro_batch if memory is short, ask the experts.
+    # Before the first step: time a gradient pass, halve args.micro_batch if memory is short, and look whether
+    # the experts know more than the policy.
     if progress["step"] == 0:
         rehearse(policy, router, experts, datasets, args)
 
-    # Stage 0, without any reward: the router learns to write words, the policy learns to read them.
+    # Stage 0, without any reward: the router learns to write words, the policy learns to read them. Both
+    # functions are generators: each turn of a loop makes one training step, backward and update included.
     if args.reading_steps and not progress["stage0"]:
-        # Both are generators: each turn of a loop makes one training step, and gives its loss.
         words_steps, reading_steps = words_and_reading(args)
-        if words_steps:  # trains the router alone
+
+        # Words: cross-entropy between context tokens and the expert's text. It trains the router alone.
+        if words_steps:
             losses = learn_words(policy, router, train_set, args)
             for step, loss in numbered(losses, words_steps, "words"):
                 log_stage0(out, "words", step, loss)
-        losses = learn_to_read(policy, router, train_set, args)  # trains LoRA, and the router a little
+
+        # Reading: minus the log-probability of the text, given context and prompt. It trains LoRA, and the
+        # router a little.
+        losses = learn_to_read(policy, router, train_set, args)
         for step, loss in numbered(losses, reading_steps, "reading"):
             log_stage0(out, "reading", step, loss)
         read_back(out, policy, router, datasets["val"], args, experts)
@@ -251,7 +262,7 @@ def main(args):
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
         set_rates(optimizer, min(1.0, step / max(1, args.warmup)))
 
-        # 1. Take the next problems, and look at whom the router attends to.
+        # 1. Take the next problems (there are enough for all steps), and look at whom the router attends to.
         batch = train_set.batch(my_part(range((step - 1) * args.batch, step * args.batch)))
         with torch.no_grad():
             _, attention = router(batch.H, batch.visible)  # (B, heads, L, N)
@@ -270,16 +281,17 @@ def main(args):
 
         training_started = time.perf_counter()
 
-        # 4. How much better was each answer than the others of its half?
+        # 4. How much better was each answer than the mean of its half?
         advantage = advantages(sampled.rewards)  # (2 B, G / 2)
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
-        #    Where only one expert is visible, it has all the attention: step 6 teaches whom to believe.
-        #    The loss is a sum over tokens. It is divided by all sampled tokens of the step, on all ranks, so
-        #    the size of micro-batches and the number of ranks change nothing.
+        #    Where only one expert is visible, its share of the attention is 1 whatever the router learns. So
+        #    this loss cannot teach whom to believe; step 6 does. The loss is a sum over tokens. It is divided
+        #    by all sampled tokens of the step, so the size of micro-batches and the number of ranks
+        #    (processes, one for each GPU) change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        rows_that_teach = informative(advantage, args.beta)  # those with an advantage, at least one
+        rows_that_teach = informative(advantage, args.beta)  # the halves with an advantage
         for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
@@ -292,8 +304,10 @@ def main(args):
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? The same attention as in 1, now with gradient. It moves
-        #    trust; queries and keys get it, too, but their learning rate is far lower.
+        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient, and make
+        #    the better one likelier: the loss is - (R_better - R_other) * log p_better, with R the mean
+        #    rewards of the halves. Its gradient goes to trust, and to queries and keys, but their learning
+        #    rate is far lower.
         if rivals:
             _, attention_with_gradient = router(batch.H, batch.visible)
             p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
@@ -349,8 +363,9 @@ def add_up(sums, loss, logp, reference_logp, entropy, mask):
 def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     """The record of a step for metrics.jsonl, over all ranks.
 
-    reward             an estimate of the reward with all experts visible. Where two experts are compared,
-                       a half counts as much as the router attends to its expert, see `weighted_mean`
+    reward             where two experts are compared, the mean reward of the halves, each weighted by the
+                       attention to its expert, see `weighted_mean`: what the policy earns if it sees one
+                       expert, drawn by the attention. Else the mean reward
     sampled_reward     the plain mean reward of all sampled answers, also of those that saw a wrong expert
     reward_by_expert   {dataset: {expert: mean reward of the halves that saw it}}: who is right where
     attention          to each expert, with all of them visible; also by dataset, and by head and latent
@@ -369,7 +384,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     row_datasets = [problem.dataset for part in all_gather(sampled.problems) for problem in part]
     verdicts = [verdict for part in all_gather(sampled.verdicts) for row in part for verdict in row]
 
-    # Estimate the reward with all experts visible: a half counts as much as its expert is attended to.
+    # The weight of a half is the share of the attention that goes to its expert.
     weights = torch.ones(len(sampled.rewards))
     if pair is not None:
         weights = by_expert(attention, expert_of_state).mean((1, 2)).gather(1, pair).flatten()
@@ -463,7 +478,7 @@ def log(args, record, sampled, seen, skipped_in_a_row):
             parts.append(f"{dataset}: {most} {shares[most]:.2f}")
         tqdm.write(wrap(" | ".join(unbreakable(part) for part in parts), 10))
 
-        # Keep the sampled answers to the first problems of the step.
+        # Keep the sampled answers of the first four groups of the step.
         for row, problem in enumerate(sampled.problems[:4]):
             group = dict(step=step, question=problem.question, answer=problem.answer)
             if seen:
@@ -496,8 +511,9 @@ def announce_downloads(args):
             print(f"  {name:45} {size / 1e9:8.3f} GB", flush=True)
     if args.experts:
         n_train = n_training_problems(args)
+        thought = f", each after a thought of at most {args.think} tokens" if args.think else ""
         print(f"to be read by each of {len(args.experts)} experts, once for all runs: {n_train:,} + "
-              f"{args.val:,} + {args.test:,} problems", flush=True)
+              f"{args.val:,} + {args.test:,} problems{thought}", flush=True)
 
 
 def check_problems(args, problems):
@@ -987,6 +1003,10 @@ def check(args):
               f"prompt's state alone: give more, such as --positions {max(2, args.write)}")
 
 
+    refuse_if(args.think and not args.cue,
+              "--think needs words that lead from the thought to the answer: add --cue 'The answer is:'")
+
+
 def check_value(field, value):
     """Raises ValueError if a setting has the wrong type, or is out of its range."""
     name, limits, default = field.name, field.metadata, default_of(field)
@@ -1054,7 +1074,7 @@ KNOWN_MODELS = {  # those that a preset or a row below names, so that nothing is
     "BAAI/bge-base-en-v1.5": ModelSize(109_482_240, 12, 768, 12, 12, 64, 3072, 30522),
 }
 
-DEFAULT_PRESET = "paper"  # what --task alone runs on a GPU
+GPU_PRESET = "paper"  # what --task alone runs on a GPU
 GPU_ROWS = [  # the largest first. gpu: gigabytes of the card that a row is meant for; the rest are settings
     dict(gpu=80, preset="paper", micro_batch=8),
     dict(gpu=48, preset="paper", micro_batch=4),
@@ -1214,9 +1234,12 @@ def reading_memory(args, expert, prompt_tokens):
     if any(layer != -1 for layer in args.layers):
         per_token += expert.layers * expert.width
 
-    # Where it writes: the logits of the last tokens, once in its dtype and twice in float32.
-    drawing = tokens // prompt_tokens * expert.vocab * (dtype.itemsize + 8)
-    return (expert.params + tokens * per_token) * dtype.itemsize + drawing
+    # Where it writes: the logits of the last tokens, once in its dtype and twice in float32. The tokens of a
+    # thought add keys and values to those of the prompt.
+    rows = tokens // prompt_tokens
+    drawing = rows * expert.vocab * (dtype.itemsize + 8)
+    thought = rows * args.think * expert.kv * dtype.itemsize
+    return (expert.params + tokens * per_token) * dtype.itemsize + drawing + thought
 
 
 def router_parameters(args, policy, experts):
@@ -1327,7 +1350,7 @@ def choose_preset(given):
 
     given: the settings of the command line. Raises ValueError where nothing fits. Nothing is fetched.
     """
-    preset = given.get("preset") or DEFAULT_PRESET
+    preset = given.get("preset") or GPU_PRESET
     rows = [row for row in GPU_ROWS if row["preset"] == preset]
     if has_gpu(given) and rows and ("task" in given or "preset" in given):
         chosen = choose_row(rows, given)
@@ -1351,20 +1374,26 @@ def choose_row(rows, given):
     device = pick_device(given.get("device", "auto"))
     free = min(all_gather(free_memory(device)))  # all ranks choose the same
     card = torch.cuda.get_device_properties(device).name
-    larger = ""
+    too_large = ""  # about the last row that did not fit
     for row in rows:
+        # How much would this row need?
         settings = {name: value for name, value in row.items() if name != "gpu"}
         args = Args(**(PRESETS[row["preset"]] | settings | given | dict(device=device)))
         needed = GAPS * peak_memory(estimate_of(args))
-        words = f"{Path(args.policy).name}, {args.micro_batch} prompts in a gradient pass"
-        last = row is rows[-1] and not given.keys().isdisjoint({"policy", "experts", "micro_batch"})
-        if needed <= free or last:
-            if needed > free:
-                larger = ""  # what was given fits with no row: `fit_to_memory` warns
-            print(f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {words}, "
-                  f"needs about {needed / 1e9:.1f} GB{larger}", flush=True)
+
+        # Say what is chosen, and what would have been better.
+        what = f"{Path(args.policy).name}, {args.micro_batch} prompts in a gradient pass"
+        choice = (f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {what}, needs "
+                  f"about {needed / 1e9:.1f} GB")
+        if needed <= free:
+            print(choice + too_large, flush=True)
             return settings
-        larger = f"; the next larger choice, {words}, would need {needed / 1e9:.1f} GB"
+        too_large = f"; the next larger choice, {what}, would need {needed / 1e9:.1f} GB"
+
+    # No row fits. Settings that were given are tried all the same, with the smallest row.
+    if not given.keys().isdisjoint({"policy", "experts", "micro_batch"}):
+        print(choice, flush=True)
+        return settings
     return None
 
 
@@ -1443,7 +1472,7 @@ def run_operations(args):
     passes = 2 if args.reading_steps else 1
     read = 0
     for source in args.experts:
-        read += 2 * model_size(source).params * n_problems * passes * (P + args.write)
+        read += 2 * model_size(source).params * n_problems * (passes * (P + args.write) + args.think)
 
     # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
     # weights are frozen, and so does the reference.

@@ -115,7 +115,7 @@ def router_config(args, policy, experts):
                      temperature=args.router_temperature)
     return dict(router=args.router, arguments=arguments, experts=args.experts, state_token=args.state_token,
                 layers=args.layers, positions=args.positions, own_text=args.own_text, write=args.write,
-                cue=args.cue)
+                cue=args.cue, think=args.think)
 
 
 # -- The model card

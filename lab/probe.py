@@ -177,7 +177,7 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     for own_text in (False, True):
         # Read all states that any of the routers needs: (n, 2 * 4, width), the middle layer's first.
         reader = Expert(expert.source, "last", [middle, last], max(POSITIONS), own_text, max_new=args.write,
-                        cue=args.cue, device=expert.device, untrained=expert.untrained)
+                        cue=args.cue, think=args.think, device=expert.device, untrained=expert.untrained)
         H = read_states([reader], [prompts]).float().to(policy.embed.device)
 
         for layers in ((middle,), (last,), (middle, last)):
