@@ -10,8 +10,8 @@ its state sums up what the expert makes of the problem.
 
 These states are H in the paper's C = g(H): the router (router.py) turns them into the policy's context C.
 An expert that generates text can also *write* its own answer, a few greedy tokens. Stage 0 uses these answers
-as targets, and --expert_text puts them into the policy's prompt. With --think it first writes a *thought*, some
-sentences of reasoning, and then the answer:
+as targets, and --expert_text puts them into the policy's prompt. With --think it first writes a *thought*,
+some sentences of reasoning, and then the answer:
 
     prompt -> thought -> cue ("The answer is:") -> answer
 
@@ -123,8 +123,8 @@ class Expert:
         states_per_layer = positions if state_token == "last" else 1
         self.states_per_text = len(self.layers) * states_per_layer
 
-        # Load the tokenizer. Config and tokenizer both name a window; the smaller one counts, because RoBERTa's
-        # config has two positions too many.
+        # Load the tokenizer. Config and tokenizer both name a window; the smaller one counts, because
+        # RoBERTa's config has two positions too many.
         self.tokenizer = read_tokenizer(self.folder, source)
         self.prompt_format = "chat" if self.tokenizer.chat_template else "plain"
         window = getattr(text_config, "max_position_embeddings", None) or math.inf
@@ -151,7 +151,7 @@ class Expert:
         return self.tokenizer("\n" + self.cue, add_special_tokens=False)["input_ids"]
 
     def room(self, kind):
-        """How many tokens must have room in the window behind the prompt, when this kind of result is made."""
+        """How many tokens must have room in the window behind the prompt, when this kind of row is made."""
         if kind == STATES:
             return 0
         if kind == TEXTS:

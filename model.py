@@ -5,8 +5,9 @@ This file exists because AutoModelForCausalLM does not offer these three things 
 
 1. A soft prefix. The router's context vectors C (B, L, d) stand before the prompt x, in the place of token
    embeddings: the policy reads [C ; x].
-2. A shared prompt. GRPO samples G completions of one prompt. The prompt is run ONCE for all of them
-   (`prefill`), when they are sampled (`generate`) and again when they are scored with gradient (`score`).
+2. A shared prompt. GRPO samples G completions of one prompt. The prompt is run once for all G, and not G
+   times: once before they are sampled (`prefill`, then `generate`), and once when they are scored with
+   gradient (`score`).
 3. No tensor of size (B, G, T, V). `TokenLogprob` computes log-probabilities in chunks, and only of
    completion tokens.
 
@@ -54,8 +55,8 @@ GRAPH_FROM = int(os.environ.get("N_MUSKETEERS_GRAPH_FROM", 32))  # use a CUDA gr
 class Block(nn.Module):
     """One layer: attention, in which tokens look at earlier tokens, then an MLP on every token by itself.
 
-    Both read a normalized copy of the hidden states and add their result to them (pre-norm). Which tokens are
-    there to be looked at differs between reading a prompt and continuing it, so the caller passes `attend`.
+    Both read a normalized copy of the hidden states and add their result to them (pre-norm). A prompt attends
+    only to itself, a completion also to its prompt. So the caller passes the function `attend`.
     """
 
     def __init__(self, config, weights, index, rank):
@@ -200,7 +201,7 @@ class Prefill:
     """What remains of B prompts after they were run."""
     prompt_kv: list  # (keys, values) of each layer, both (B, nk, S, hd)
     last: torch.Tensor  # (B, d): hidden state of the last real token, before the final norm
-    lengths: torch.Tensor  # (B,): context vectors and real prompt tokens
+    lengths: torch.Tensor  # (B,): number of context vectors plus number of real prompt tokens
     padding: torch.Tensor  # (B, 1, 1, 1, S): True where a position is padding
 
 
@@ -235,7 +236,8 @@ class Policy(nn.Module):
 
         # Estimate mean and standard deviation of the embeddings from about 4,096 of them.
         some_rows = self.embed[:: max(1, len(self.embed) // 4096)].float()
-        self.prefix_origin = nn.Buffer(some_rows.mean(0) * (prefix_origin == "mean"))
+        mean = some_rows.mean(0)
+        self.prefix_origin = nn.Buffer(mean if prefix_origin == "mean" else torch.zeros_like(mean))
         self.embed_std = nn.Buffer(some_rows.std())
         self.stop_at(config.stop)
 
@@ -295,7 +297,8 @@ class Policy(nn.Module):
         # Keep the hidden state of each prompt's last real token: it predicts the first completion token.
         rows = torch.arange(len(x), device=x.device)
         last = x[rows, lengths - 1]
-        padding = torch.arange(S, device=x.device) >= lengths.view(-1, 1, 1, 1, 1)
+        padding = torch.arange(S, device=x.device) >= lengths[:, None]  # (B, S)
+        padding = padding[:, None, None, None]  # (B, 1, 1, 1, S), as `group_attention` wants it
         return Prefill(prompt_kv, last, lengths, padding)
 
     def prepend(self, context, x):
@@ -328,10 +331,12 @@ class Policy(nn.Module):
             slots = completion_kv.shape[-2]
         r = self.config.num_attention_heads // self.config.num_key_value_heads
 
-        # Number the tokens of a completion, and find for each token the slots that lie in its future.
+        # Number the tokens of a completion, and find for each token the slots that lie in its future. The r
+        # query heads that read one key head stand one below the other, so this mask comes r times.
         slot_index = torch.arange(slots, device=tokens.device)
         token_index = first + slot_index[:T]  # (T,)
-        future = slot_index > token_index.repeat(r)[:, None]  # (r T, slots), as group_attention wants it
+        future = slot_index > token_index[:, None]  # (T, slots)
+        future = future.repeat(r, 1)  # (r T, slots), as `group_attention` wants it
 
         # Continue the positions where each prompt ends.
         positions = (prefill.lengths[:, None] + token_index)[:, None, :, None]  # (B, 1, T, 1)
@@ -339,8 +344,12 @@ class Policy(nn.Module):
 
         def attend(layer, q, k, v):
             k, v = k.permute(0, 3, 1, 2, 4), v.permute(0, 3, 1, 2, 4)  # (B, nk, G, T, hd)
+
+            # Write them into their slots, and take those of all slots.
             if completion_kv is not None:
-                k, v = completion_kv[layer].index_copy_(-2, token_index, torch.stack((k, v)))
+                kv = completion_kv[layer]  # (2, B, nk, G, slots, hd)
+                kv.index_copy_(-2, token_index, torch.stack((k, v)))
+                k, v = kv
             prompt_k, prompt_v = prefill.prompt_kv[layer]
             return group_attention(q, k, v, future, prompt_k, prompt_v, prefill.padding)
 
@@ -408,8 +417,8 @@ class Policy(nn.Module):
         if tokens.shape[-1] > 1:
             h = torch.cat((h, self.extend(tokens[..., :-1], prefill)), dim=2)  # (B, G, T, d)
 
-        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`). Nobody reads
-        # these.
+        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`); they are left out
+        # again below.
         h, targets = h[mask], tokens[mask]  # (n, d), (n,)
         extra = bucket(len(h)) - len(h)
         h, targets = F.pad(h, (0, 0, 0, extra)), F.pad(targets, (0, extra))
@@ -479,7 +488,7 @@ def group_attention(q, own_k, own_v, future, prompt_k, prompt_v, padding):
     nk, S = prompt_k.shape[1:3]
     r = nq // nk
 
-    # 1. Sort the queries by the key head that they read. Query heads 0 to r - 1 read key head 0, and so on.
+    # 1. Group the queries by the key head that they read. Query heads 0 to r - 1 read key head 0, and so on.
     q = q.view(B, G, T, nk, r, hd)
     q = q.permute(0, 3, 1, 4, 2, 5)  # (B, nk, G, r, T, hd)
     q = q.reshape(B, nk, G, r * T, hd) * hd**-0.5

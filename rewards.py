@@ -7,9 +7,9 @@ training, validation and test problems. What is easy to get wrong:
 
 - The verifier is the teacher: the policy learns whatever it rewards, and also what it rewards by mistake.
 - An answer is text to compare, never code to run. Nine of Reasoning Gym's own scorers execute the answer, and
-  one rewards any text, so we never call them. An answer is compared with the gold answer: as an exact
-  number where the gold answer is one, like 18 or -2.5, and as normalized text elsewhere. A dataset with several right
-  answers for a question is refused, because only one of them is known.
+  one rewards any text, so we never call them. An answer is compared with the gold answer: as an exact number
+  where the gold answer is one, like 18 or -2.5, and as normalized text elsewhere. A dataset with several
+  right answers for a question is refused, because only one of them is known.
 - A completion that hit the token limit may be incomplete: "1" may be the beginning of "12". And a list of
   several numbers is not an answer, even if the right one is among them.
 - Different seeds do not separate training questions from test questions. Reasoning Gym draws item i from
@@ -276,7 +276,7 @@ def thousands(mark):
 
 DIGITS = "(?:" + "|".join(thousands(mark) for mark in "," + THIN_SPACES) + "|[0-9]+)"  # 18 or 1,000
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"             # 18.50, .5 or 1e3
-QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"                                      # 36/2; not 1/0: a digit other than 0 must follow
+QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"  # 36/2; not 1/0: a digit other than 0 must follow
 NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{QUOTIENT})")  # -$5
 
 # What may stand around a number without changing it: (before it, after it).
@@ -321,7 +321,8 @@ def number(text, units=True):
             text, n_taken_off = UNITS.subn("", text)
             may_have_units = n_taken_off == 0
 
-    # Read what is left. Fraction reads signs, decimals, exponents and quotients, but not 1,000: remove commas.
+    # Read what is left. Fraction reads signs, decimals, exponents and quotients. It does not read 1,000, so
+    # remove the commas.
     match = NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -722,15 +723,18 @@ def registry():
             seed: int = 0
             size: int = 500
 
-        class Doubles:                             # no base class is needed
+        class Doubles(reasoning_gym.dataset.ProceduralDataset):
             def __init__(self, settings):
-                self.size = settings.size          # 10**9 is asked for: a list of items has its own length
-            def __getitem__(self, i):              # the same item for the same i, in every run
+                super().__init__(settings, settings.seed, settings.size)  # a size of 10**9 is asked for
+            def __getitem__(self, i):  # the same item for the same i, in every run
                 return dict(question=f"What is twice {i}?", answer=str(2 * i))
 
         reasoning_gym.factory.register_dataset("doubles", Doubles, Settings)
 
-    `--preset small --task doubles` then learns it. (The level of preset tiny exists only for tiny's datasets.)
+    A dataset that is a list of items sets self.size to their number.
+
+    `--preset small --task doubles` then learns it. (Preset tiny has a level of its own, "tiny", which exists
+    only for its three datasets.)
     """
     import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS

@@ -274,9 +274,6 @@ def choice_loss(p, half_rewards):
 
 # -- Stage 0: learn to read the experts, one at a time, from what they themselves would say
 
-WORDS_BATCH = 256  # problems in a step of words: many, as they cost little, because the policy is not run
-
-
 def learn_words(policy, router, dataset, args):
     """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
@@ -303,7 +300,7 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
-    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, WORDS_BATCH, seed)
+    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, args.words_batch, seed)
     visible = dataset.visible_alone[experts].to(dataset.device)
     context, _ = router(dataset.states(indices), visible)
 

@@ -203,15 +203,15 @@ class Router(StateReader):
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
 
-# -- Other routers, to compare with. Each of them takes the arguments of Router and is called like it, so that the loop never asks
-# which one it has.
+# -- Other routers, to compare with. Each of them takes the arguments of Router and is called like it, so that
+# the loop never asks which one it has.
 
 class HardRouter(Router):
     """Every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
-    The choice is straight-through (1308.3432). In value it is 1 for the chosen state and 0 for the others: the
-    policy sees the chosen state alone. Its gradient is that of the softmax: so the layer also learns about
-    the states that it did not choose.
+    The choice is straight-through (1308.3432). In value it is 1 for the chosen state and 0 for the others:
+    the policy sees the chosen state alone. Its gradient is that of the softmax: so the layer also learns
+    about the states that it did not choose.
     """
 
     compares = False  # it learns its choice from the gradient of the answers, as the policy does

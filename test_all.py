@@ -34,6 +34,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import types
 import urllib.request
 from dataclasses import replace
@@ -940,8 +941,8 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     """In a step of one problem one expert that writes has a gradient; the encoder, the third one, always."""
-    args, policy, _, router, dataset = built(tmp_path, *quick, "--reading_batch 1 --words_steps 12 "
-                                             "--reading_steps 12")
+    args, policy, _, router, dataset = built(tmp_path, *quick, "--words_batch 1 --reading_batch 1 "
+                                             "--words_steps 12 --reading_steps 12")
     seen = []
 
     def noted(parameters):
@@ -949,7 +950,6 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(rlvr, "clip_gradients", noted)
-    monkeypatch.setattr(rlvr, "WORDS_BATCH", 1)
     for losses in (rlvr.learn_words(policy, router, dataset, args),
                    rlvr.learn_to_read(policy, router, dataset, args)):
         seen.clear()
@@ -2346,6 +2346,20 @@ def test_an_answer_stands_between_tags_or_on_the_first_line():
         verify("18", GOLD_18, "json")
 
 
+def test_a_dataset_of_ones_own_as_registry_shows_it(monkeypatch):
+    """The lines in the docstring of `rewards.registry`, word for word."""
+    import reasoning_gym
+    monkeypatch.setattr(reasoning_gym.factory, "DATASETS", dict(reasoning_gym.factory.DATASETS))
+    code = rewards.registry.__doc__.partition("names:\n")[2].partition("    A dataset that")[0]
+    exec(textwrap.dedent(code), dict(dataclasses=dataclasses, reasoning_gym=reasoning_gym))
+
+    problems = get_problems("doubles", "test", 20, level="easy")
+    assert problems[0].dataset == "doubles"
+    for problem in problems:
+        i = int(re.search("[0-9]+", problem.question)[0])
+        assert verify(f"{2 * i}\n", problem, "plain").reward == 1.0
+
+
 def test_the_examples_in_the_docstrings_are_true():
     assert doctest.testmod(rewards).failed == 0
 
@@ -2784,7 +2798,7 @@ def test_all_batches_of_a_length_have_one_shape(tmp_path, own_cache, monkeypatch
 
 
 def test_own_text_is_read_from_its_first_token_on(tmp_path, own_cache):
-    """State k is the one from which the expert chose token k of its answer; a short answer repeats its last."""
+    """State k is the one from which the expert chose token k; a short answer repeats its last state."""
     folder = make_expert(tmp_path / "m")
     expert = Expert(folder, layers=(1, -1), positions=3, own_text=True, max_new=3)
     answers = experts.written_ids(expert, TEXTS, progress=False)
@@ -2807,7 +2821,7 @@ def test_own_text_is_read_from_its_first_token_on(tmp_path, own_cache):
 
 
 def test_an_expert_thinks_before_its_answer(tmp_path, own_cache):
-    """prompt -> thought -> cue -> answer, each greedy; the states are those from which it chose the answer."""
+    """prompt -> thought -> cue -> answer, all greedy; the states are those from which it chose the answer."""
     expert = Expert(make_expert(tmp_path / "m"), positions=2, own_text=True, max_new=2, cue="w7 w8", think=5)
     prompts = [expert.prompt(Problem(text, "1")) for text in TEXTS]
     assert prompts[0] == TEXTS[0] + "\n" + experts.THINK + "\nAnswer:"  # the cue comes later
@@ -2855,8 +2869,9 @@ def test_thoughts_are_kept_when_the_cue_changes(tmp_path, own_cache, monkeypatch
     two = Expert(folder, max_new=2, cue="w9", think=5)
     longer = Expert(folder, max_new=2, cue="w7", think=6)
     assert one.fingerprint("thoughts") == two.fingerprint("thoughts") != longer.fingerprint("thoughts")
+    others = (one, two, longer, Expert(folder, max_new=2))
     for kind in ("texts", "states"):
-        assert len({expert.fingerprint(kind) for expert in (one, two, longer, Expert(folder, max_new=2))}) == 4
+        assert len({expert.fingerprint(kind) for expert in others}) == 4
 
     experts.thought_ids(one, TEXTS, progress=False)
     forbid_loading(monkeypatch)

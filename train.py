@@ -153,10 +153,12 @@ class Args:
         "Training problems that the experts read for stage 0, at least.", minimum=4)
     words_steps: int = option(250,
         "Steps of stage 0 in which the router learns words. Ignored if --reading_steps is 0.", minimum=0)
+    words_batch: int = option(128,
+        "Problems in a step of words: many, as the policy is not run there.", minimum=1, maximum=65536)
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
-    reading_steps: int = option(30,
+    reading_steps: int = option(50,
         "Steps of stage 0 in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
-    reading_batch: int = option(48, "Problems in a step of reading.", minimum=1, maximum=4096)
+    reading_batch: int = option(16, "Problems in a step of reading.", minimum=1, maximum=4096)
     reading_lr: float = option(3e-3, "Learning rate of LoRA while the policy learns to read.", above=0)
     reading_router_lr: float = option(3e-4,
         "Learning rate of the router while the policy learns to read.", above=0)
@@ -188,17 +190,19 @@ PRESETS = {
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
         cue="The answer is:", own_text=True, positions=6, write=6, router_dim=512, router_heads=8,
-        router_temperature=1.0, prefix_origin="zero", words_steps=200, words_lr=1e-3,
-        reading_steps=60, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5, lr=1e-5, router_lr=1e-6,
-        trust_lr=0.3, batch=8, micro_batch=16, steps=20, max_new=16),
+        router_temperature=1.0, prefix_origin="zero",
+        words_steps=200, words_batch=256, words_lr=1e-3,
+        reading_steps=60, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
+        steps=20, batch=8, micro_batch=16, max_new=16, lr=1e-5, router_lr=1e-6, trust_lr=0.3),
     "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                  "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
         write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero",
-        words_steps=200, words_lr=1e-3, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
-        reading_steps=0, compare=False, beta=0.04, lr=1e-4, router_lr=1e-4, trust_lr=0.0, warmup=20, batch=32,
-        micro_batch=4, steps=233, max_new=128, eval_every=25),
+        words_steps=200, words_batch=256, words_lr=1e-3,  # stage 0 is off, --reading_steps switches it on
+        reading_steps=0, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
+        steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0, warmup=20,
+        compare=False, beta=0.04, eval_every=25),
 }
 
 
@@ -211,7 +215,7 @@ def main(args):
     check_problems(args, problems)
 
     # What never changes is made once: the prompts' tokens, and the states and texts of every expert.
-    # `build` also fills in what args leaves open, such as --answer_format auto, so problems are checked again.
+    # `build` also fills in what args leaves open, such as --answer_format auto: check the problems again.
     policy, experts, router = build(args)
     check_problems(args, problems)
     ask_experts([problem for split in SPLITS for problem in problems[split]], experts, args)
@@ -977,9 +981,10 @@ def check(args):
     refuse_if(args.compare and args.trust_lr and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
               "--compare false")
-    smallest = min(args.batch, args.reading_batch if args.reading_steps else WORLD, args.val, args.test)
-    refuse_if(smallest < WORLD,
-              f"{WORLD} ranks need a problem each: raise --batch, --reading_batch, --val or --test")
+    in_stage0 = min(args.words_batch, args.reading_batch) if args.reading_steps else WORLD
+    refuse_if(min(args.batch, in_stage0, args.val, args.test) < WORLD,
+              f"{WORLD} ranks need a problem each: raise --batch, --words_batch, --reading_batch, --val or "
+              "--test")
     refuse_if(args.reading_steps and args.beta,
               "after stage 0 the KL to the frozen policy would undo what was learned: use --beta 0, or "
               "--reading_steps 0")
@@ -1383,8 +1388,8 @@ def choose_row(rows, given):
 
         # Say what is chosen, and what would have been better.
         what = f"{Path(args.policy).name}, {args.micro_batch} prompts in a gradient pass"
-        choice = (f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {what}, needs "
-                  f"about {needed / 1e9:.1f} GB")
+        choice = (f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {what}, "
+                  f"needs about {needed / 1e9:.1f} GB")
         if needed <= free:
             print(choice + too_large, flush=True)
             return settings
