@@ -13,9 +13,9 @@ What is measured. All answers are greedy: at every token the policy takes the li
    proof that the expert matters, because the policy may ignore what is read from it. Hence two more tests.
 3. Masking. The test is repeated with one expert hidden: its attention is exactly 0. The accuracy that is then
    lost is what only this expert contributes. (If two experts know the same, hiding one loses little.)
-4. Swap. Each question gets the states of another question of its dataset. A policy that gives the answer of
-   the OTHER question has read it from the states. A policy that still answers its own question does not need
-   the states: it knows the answer itself, or guesses it.
+4. Swap. Each question gets the states of another question of its dataset. A policy that says what the expert
+   says to the OTHER question has read it from the states. A policy that still answers its own question does
+   not need the states: it knows the answer itself, or guesses it.
 
 What is easy to get wrong:
 - The reward in training is that of sampled answers. Greedy answers are usually right more often, so the two
@@ -129,16 +129,16 @@ def accuracy(verdicts):
     return right_of(verdicts).mean().item()
 
 
-def by_dataset(datasets, values, names=None):
+def by_dataset(dataset_names, values, names=None):
     """Average values over the problems of each dataset.
 
-    datasets: the name of each problem's dataset, n of them. values (n,) -> {dataset: mean}, or with the names
-    of the experts, values (n, experts) -> {dataset: {expert: mean}}. For example the datasets a, b, a, b and
-    the values 1, 2, 3, 6 give {"a": 2.0, "b": 4.0}.
+    dataset_names: the name of each problem's dataset, n of them. values (n,) -> {dataset: mean}, or with the
+    names of the experts, values (n, experts) -> {dataset: {expert: mean}}. For example the datasets a, b, a,
+    b and the values 1, 2, 3, 6 give {"a": 2.0, "b": 4.0}.
     """
     means = {}
-    for dataset in sorted(set(datasets)):
-        indices = [i for i, other in enumerate(datasets) if other == dataset]
+    for dataset in sorted(set(dataset_names)):
+        indices = [i for i, other in enumerate(dataset_names) if other == dataset]
         mean = values[indices].mean(0)
         if names is None:
             means[dataset] = mean.item()
@@ -185,7 +185,7 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
     masked                {hidden expert: {dataset: accuracy}}; {} without attention, or with one expert
     """
     names = [expert.name for expert in experts]
-    datasets = [problem.dataset for problem in dataset.problems]
+    dataset_names = [problem.dataset for problem in dataset.problems]
     if step is None:
         step = args.steps
 
@@ -196,11 +196,11 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
     after, _, attention = evaluate(policy, router, dataset, args)
 
     # Compute both accuracies for each kind of problem.
-    accuracy_before = by_dataset(datasets, right_of(before))
-    accuracy_after = by_dataset(datasets, right_of(after))
+    accuracy_before = by_dataset(dataset_names, right_of(before))
+    accuracy_after = by_dataset(dataset_names, right_of(after))
     accuracies = {}
     for name in accuracy_after:
-        accuracies[name] = dict(n=datasets.count(name), before=accuracy_before[name],
+        accuracies[name] = dict(n=dataset_names.count(name), before=accuracy_before[name],
                                 after=accuracy_after[name])
 
     report = dict(task=args.task, level=args.level, n=len(dataset), seed=args.seed, router=args.router,
@@ -211,19 +211,21 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
         return report
 
     # Average the attention over heads and latents.
-    report["attention_by_dataset"] = by_dataset(datasets, attention.mean((1, 2)), names)
+    report["attention_by_dataset"] = by_dataset(dataset_names, attention.mean((1, 2)), names)
 
     # If there are several experts, repeat the test without each of them.
     if len(experts) > 1:
         for e, name in enumerate(names):
             router_without_e = WithoutExpert(router, dataset.expert_of_state, e)
             verdicts, _, _ = evaluate(policy, router_without_e, dataset, args)
-            report["masked"][name] = by_dataset(datasets, right_of(verdicts))
+            report["masked"][name] = by_dataset(dataset_names, right_of(verdicts))
     return report
 
 
 def swap_test(policy, router, dataset, args):
     """Give each question the states of another question. Whose answer does the policy give?
+
+    `expected` is what the expert with the most attention says to the other question, right or wrong.
 
     For example, question i is 2 + 3. Its states are replaced by those of j, the next question of its dataset,
     4 + 5. If the policy answers 9, it has read that from the states: the answer counts for `follows`. If it
@@ -234,9 +236,9 @@ def swap_test(policy, router, dataset, args):
                  whom the policy follows
         follows  the fraction of these n that are answered with `expected`
 
-    `expected` is what the expert with the most attention says to j, right or wrong; if it says nothing, the
-    question does not count in n. If the router has no attention, or the experts were not asked for texts,
-    `expected` is the gold answer of j. A question that is alone in its dataset is left out.
+    If the expert says nothing to j, the question does not count in n. If the router has no attention, or the
+    experts were not asked for texts, `expected` is the gold answer of j. A question that is alone in its
+    dataset is left out.
     """
     partner = next_in_dataset(dataset.problems)
     indices = [i for i, j in enumerate(partner) if i != j]

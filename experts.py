@@ -80,8 +80,9 @@ class Expert:
     gives K = 6 states in this order: layer 1 at the last, second last and third last token, then layer -1.
 
     For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may compute
-    `states_of` and `texts_of` in another way, and `load` what they need. Then extend `fingerprint`, too, or
-    the cache returns what was computed in the old way.
+    `states_of` and `texts_of` in another way, and `load` what they need. Then extend `fingerprint`, too
+    (super().fingerprint(kind) + "-mine"), or the cache returns what was computed in the old way. A changed
+    `prompt` needs nothing: the cache looks results up by the text of the prompt.
 
     Raises ValueError for a model that is missing or damaged or that cannot be an expert.
     """
@@ -181,7 +182,6 @@ class Expert:
         """
         B = len(ids)
         lengths = torch.tensor([len(row) for row in ids])  # (B,)
-        last_of_prompt = torch.tensor(prompt_lengths) - 1  # (B,)
 
         # Pad on the right. The mask is True where a real token is.
         tokens = torch.zeros(B, length, dtype=torch.long)
@@ -194,28 +194,38 @@ class Expert:
         output = model(input_ids=tokens.to(self.device), attention_mask=mask.long().to(self.device),
                        output_hidden_states=needs_inner_layers)
 
+        # Choose tokens in each layer.
         states = []
         for layer in self.layers:
             hidden = self.hidden_states(output, layer, B, length)  # (B, T, width)
-
-            # Choose tokens.
-            if self.state_token == "mean":
-                total = (hidden.float() * mask[..., None]).sum(1)
-                states.append(total / lengths[:, None])
-            elif self.state_token == "first":
-                states.append(hidden[:, 0])
-            else:
-                # Start at the last token of the prompt. Go back, or with own_text go forward into the answer.
-                # Where a text is too short, stay at its first or last token.
-                direction = 1 if self.own_text else -1
-                for k in range(self.positions):
-                    position = (last_of_prompt + k * direction).clamp(min=0).minimum(lengths - 1)
-                    states.append(hidden[torch.arange(B), position])
+            states += self.choose_tokens(hidden, mask, prompt_lengths)
 
         states = torch.stack(states, dim=1).to(self.dtype)
         if not states.isfinite().all():
             raise ValueError(f"{self.name} gives states that are not finite: leave this expert out")
         return states
+
+    def choose_tokens(self, hidden, mask, prompt_lengths):
+        """The states that are used of hidden (B, T, width): a list of tensors (B, width).
+
+        mask (B, T) is False where there is padding; prompt_lengths: see `states_of`.
+        """
+        lengths = mask.sum(1)  # (B,)
+        if self.state_token == "mean":
+            total = (hidden.float() * mask[..., None]).sum(1)
+            return [total / lengths[:, None]]
+        if self.state_token == "first":
+            return [hidden[:, 0]]
+
+        # Start at the last token of the prompt. Go back, or with own_text go forward into the answer. Where a
+        # text is too short, stay at its first or last token.
+        last_of_prompt = torch.tensor(prompt_lengths) - 1  # (B,)
+        direction = 1 if self.own_text else -1
+        chosen = []
+        for k in range(self.positions):
+            position = (last_of_prompt + k * direction).clamp(min=0).minimum(lengths - 1)
+            chosen.append(hidden[torch.arange(len(hidden)), position])
+        return chosen
 
     def hidden_states(self, output, layer, B, length):
         """The states of one layer in a model's output, on the CPU: (B, T, width)."""

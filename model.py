@@ -28,7 +28,8 @@ What is easy to get wrong:
   the last prompt token, and the last completion token need not be run at all.
 - Prompts are padded on the right. A completion continues at the true length of its prompt, not after the
   padding, and it must not attend to the padding.
-- The sampler and the loss must use the same distribution: one temperature, no top-k, no top-p.
+- The sampler and the loss must use the same distribution: one temperature, no top-k, no top-p. (Below float32
+  they differ by rounding, as LoRA is merged into the weights while tokens are sampled.)
 """
 import contextlib
 import math
@@ -312,8 +313,8 @@ class Policy(nn.Module):
 
         A context whose numbers have standard deviation 1 is as large as an embedding. The origin is zero (as
         in the paper) or the mean embedding. This matters because the first RMSNorm scales all vectors to the
-        same size. With the origin zero, even a tiny context arrives as L strong vectors. With the mean
-        embedding, a tiny context leaves L vectors that all look like the mean.
+        same size. With the origin zero, even a tiny context arrives as L strong vectors in random directions.
+        Around the mean embedding, a tiny context is L vectors that all look like an average token.
         """
         vectors = self.prefix_origin + self.embed_std * context
         return torch.cat((vectors.to(x.dtype), x), dim=1)  # (B, S, d)
@@ -332,7 +333,13 @@ class Policy(nn.Module):
         r = self.config.num_attention_heads // self.config.num_key_value_heads
 
         # Number the tokens of a completion, and find for each token the slots that lie in its future. The r
-        # query heads that read one key head stand one below the other, so this mask comes r times.
+        # query heads that read one key head stand one below the other (see `group_attention`), so the mask of
+        # two tokens with r = 2 is
+        #
+        #     head 0, token 0    False  True
+        #     head 0, token 1    False  False
+        #     head 1, token 0    False  True
+        #     head 1, token 1    False  False
         slot_index = torch.arange(slots, device=tokens.device)
         token_index = first + slot_index[:T]  # (T,)
         future = slot_index > token_index[:, None]  # (T, slots)
@@ -388,8 +395,8 @@ class Policy(nn.Module):
                     decoder.choose(prefill.last[:, None].expand(-1, group, -1))
                     continue
 
-                # At t = 2 record the step as a CUDA graph and replay it from then on. The step at t = 1 ran
-                # without a graph, because the first call loads the kernels.
+                # At t = 2 record the step as a CUDA graph, a list of the GPU's operations that is replayed
+                # from then on without Python. The step at t = 1 ran without, as the first call loads kernels.
                 if t == 2 and use_graph:
                     step = capture_graph(decoder.step, self.embed.device)
                 if on_cpu:
@@ -409,16 +416,16 @@ class Policy(nn.Module):
     def logprobs(self, prefill, tokens, mask, temperature=1.0, chunk=256):
         """Log-probability and entropy (nats), both (B, G, T), of completion tokens; 0 where mask is False.
 
-        Gradients of the log-probabilities flow into LoRA and, through the keys and values of the prompt, into
-        the context and the router. The entropy has none.
+        Gradients of the log-probabilities flow into LoRA and, through what `prefill` keeps of the prompt,
+        into the context and the router. The entropy has none.
         """
         # For each token, take the hidden state that predicts it: that of the token before it.
         h = prefill.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # (B, G, 1, d)
         if tokens.shape[-1] > 1:
             h = torch.cat((h, self.extend(tokens[..., :-1], prefill)), dim=2)  # (B, G, T, d)
 
-        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`); they are left out
-        # again below.
+        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`). masked_scatter
+        # below takes only as many results as there are real tokens.
         h, targets = h[mask], tokens[mask]  # (n, d), (n,)
         extra = bucket(len(h)) - len(h)
         h, targets = F.pad(h, (0, 0, 0, extra)), F.pad(targets, (0, extra))

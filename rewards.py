@@ -14,6 +14,7 @@ training, validation and test problems. What is easy to get wrong:
   several numbers is not an answer, even if the right one is among them.
 - Different seeds do not separate training questions from test questions. Reasoning Gym draws item i from
   Random(seed + i), so two seeds give mostly the same items. Here the sha256 of a question decides its split.
+  (GSM8K has splits of its own.)
 - For a reward of your own set rlvr.verify, not rewards.verify (README.md, Fork it): rlvr.py has imported the
   function by its name, and would still call the old one.
 """
@@ -47,11 +48,11 @@ class Problem:
 # -- The verifier: is this completion right?
 
 REASONS = (
-    "right",         # the only reason with reward 1
+    "right",         # the only reason that `verify` rewards
     "wrong",         # another number or text than the gold answer
     "no_answer",     # no answer tags outside a thought, nothing between them, or an empty first line
     "unclosed",      # <answer> without </answer> after it
-    "several",       # answer tags more than once
+    "several",       # answer tags more than once: "<answer>5</answer> or <answer>36</answer>"
     "too_long",      # far longer than an answer to this problem can be
     "not_a_number",  # the gold answer is a number, and this is none: "3 * 12", "17 18"
     "truncated",     # the token limit came before the end of the answer
@@ -62,8 +63,8 @@ REASONS = (
 class Verdict:
     reward: float  # 1.0 for a right answer in the requested format, else 0.0: the policy is trained on this
     reason: str    # one of REASONS
-    lenient: bool  # whether a generous reader would find the right answer: this is only reported. It can be
-                   # True for an answer that is "wrong" or "several": "12\n36" where 36 is right
+    lenient: bool  # whether a generous reader would find the right answer: this is only reported. Where 36 is
+                   # right, it is True for the plain completion "12\n36", whose reason is "wrong"
 
 
 def verify(completion, problem, answer_format="tagged", truncated=False):
@@ -380,19 +381,20 @@ def last_number(text):
     return None
 
 
-def check_answer_format(problems, answer_format):
+def check_answer_format(problems, answer_format, verify=verify):
     """Raise ValueError if the verifier would not accept the gold answers of `problems` in this format.
 
-    A policy would be trained on such problems without ever getting a reward. For example the answer to a
-    sudoku has several lines, but in the plain format only the first line is read.
+    verify: the verifier of the run, which an extension may have replaced. A policy would be trained on such
+    problems without ever getting a reward. For example the answer to a sudoku has several lines, but in the
+    plain format only the first line is read.
     """
     for problem in problems[:10_000]:  # the answers of a dataset look alike, so the first ones tell
         completion = problem.answer
         if answer_format == "tagged":
             completion = OPEN_TAG + problem.answer + CLOSE_TAG
 
-        verdict = verify(completion, problem, answer_format)
-        if verdict.reward == 1.0:
+        verdict = verify(completion, problem, answer_format, False)
+        if verdict.reason == "right":
             continue
 
         advice = "choose another --task"
@@ -493,8 +495,8 @@ TINY_LEVEL = {  # level "tiny": what the experts in tiny/ were trained on
     "logic": {"family_relationships": {"min_family_size": 4, "max_family_size": 5}},
     "algorithmic": {"count_primes": {"min_n": 1, "max_n": 100}},
 }
-# The datasets of a family at all other levels. In each of these, any single answer is right for less than a
-# third of the problems.
+# The datasets of a family at all other levels. In each of these, a policy that always gives the same
+# answer is right for less than a third of the problems.
 FAMILIES = {
     "arithmetic": ("chain_sum", "basic_arithmetic", "products", "lcm", "leg_counting"),
     "logic": ("family_relationships", "knights_knaves", "color_cube_rotation", "aiw"),

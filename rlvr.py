@@ -16,8 +16,8 @@ How this differs from the textbook:
    pi / pi_sampled is 1 in value, and there is nothing to clip. What counts is its gradient: that of pi /
    pi_sampled is the gradient of log pi (see `grpo_loss`), so the loss of a token has the gradient
    -a_g * grad log pi(t).
-2. The loss is a mean over all tokens of the step. The paper first takes the mean over each answer, so that
-   a token of a long answer counts less.
+2. The loss is a mean over all tokens of the step. The GRPO paper first takes the mean over each answer, so
+   that a token of a long answer counts less.
 3. Two experts are compared (ours). Half of a group is sampled while the policy sees one expert, the other
    half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
    BETWEEN the halves, rewards teach the router whom to believe. A step of `train.main`:
@@ -28,22 +28,25 @@ How this differs from the textbook:
        rollout              G / 2 answers to each, and their rewards          (2 B, G / 2)
        advantages           mean and std are those of the half                (2 B, G / 2)
        grpo_loss            trains LoRA and, through the context, how the router reads
-       pair_probabilities   how the attention divides between the two         (B, 2)
+       pair_probabilities   how the attention, once more and now with
+                            gradient, divides between the two                 (B, 2)
        choice_loss          moves it to the expert whose half earned more: trains trust
 
    The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
-   cancels in the softmax. (If encoders are visible, too, it moves it a little.) Queries and keys also get the
-   gradient of the choice loss, but their learning rate is far lower than that of trust.
+   cancels in the softmax. (Encoders write nothing, so they stay visible beside every expert, see
+   `visible_alone`; with them, trust moves a little.) Queries and keys also get the gradient of the choice
+   loss, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
    context, and so it would undo stage 0. Without stage 0 (preset *paper*) it is there, with weight 0.04.
 
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
-experts mixed by an attention that is still even, it has to learn from a mixture that it cannot read, and
-whether it ever finds out whom to believe is luck. When each half sees one expert alone, its context is one
-that the policy can read, and the two mean rewards say at once which of the two experts knows more. Later the
-attention is sharp: then the context of all experts is almost that of one expert, and can be read.
+experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read, and
+whether it finds out whom to believe is luck. (On the tiny mix, where stage 0 is very good, it does: README.)
+When each half sees one expert alone, its context is one that the policy can read, and the two mean rewards
+say at once which of the two experts knows more. Later the attention is sharp: then the context of all experts
+is almost that of one expert, and can be read.
 
 What is easy to get wrong:
 - The stop token is part of the completion and is trained on. Otherwise the policy never learns to stop.
@@ -262,9 +265,10 @@ def choice_loss(p, half_rewards):
     the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
-    Why not the expected reward, - sum of p R? Its gradient with respect to trust has the factor
-    p_w (1 - p_w), which is nearly 0 where p_w is: if trust has once gone far in a wrong direction, it hardly
-    comes back. The gradient of log p_w has only the factor 1 - p_w, which is largest there.
+    Why not the expected reward, - sum of p R? If all of an expert's states have one score, p_w is a sigmoid
+    of the difference between the two experts' scores, and its derivative is p_w (1 - p_w). That is nearly 0
+    where p_w is: if trust has once gone far in a wrong direction, it hardly comes back. The derivative of
+    log p_w is only 1 - p_w, which is largest there.
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
@@ -281,7 +285,8 @@ def learn_words(policy, router, dataset, args):
     tokens together. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7". Why begin with "="? A
     language model tends to repeat: when a token appears again, it writes what followed this token the first
     time (induction heads, 2209.11895). The policy meets "=" in the context, followed by 7, and at the end of
-    the prompt a second time, where it tends to continue with 7.
+    the prompt a second time, where it tends to continue with 7. The stop token belongs to the expert's text.
+    Context tokens behind it have no target: reading and GRPO decide what they become.
 
     Yields the loss per token of each step.
     """
@@ -427,7 +432,7 @@ def stage0_rate(step, steps):
 
 
 def words_vocabulary(dataset):
-    """The token ids that occur in any target of `learn_words`, in order."""
+    """The token ids that occur in what the experts say, or at the end of a prompt, in order."""
     used = {ids[-1] for ids in dataset.ids}
     for column in dataset.targets:
         for ids in column:
@@ -448,8 +453,9 @@ def words_loss(policy, context, targets, vocabulary):
     """
     B, L, d = context.shape
 
-    # The embeddings of the vocabulary, n tokens. The policy will read prefix_origin + embed_std * context, so
-    # the context token that equals an embedding is (embedding - prefix_origin) / embed_std.
+    # The embeddings of the vocabulary, n tokens. The policy will read prefix_origin + embed_std * context
+    # (`Policy.prepend`; both are statistics of its embeddings). So the context token that equals an embedding
+    # is (embedding - prefix_origin) / embed_std.
     embeddings = (policy.embed[vocabulary].float() - policy.prefix_origin) / policy.embed_std  # (n, d)
     place = {token: i for i, token in enumerate(vocabulary)}
 
@@ -518,7 +524,8 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
 def set_rates(optimizer, fraction):
     """Set the learning rates of LoRA and the router to a fraction of the full ones.
 
-    Trust always has its full rate. A warm-up protects what is already learned, and trust starts from zero.
+    Trust always has its full rate. The warm-up of GRPO protects what is already learned, and trust starts
+    from zero.
     """
     for group in optimizer.param_groups:
         if group["name"] != "trust":

@@ -24,13 +24,14 @@ attention and residual sums.)
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
 is good at which kind of problem. So when each kind of problem comes to attend to its own specialist,
-collaboration has emerged from rewards alone.
+collaboration has emerged: rewards alone have told the router whom to believe.
 
 Trust is ours, not the paper's. It is one number for each expert and problem, a linear function of the
-expert's states, that is added to the scores of all of the expert's states, for all heads and latents. Queries
-and keys decide WHICH latent reads WHICH state; they learn that in stage 0, before any reward. Trust decides
-WHOM to believe; only rewards can teach that. The two are separate because they need different learning rates:
-if queries and keys moved fast enough to learn whom to believe, they would forget how to read.
+expert's states, that is added to the scores of all of the expert's states, for all heads and latents. Where
+an expert gives several states, queries and keys decide WHICH latent reads WHICH of them; they learn that in
+stage 0, before any reward. Trust decides WHOM to believe; only rewards can teach that. The two are separate
+because they need different learning rates: if queries and keys moved fast enough to learn whom to believe,
+they would forget how to read.
 
 How trust learns: by comparing experts (rlvr.py). Half of a group of answers is sampled while only one expert
 is visible, the other half while only another one is visible. The expert whose half earned more reward gains
@@ -147,7 +148,7 @@ class Router(StateReader):
         """States H (B, N, D), zero beyond each width -> context tokens and attention.
 
         Returns C (B, L, d) and A (B, h, L, N). C is in the units of the policy's embeddings: `Policy.prepend`
-        multiplies it by their standard deviation.
+        multiplies it by their standard deviation, and adds their mean or zero.
 
         visible    (N,) or (B, N): False hides a state; its attention is 0, and it has no influence and no
                    gradient. At least one state of each problem must stay visible.

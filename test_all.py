@@ -1304,7 +1304,7 @@ class MeanRouter(Router):
             visible = torch.ones(H.shape[1], dtype=torch.bool, device=H.device)
         weight = visible.float().expand(H.shape[:2])         # (B, N): 1 for a visible state, else 0
         even = weight / weight.sum(1, keepdim=True)
-        return super().forward(H, visible, even[:, None, None])
+        return super().forward(H, visible, attention=even[:, None, None])
 
 
 ROUTERS["mean"] = MeanRouter

@@ -6,11 +6,12 @@ $ python train.py --task gsm8k                       # the paper's setting, on o
 $ python train.py --router none                      # the same policy without experts: the first control
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
-Read `Args` and `main`: the whole method, in the order in which things happen. The functions that `main` calls
-are in rlvr.py. What comes after "What a run prints and records" can be skipped.
+Read `Args` and `main`: the whole method, in the order in which things happen. The functions of the method
+that `main` calls are in rlvr.py. What comes after "What a run prints and records" can be skipped.
 
-Sizes: B problems in a step, G answers to each, E experts, N states of all experts together, D their width, L
-context tokens. H (B, N, D) are the states; `visible` says which of the N the router may attend to.
+Sizes: B problems in a step, G answers to each, E experts, N states of all experts together, L context tokens,
+D the width of the widest expert (the states of narrower ones are padded with zeros). H (B, N, D) are the
+states; `visible` says which of the N the router may attend to.
 """
 import os
 import signal
@@ -38,6 +39,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModel
 
+import rlvr
 from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_report, test_report,
                   unbreakable, wrap)
 from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, generates_text, loading,
@@ -172,7 +174,7 @@ class Args:
     compare: bool = option(True,
         "Compare two experts on each problem, so that rewards teach whom to believe.")
     beta: float = option(0.0,
-        "Weight of the KL to the frozen policy; 0 for none, as it must be after stage 0.", minimum=0)
+        "Weight of the KL to the frozen policy. It must be 0 after stage 0, which it would undo.", minimum=0)
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
@@ -242,7 +244,8 @@ def main(args):
     if args.reading_steps and not progress["stage0"]:
         words_steps, reading_steps = words_and_reading(args)
 
-        # Words: cross-entropy between context tokens and the expert's text. It trains the router alone.
+        # Words: context token k becomes the embedding of token k of the expert's text. The loss is a
+        # cross-entropy over the vocabulary. It trains the router alone.
         if words_steps:
             losses = learn_words(policy, router, train_set, args)
             for step, loss in numbered(losses, words_steps, "words"):
@@ -261,7 +264,7 @@ def main(args):
     stop_at_next_step()
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
     parameters = parameters_of(optimizer)
-    rivals = candidates(router, train_set, args)  # the experts that are compared; [] for none
+    candidate_experts = candidates(router, train_set, args)  # the experts that are compared; [] for none
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
         set_rates(optimizer, min(1.0, step / max(1, args.warmup)))
@@ -273,22 +276,24 @@ def main(args):
 
         # 2. To compare experts, show each problem twice: with one expert visible, and with another one.
         shown, pair = batch, None
-        if rivals:
+        if candidate_experts:
             shares = by_expert(attention, train_set.expert_of_state).mean((1, 2))  # (B, E)
-            pair = draw_pair(shares, rivals, random_numbers(args, step, device))  # (B, 2)
+            pair = draw_pair(shares, candidate_experts, random_numbers(args, step, device))  # (B, 2)
             shown = batch.with_experts(pair)  # 2 B problems: rows 2 i and 2 i + 1 are problem i
 
         # 3. Sample: the policy reads context and prompt, and writes a group of answers. The verifier gives 1
         #    for a right answer and 0 for any other. If each problem is shown twice, each half has G / 2.
-        group = args.group // 2 if rivals else args.group
+        group = args.group // 2 if candidate_experts else args.group
         sampled = rollout(policy, router, shown, args, group, args.temperature, generator)
 
         training_started = time.perf_counter()
 
-        # 4. How much better was each answer than the mean of its half?
+        # 4. How much better was each answer than the mean of its half, in standard deviations?
         advantage = advantages(sampled.rewards)  # (2 B, G / 2)
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
+        #    There is one update for each rollout: the ratio to the policy that sampled is 1, so nothing is
+        #    clipped.
         #    Where only one expert is visible, its share of the attention is 1 whatever the router learns. So
         #    this loss cannot teach whom to believe; step 6 does. The loss is a sum over tokens. It is divided
         #    by all sampled tokens of the step, so the size of micro-batches and the number of ranks
@@ -308,11 +313,11 @@ def main(args):
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient, and make
-        #    the better one likelier: the loss is - (R_better - R_other) * log p_better, with R the mean
-        #    rewards of the halves. Its gradient goes to trust, and to queries and keys, but their learning
-        #    rate is far lower.
-        if rivals:
+        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient. p is how
+        #    it divides between the two (mean over heads and latents), R the mean reward of a half. The loss
+        #    is - (R_better - R_other) * log p_better. Its gradient goes to trust, and to queries and keys,
+        #    but their learning rate is far lower.
+        if candidate_experts:
             _, attention_with_gradient = router(batch.H, batch.visible)
             p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
             half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2): column k saw expert pair[:, k]
@@ -368,8 +373,8 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
     """The record of a step for metrics.jsonl, over all ranks.
 
     reward             where two experts are compared, the mean reward of the halves, each weighted by the
-                       attention to its expert, see `weighted_mean`: what the policy earns if it sees one
-                       expert, drawn by the attention. Else the mean reward
+                       attention to its expert, see `weighted_mean`: about what the policy would earn if it
+                       saw one expert, drawn by the attention. Else the mean reward
     sampled_reward     the plain mean reward of all sampled answers, also of those that saw a wrong expert
     reward_by_expert   {dataset: {expert: mean reward of the halves that saw it}}: who is right where
     attention          to each expert, with all of them visible; also by dataset, and by head and latent
@@ -419,9 +424,9 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
         record["reward_by_expert"] = reward_by_expert(row_datasets, seen, means.tolist())
     if attention is not None:
         shares = gather_rows(by_expert(attention, expert_of_state))  # (B, heads, L, E)
-        datasets = [problem.dataset for part in all_gather(batch.problems) for problem in part]
+        dataset_names = [problem.dataset for part in all_gather(batch.problems) for problem in part]
         record["attention"] = dict(zip(names, shares.mean((0, 1, 2)).tolist()))
-        record["attention_by_dataset"] = by_dataset(datasets, shares.mean((1, 2)), names)
+        record["attention_by_dataset"] = by_dataset(dataset_names, shares.mean((1, 2)), names)
         record["attention_entropy"] = torch.special.entr(shares).sum(-1).mean().item()
         record["attention_map"] = shares.mean(0).tolist()
     return record
@@ -450,10 +455,10 @@ def gather_rows(values):
     return torch.cat(all_gather(values.cpu())).float()
 
 
-def reward_by_expert(datasets, experts, rewards):
+def reward_by_expert(dataset_names, experts, rewards):
     """Three lists, one item for each half -> {dataset: {expert: mean reward of its halves}}."""
     found = defaultdict(lambda: defaultdict(list))
-    for dataset, expert, reward in zip(datasets, experts, rewards):
+    for dataset, expert, reward in zip(dataset_names, experts, rewards):
         found[dataset][expert].append(reward)
     means = {}
     for dataset in sorted(found):
@@ -471,7 +476,7 @@ def log(args, record, sampled, seen, skipped_in_a_row):
     out = Path(args.out)
     append(out / "metrics.jsonl", record)
 
-    # Print the first step, every tenth, and those with a validation.
+    # Print steps 1, 11, 21, ..., and those with a validation.
     step = record["step"]
     if step % 10 == 1 or "val" in record:
         parts = [f"step {step:4d}", f"reward {record['reward']:.3f}"]
@@ -524,7 +529,7 @@ def check_problems(args, problems):
     """Raises ValueError if the verifier would not accept the gold answers in --answer_format."""
     if args.answer_format != "auto":
         for split in SPLITS:
-            check_answer_format(problems[split], args.answer_format)
+            check_answer_format(problems[split], args.answer_format, rlvr.verify)
 
 
 def introduce(args, policy, router, experts, datasets, progress):
@@ -632,10 +637,11 @@ def gradient_pass_seconds(policy, router, dataset, args):
     while True:
         batch = dataset.batch(longest[-args.micro_batch:])
         tokens = torch.zeros(len(batch), group, args.max_new, dtype=torch.long, device=dataset.device)
+        all_tokens = torch.ones_like(tokens, dtype=torch.bool)
 
         def one_pass():
             context, _ = router(batch.H, batch.visible)
-            logp, _ = policy.score(batch, context, tokens, tokens == 0, args.temperature)
+            logp, _ = policy.score(batch, context, tokens, all_tokens, args.temperature)
             if logp.requires_grad:
                 logp.sum().backward()
 
@@ -709,8 +715,8 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     little to learn from it. verdicts_alone: of the policy alone on the problems at `indices`.
     """
     problems = [dataset.problems[i] for i in indices]
-    datasets = [problem.dataset for problem in problems]
-    alone = by_dataset(datasets, right_of(verdicts_alone))
+    dataset_names = [problem.dataset for problem in problems]
+    alone = by_dataset(dataset_names, right_of(verdicts_alone))
     print(f"  alone      the policy is right in {percents(alone)}")
     if not experts:
         return
@@ -724,7 +730,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
         if not expert.writes:
             continue
         verdicts = [verify(text, problem, "plain") for text, problem in zip(column, problems)]
-        own = by_dataset(datasets, right_of(verdicts))
+        own = by_dataset(dataset_names, right_of(verdicts))
         gains += [own[name] - alone[name] for name in own]
         print(f"  expert     {expert.name} alone is right in {percents(own)}")
     if gains and max(gains) < 0.15:

@@ -75,7 +75,8 @@ TASKS = {
     # One expert twice. Each copy answers another problem on one of the two datasets. 4,000 problems for stage
     # 0, as the router learns 2,000 by heart: 98% of their words, and 86% of those of new problems.
     "real copies": f"--preset small --task chain_sum+basic_arithmetic {SUMS_OF.format(2, 2, 2)} {REAL} "
-                   "--extension lab/controls.py --control each_knows_one --steps 40 --trust_lr 1.0 --stage0_problems 4000",
+                   "--extension lab/controls.py --control each_knows_one --steps 40 --trust_lr 1.0 "
+                   "--stage0_problems 4000",
 
     # Two experts that are each right about a part of one dataset.
     "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL}",
