@@ -659,16 +659,23 @@ def gradient_pass_seconds(policy, router, dataset, args):
 
 
 def timed(function):
-    """Seconds of a call. A short one is made twice, as the first call prepares much that is used again."""
-    for _ in range(2):
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        if seconds > 1:
-            break
+    """Seconds of a call.
+
+    The first call prepares much that is used again. So a second one is timed, unless the first was so short
+    that nobody cares (below half a second), or so long that it would be a waste.
+    """
+    seconds = seconds_of(function)
+    if 0.5 < seconds < 20:
+        seconds = seconds_of(function)
     return seconds
+
+
+def seconds_of(function):
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_seconds):
