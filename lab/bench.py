@@ -36,6 +36,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lab import claims
 from model import Policy, TokenLogprob
 from rewards import Problem, cache_dir, verify
 from rlvr import (Batch, advantages, clip_gradients, grpo_loss, make_optimizer, parameters_of, rollout,
@@ -468,7 +469,7 @@ print(json.dumps(dict(version=trl.__version__, seconds=seconds, mb=mb)))
 # -- What is written
 
 def report(figures):
-    """results/SPEED.md as text."""
+    """The first table of results/SPEED.md, as text."""
     made_by = figures["made_by"]
     rows = [["figure", "what", "median", "least", "greatest", "floor", "met", "by"], ["---"] * 8]
     for key, (floor, meaning) in FLOORS.items():
@@ -481,9 +482,8 @@ def report(figures):
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     where = ", ".join(f"{name} {value}" for name, value in figures.get("where", {}).items())
-    text = ["# Speed\n",
-            "Written by `python -m lab.bench`. Median, least and greatest of the rounds; *by*: the commit "
-            f"that was measured. Last run: {where}.\n",
+    text = ["Written by `python -m lab.bench`. Median, least and greatest of the rounds; *by*: the commit that "
+            f"was measured. Last run: {where}.\n",
             table + "\n"]
     if "tokens_a_second" in figures:
         rates = ", ".join(f"{name} {value:,.0f}" for name, value in figures["tokens_a_second"].items())
@@ -551,7 +551,8 @@ def run(argv=None):
 
     print(report(figures))
     if file and file.resolve() == results:
-        (ROOT / "results" / "SPEED.md").write_text(report(figures))
+        page = ROOT / "results" / "SPEED.md"
+        page.write_text(claims.with_report(page.read_text(), report(figures)))
 
 
 def measured_by(options):

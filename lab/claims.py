@@ -468,6 +468,16 @@ def report(rows):
     return "\n".join([*lines, *markdown(["claim", "verdict", "measured"], judged)])
 
 
+BEGIN, END = "<!-- written by a program: begin -->\n", "\n<!-- written by a program: end -->"
+
+
+def with_report(text, report):
+    """The text of a page, STUDY.md or SPEED.md, with a new report between its two markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"the page lacks {BEGIN.strip()} or {END.strip()}: put them back")
+    return text[:text.index(BEGIN)] + BEGIN + report + text[text.index(END):]
+
+
 def markdown(head, rows):
     """The lines of a table."""
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]

@@ -519,16 +519,6 @@ def mean(values):
 
 # -- The report
 
-BEGIN, END = "<!-- study:begin -->\n", "\n<!-- study:end -->"
-
-
-def with_report(text, report):
-    """The text of STUDY.md, with a new report between the two markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"results/STUDY.md lacks {BEGIN.strip()} or {END.strip()}: put them back")
-    return text[:text.index(BEGIN)] + BEGIN + report + text[text.index(END):]
-
-
 def make_report():
     """Markdown, from rows and curves, for results/STUDY.md."""
     rows = claims.finished(RESULTS)
@@ -553,7 +543,7 @@ def write_report():
     path = RESULTS / "STUDY.md"
     if not path.exists():
         raise ValueError(f"{path} is not there: fetch it from the repository, as only its tables are written")
-    write_atomic(path, with_report(path.read_text(), make_report()).encode())
+    write_atomic(path, claims.with_report(path.read_text(), make_report()).encode())
     print(f"{path} and {RESULTS / 'figures'} are written again")
 
 

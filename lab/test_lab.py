@@ -467,7 +467,7 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
         assert row["command"], row["id"]
 
     text = (claims.RESULTS / "STUDY.md").read_text()
-    assert study.with_report(text, study.make_report()) == text, "call python -m lab.study --report"
+    assert claims.with_report(text, study.make_report()) == text, "call python -m lab.study --report"
 
     # The README's table.
     readme = (HERE / "README.md").read_text()
@@ -482,10 +482,10 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
 
 
 def test_a_report_without_its_markers_is_refused():
-    text = f"# The study\n{study.BEGIN}old{study.END}\nmore"
-    assert study.with_report(text, "new") == text.replace("old", "new")
-    with pytest.raises(ValueError, match="study:end"):
-        study.with_report(text.replace("<!-- study:end -->", ""), "")
+    text = f"# The study\n{claims.BEGIN}old{claims.END}\nmore"
+    assert claims.with_report(text, "new") == text.replace("old", "new")
+    with pytest.raises(ValueError, match="program: end"):
+        claims.with_report(text.replace(claims.END, ""), "")
 
 
 @pytest.mark.parametrize("page", ["README.md", "results/STUDY.md", "results/SCALE.md"])
