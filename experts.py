@@ -55,7 +55,7 @@ THINK = "Reason step by step, briefly."  # what an expert with --think is asked,
 FORMAT = "n-musketeers 3"  # change this when the code gives other results: it invalidates the stored ones
 SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
-SECONDS_BETWEEN_SAVES = 20  # a process that is killed loses the work of this time at most
+SECONDS_BETWEEN_SAVES = 20  # a process that is killed loses the work of this time, and of one batch
 
 
 class Expert:
@@ -142,22 +142,32 @@ class Expert:
 
         An expert that thinks is asked to reason. The cue then comes later, after the thought.
         """
-        if self.think:
-            problem = dataclasses.replace(problem, question=f"{problem.question.strip()}\n{THINK}")
-        text = render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False)
-        return text if self.think else text + self.cue
+        if not self.think:
+            return render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False) + self.cue
+
+        question = f"{problem.question.strip()}\n{THINK}"
+        if self.prompt_format == "plain":
+            return question + "\n"  # without the "Answer:" of a plain prompt
+        problem = dataclasses.replace(problem, question=question)
+        return render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False)
 
     def cue_after_thought(self):
         """Token ids of the cue on a line of its own, as it follows a thought."""
         return self.tokenizer("\n" + self.cue, add_special_tokens=False)["input_ids"]
 
+    def new_tokens(self, kind):
+        """The most tokens that are written when this kind of result is made."""
+        return {STATES: 0, TEXTS: self.max_new, THOUGHTS: self.think}[kind]
+
     def room(self, kind):
-        """How many tokens must have room in the window behind the prompt, when this kind of row is made."""
-        if kind == STATES:
-            return 0
-        if kind == TEXTS:
-            return self.max_new
-        return self.think + len(self.cue_after_thought()) + self.max_new
+        """How many tokens of the window must be free when this kind of result is made.
+
+        Behind a thought there must still be room for the cue and the answer.
+        """
+        room = self.new_tokens(kind)
+        if kind == THOUGHTS:
+            room += len(self.cue_after_thought()) + self.max_new
+        return room
 
     def tokenize(self, texts, room=0):
         """Token ids of each text, a list of lists.
@@ -165,12 +175,19 @@ class Expert:
         Raises ValueError for a text that is empty, or that leaves less than `room` tokens of the window free.
         """
         ids = prompt_ids(self.tokenizer, texts, self.prompt_format, self.stop_ids)
+        self.check_room(ids, room)
+        return ids
+
+    def check_room(self, ids, room):
+        """Raises ValueError for a text without tokens, or that leaves less than `room` of the window free."""
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
-                shorter = ", a lower --think" if self.think else ""
-                raise ValueError(f"a prompt has {len(row)} tokens for {self.name}, which has room for 1 to "
-                                 f"{self.window - room}: use an easier --level{shorter} or another expert")
-        return ids
+                write_less = ""
+                if room or self.think:
+                    write_less = ", a lower --write or --think"
+                raise ValueError(f"a text has {len(row)} tokens for {self.name}, which has room for 1 to "
+                                 f"{self.window - room}: use shorter problems (an easier --level)"
+                                 f"{write_less}, or another expert")
 
     @torch.no_grad()
     def states_of(self, model, ids, length, prompt_lengths):
@@ -248,9 +265,10 @@ class Expert:
         length: the number of tokens to which every text is padded. kind: "texts", or "thoughts", which may
         have several lines and `think` tokens.
         """
-        max_new, ends = self.max_new, {*self.stop_ids, *line_ends(self.tokenizer)}
-        if kind == THOUGHTS:
-            max_new, ends = self.think, {*self.stop_ids}
+        max_new = self.new_tokens(kind)
+        ends = {*self.stop_ids}
+        if kind == TEXTS:
+            ends |= {*line_ends(self.tokenizer)}
 
         # Padding has to be some token; which one does not matter. Before a text the mask hides it, and what
         # follows an end is left out. Take one that every model has.
@@ -469,12 +487,15 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
         indices = list(missing.values())
         ids = expert.tokenize([prompts[i] for i in indices], expert.room(kind))
 
-        # Append thoughts and answers. They fit into the window: this was checked when they were written.
+        # Append thoughts and answers.
         if thoughts is not None:
             ids = [row + thoughts[i] for row, i in zip(ids, indices)]
         prompt_lengths = [len(row) for row in ids]  # thoughts included
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
+
+        # Check the room once more: thoughts from the cache may have been written before a shorter cue.
+        expert.check_room(ids, expert.room(kind))
         rows |= compute_rows(expert, kind, list(missing), ids, prompt_lengths, folder, progress)
         torch.cuda.empty_cache()  # give back the memory of the weights; does nothing without a GPU
 
@@ -495,9 +516,6 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
     with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
         # Load the model, and choose what it does.
         model = expert.load(kind)
-        max_length = expert.window
-        if kind != STATES:
-            max_length -= expert.think if kind == THOUGHTS else expert.max_new
         one_by_one = kind != STATES and expert.reads_padding(model)
         verb = {STATES: "reads", TEXTS: "writes", THOUGHTS: "thinks"}[kind]
         if one_by_one:
@@ -510,7 +528,7 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
         rows, unsaved = {}, {}
         last_save = time.monotonic()
         try:
-            for indices, length, size in batches(ids, max_length, expert.device.type, one_by_one):
+            for indices, length, size in batches(expert, kind, ids, one_by_one):
                 # All batches of a length must have one shape: fill up the last one with copies of its first
                 # text.
                 copies = [indices[0]] * (size - len(indices))
@@ -538,11 +556,12 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
     return rows | unsaved
 
 
-def batches(ids, max_length, device, one_by_one=False):
+def batches(expert, kind, ids, one_by_one=False):
     """Yield (indices into ids, padded length, number of rows) for each batch.
 
     Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. The longest
-    texts come first: if there is too little memory for them, that shows at once.
+    texts come first: if there is too little memory for them, that shows at once. A thought is written token
+    by token, which is fast only with many rows, so such a batch has four times as many tokens.
     one_by_one: every text is a batch of its own, without padding.
     """
     if one_by_one:
@@ -553,11 +572,13 @@ def batches(ids, max_length, device, one_by_one=False):
     lengths = []
     for row in ids:
         rounded_up = math.ceil(len(row) / 16) * 16
-        lengths.append(min(rounded_up, max_length))
+        lengths.append(min(rounded_up, expert.window - expert.new_tokens(kind)))
 
-    batch_tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
+    batch_tokens = BATCH_TOKENS.get(expert.device.type, BATCH_TOKENS["cpu"])
     for length in sorted(set(lengths), reverse=True):
         size = max(1, batch_tokens // length)
+        if kind == THOUGHTS:
+            size = max(1, 4 * batch_tokens // (length + expert.think))
         indices = [i for i in range(len(ids)) if lengths[i] == length]
         for start in range(0, len(indices), size):
             yield indices[start:start + size], length, size

@@ -584,11 +584,20 @@ class Batch:
         return twice
 
 
-def ask_experts(problems, experts, args):
+def ask_experts(problems, policy, experts, args):
     """Let every expert write and read all problems of a run, so that the results are in the cache on disk.
 
-    The datasets of the three splits find them there. Each expert's weights are so loaded only once.
+    The datasets of the three splits find them there. Each expert is so loaded once for each kind of result
+    (thoughts, texts, states), and not once more for each split.
     """
+    # Experts may need hours. Find a prompt that is too long for the policy before.
+    if not args.expert_text:
+        prompt_format = "plain" if args.answer_format == "plain" else "chat"
+        texts = [render_prompt(problem, prompt_format, policy.tokenizer) for problem in problems]
+        ids = prompt_ids(policy.tokenizer, texts, prompt_format, policy.config.stop)
+        check_window(ids, 0, policy, args)
+
+    # Ask them.
     prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
     if needs_texts(args):
         write_texts(experts, prompts, RANK == 0)
@@ -671,7 +680,8 @@ class Dataset:
 
         # The experts' texts as the policy would write them after its prompt.
         self.targets = [self.as_answers(column, policy, args.answer_format) for column in self.texts]
-        self.check_window(policy, args)
+        longest_text = max((len(ids) for column in self.targets for ids in column), default=0)
+        check_window(self.ids, longest_text, policy, args)
 
     def as_answers(self, texts, policy, answer_format):
         """Token ids of n texts as answers to the n prompts, stop token included; [] for no text.
@@ -695,16 +705,6 @@ class Dataset:
             ids = alone_ids[i] if merged else together_ids[i][n:]
             targets.append([*ids, policy.config.stop[0]] if text else [])
         return targets
-
-    def check_window(self, policy, args):
-        """Raises ValueError if prompt, context and answer together do not fit into the policy's window."""
-        longest_text = max((len(ids) for column in self.targets for ids in column), default=0)
-        room = policy.window - max(args.max_new, longest_text) - args.latents
-        longest = max(map(len, self.ids))
-        if longest > room:
-            raise ValueError(f"a prompt of {longest} tokens, {args.latents} --latents and an answer do not "
-                             f"fit into the policy's window of {policy.window} tokens: use an easier "
-                             "--level, a lower --max_new, --write or --latents, or another --policy")
 
     def __len__(self):
         return len(self.problems)
@@ -733,6 +733,16 @@ class Dataset:
                      H=self.states(indices),
                      visible=visible,
                      visible_alone=self.visible_alone.to(self.device))
+
+
+def check_window(ids, longest_text, policy, args):
+    """Raises ValueError if a prompt (token ids), context and answer do not fit into the policy's window."""
+    room = policy.window - max(args.max_new, longest_text) - args.latents
+    longest = max(map(len, ids))
+    if longest > room:
+        raise ValueError(f"a prompt of {longest} tokens, {args.latents} --latents and an answer do not fit "
+                         f"into the policy's window of {policy.window} tokens: use an easier --level, a lower "
+                         "--max_new, --write or --latents, or another --policy")
 
 
 # Control experiments: functions that replace the states H (n, N, D) of a Dataset; they may also replace the
@@ -1186,8 +1196,8 @@ def run_cli(program, run):
         if not out_of_memory(error):
             raise
         message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
-                   "models, or a lower --batch, --reading_batch, --group, --max_new, --router_dim or "
-                   "--lora_rank")
+                   "models, or a lower --batch, --words_batch, --reading_batch, --group, --max_new, --think, "
+                   "--router_dim or --lora_rank")
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 

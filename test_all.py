@@ -2824,7 +2824,7 @@ def test_an_expert_thinks_before_its_answer(tmp_path, own_cache):
     """prompt -> thought -> cue -> answer, all greedy; the states are those from which it chose the answer."""
     expert = Expert(make_expert(tmp_path / "m"), positions=2, own_text=True, max_new=2, cue="w7 w8", think=5)
     prompts = [expert.prompt(Problem(text, "1")) for text in TEXTS]
-    assert prompts[0] == TEXTS[0] + "\n" + experts.THINK + "\nAnswer:"  # the cue comes later
+    assert prompts[0] == TEXTS[0] + "\n" + experts.THINK + "\n"  # the cue comes later
     thoughts = experts.thought_ids(expert, prompts, progress=False)
     answers = experts.written_ids(expert, prompts, progress=False)
     H = read_all(expert, prompts)
@@ -2882,8 +2882,21 @@ def test_a_thought_needs_room_in_the_window(tmp_path, own_cache):
     expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=64), max_new=2, cue="w7 w8", think=30)
     fits = " ".join(["w1"] * 30)  # 30 + 30 + 2 + 2 = 64
     assert len(experts.written_ids(expert, [fits], progress=False)) == 1
-    with pytest.raises(ValueError, match="31 tokens .* room for 1 to 30: .* a lower --think"):
+    with pytest.raises(ValueError, match="31 tokens .* room for 1 to 30: .* a lower --write or --think"):
         experts.written_ids(expert, [fits + " w1"], progress=False)
+
+    # Its thought is in the cache now. A longer answer behind it is refused all the same.
+    more = Expert(expert.source, max_new=20, cue="w7 w8", think=30)
+    with pytest.raises(ValueError, match="room for 1 to 44"):
+        experts.written_ids(more, [fits], progress=False)
+
+
+def test_a_batch_that_thinks_has_more_rows(tmp_path):
+    """4 * 2048 tokens, thoughts included; a text longer than the others comes first."""
+    expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=256), think=48, cue="w7")
+    ids = [[5] * 16] * 200 + [[5] * 80]
+    sizes = [(len(indices), length, size) for indices, length, size in experts.batches(expert, "thoughts", ids)]
+    assert sizes == [(1, 80, 64), (128, 16, 128), (72, 16, 128)]
 
 
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
@@ -3784,6 +3797,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--own_text --state_token first", "--own_text"),
     ("--own_text --positions 1", "--positions"),
     ("--think 8", "--cue"),
+    ("--think 8 --cue A: --state_token first", "--think"),
     # names
     ("--router louder", "louder.*attention.*--extension"),
     ("--control wrong", "wrong.*shuffled.*--extension"),

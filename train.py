@@ -220,7 +220,7 @@ def main(args):
     # `build` also fills in what args leaves open, such as --answer_format auto: check the problems again.
     policy, experts, router = build(args)
     check_problems(args, problems)
-    ask_experts([problem for split in SPLITS for problem in problems[split]], experts, args)
+    ask_experts([problem for split in SPLITS for problem in problems[split]], policy, experts, args)
     datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
     train_set = datasets["train"]
     device = policy.embed.device
@@ -520,7 +520,7 @@ def announce_downloads(args):
             print(f"  {name:45} {size / 1e9:8.3f} GB", flush=True)
     if args.experts:
         n_train = n_training_problems(args)
-        thought = f", each after a thought of at most {args.think} tokens" if args.think else ""
+        thought = f"; those that write first think, at most {args.think} tokens" if args.think else ""
         print(f"to be read by each of {len(args.experts)} experts, once for all runs: {n_train:,} + "
               f"{args.val:,} + {args.test:,} problems{thought}", flush=True)
 
@@ -994,8 +994,11 @@ def check(args):
     refuse_if(args.compare and args.trust_lr and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
               "--compare false")
-    in_stage0 = min(args.words_batch, args.reading_batch) if args.reading_steps else WORLD
-    refuse_if(min(args.batch, in_stage0, args.val, args.test) < WORLD,
+    words, reading = words_and_reading(args)
+    batches = [args.batch, args.val, args.test]
+    batches += [args.words_batch] if words else []
+    batches += [args.reading_batch] if reading else []
+    refuse_if(min(batches) < WORLD,
               f"{WORLD} ranks need a problem each: raise --batch, --words_batch, --reading_batch, --val or "
               "--test")
     refuse_if(args.reading_steps and args.beta,
@@ -1014,8 +1017,9 @@ def check(args):
               f"--router {args.router} needs experts: name some with --experts, or use --router none")
     refuse_if(args.positions > 1 and args.state_token != "last",
               f"--positions {args.positions} counts last tokens: use it with --state_token last")
-    refuse_if(args.own_text and args.state_token == "first",
-              "--own_text writes after the first token, whose state it cannot change: use --state_token last")
+    refuse_if((args.own_text or args.think) and args.state_token == "first",
+              "with --own_text and --think an expert writes after the first token, whose state that cannot "
+              "change: use --state_token last")
     refuse_if(args.own_text and args.state_token == "last" and args.positions == 1,
               "--own_text reads one state for each token of the expert's answer, and --positions 1 is the "
               f"prompt's state alone: give more, such as --positions {max(2, args.write)}")
@@ -1178,7 +1182,19 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     if args.reading_steps:
         read = math.ceil(args.reading_batch / WORLD)
         table["stage 0, reading"] = scoring_memory(args, policy, read, 1, S, args.write + 8)
+    if words_and_reading(args)[0]:
+        table["stage 0, words"] = words_memory(args, policy, experts)
     return table
+
+
+def words_memory(args, policy, experts):
+    """Bytes of a step of words: the router alone, in float32, with all that autograd keeps of it."""
+    problems = math.ceil(args.words_batch / WORLD)
+    states = len(experts) * len(args.layers) * (args.positions if args.state_token == "last" else 1)
+    widest = max(expert.width for expert in experts)
+    of_states = states * (3 * widest + 8 * args.router_dim)  # standardized, projected, keys and values
+    of_latents = args.latents * (16 * args.router_dim + 6 * policy.width)  # MLP and context tokens
+    return problems * (of_states + of_latents) * 4
 
 
 def peak_memory(table):
@@ -1252,11 +1268,11 @@ def reading_memory(args, expert, prompt_tokens):
     if any(layer != -1 for layer in args.layers):
         per_token += expert.layers * expert.width
 
-    # Where it writes: the logits of the last tokens, once in its dtype and twice in float32. The tokens of a
-    # thought add keys and values to those of the prompt.
-    rows = tokens // prompt_tokens
-    drawing = rows * expert.vocab * (dtype.itemsize + 8)
-    thought = rows * args.think * expert.kv * dtype.itemsize
+    # Where it writes: the logits of the last tokens, once in its dtype and twice in float32.
+    drawing = tokens // prompt_tokens * expert.vocab * (dtype.itemsize + 8)
+
+    # Where it thinks, there are four times as many tokens, of which each has keys and values.
+    thought = 4 * tokens * expert.kv * dtype.itemsize if args.think else 0
     return (expert.params + tokens * per_token) * dtype.itemsize + drawing + thought
 
 
@@ -1530,7 +1546,8 @@ def print_plan(args):
     n_train = n_training_problems(args)
     words, reading = words_and_reading(args)
     print(f"experts: each reads {n_train:,} + {args.val} + {args.test:,} prompts, once for all runs")
-    print(f"stage 0: {words} steps of words, {reading} of reading ({args.reading_batch} problems each)")
+    print(f"stage 0: {words} steps of words of {args.words_batch} problems, {reading} of reading of "
+          f"{args.reading_batch}")
     print(f"GRPO: {args.steps} steps of {args.batch} problems x {args.group} answers of at most "
           f"{args.max_new} tokens, {args.micro_batch} prompts in a gradient pass")
     return table

@@ -22,7 +22,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from eval import evaluate
-from experts import Expert, read_states, write_atomic
+from experts import Expert, read_states, thought_ids, write_atomic, written_ids
 from lab.claims import markdown, shown
 from rewards import next_in_dataset, verify
 from rlvr import (Dataset, advantages, import_extension, load_problems, open_run, read_config, rollout,
@@ -158,9 +158,10 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
     """Train fresh routers to spell what an expert says, each from other states of this expert.
 
     The expert is the first one that writes. The states are those of a middle layer, of the last layer, or of
-    both: of the last 1, 2 or 4 tokens of the prompt, or of the first 1, 2 or 4 tokens of its own text. Yields
-    a dict for each choice of layers: `own_text`, `layers`, and `spelled`, {number of tokens: fraction of new
-    texts that are spelled without a mistake}. Raises ValueError if no expert writes.
+    both: of the last 1, 2 or 4 tokens of the prompt, or with its own text of the prompt's last token and the
+    0, 1 or 3 tokens of the text that follow it. Yields a dict for each choice of layers: `own_text`,
+    `layers`, and `spelled`, {number of tokens: fraction of new texts that are spelled without a mistake}.
+    Raises ValueError if no expert writes.
     """
     expert = next((expert for expert in experts if expert.writes), None)
     if expert is None:
@@ -283,6 +284,14 @@ def tell_prompts(experts, dataset, i):
         text = expert.prompt(dataset.problems[i])
         n_tokens = len(expert.tokenize([text])[0])
         lines += wrapped(f"{expert.name} (width {expert.width}) reads {n_tokens} tokens: {text!r}")
+
+        # What it writes itself before its states are taken.
+        thought = thought_ids(expert, [text], progress=False)[0]
+        if thought:
+            lines += wrapped(f"  it thinks, and the cue follows: {expert.tokenizer.decode(thought)!r}")
+        if expert.own_text:
+            written = written_ids(expert, [text], progress=False)[0]
+            lines += wrapped(f"  then it reads its own answer: {expert.tokenizer.decode(written)!r}")
     return lines
 
 
