@@ -79,8 +79,9 @@ class Expert:
     One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1), positions=3
     gives K = 6 states in this order: layer 1 at the last, second last and third last token, then layer -1.
 
-    For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may compute
-    `states_of` and `texts_of` in another way, and `load` what they need. Then extend `fingerprint`, too
+    For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may choose
+    states in another way (`choose_tokens`; set `states_per_text` and `width` if there are others), or compute
+    `states_of` and `texts_of` differently, with what `load` gives. Then extend `fingerprint`, too
     (super().fingerprint(kind) + "-mine"), or the cache returns what was computed in the old way. A changed
     `prompt` needs nothing: the cache looks results up by the text of the prompt.
 

@@ -6,8 +6,8 @@ This file exists because AutoModelForCausalLM does not offer these three things 
 1. A soft prefix. The router's context vectors C (B, L, d) stand before the prompt x, in the place of token
    embeddings: the policy reads [C ; x].
 2. A shared prompt. GRPO samples G completions of one prompt. The prompt is run once for all G, and not G
-   times: once before they are sampled (`prefill`, then `generate`), and once when they are scored with
-   gradient (`score`).
+   times: once before they are sampled (`prefill`, then `generate`), and once whenever they are scored
+   (`score`).
 3. No tensor of size (B, G, T, V). `TokenLogprob` computes log-probabilities in chunks, and only of
    completion tokens.
 

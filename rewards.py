@@ -512,7 +512,8 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
     split      "train", "val" or "test". No question is in two splits. val and test hold each question once.
                train repeats its questions in a new random order when there are no more.
     data_path  a file or folder with problems in place of the official GSM8K, see `gsm8k`
-    level      "easy", "default", "hard", "tiny" or "parameter=value,...", for all tasks but gsm8k
+    level      "easy", "default", "hard" or "tiny", for all tasks but gsm8k; for a single dataset also
+               "parameter=value,..."
     least      raise ValueError if there are fewer problems than this (default: n)
     progress   show a bar if it takes more than a second
     The same arguments always give the same problems. A smaller n gives the beginning of the same list.
@@ -719,6 +720,8 @@ def registry():
     """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym.
 
     A dataset of your own goes into a file that --extension names:
+
+        import dataclasses, reasoning_gym
 
         @dataclasses.dataclass
         class Settings:

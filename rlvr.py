@@ -34,8 +34,8 @@ How this differs from the textbook:
 
    The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
    cancels in the softmax. (Encoders write nothing, so they stay visible beside every expert, see
-   `visible_alone`; with them, trust moves a little.) Queries and keys also get the gradient of the choice
-   loss, but their learning rate is far lower than that of trust.
+   `visible_alone`; with them, trust moves a little.) All that the attention depends on, such as queries and
+   keys, also gets the gradient of the choice loss, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
@@ -43,7 +43,8 @@ How this differs from the textbook:
 
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
 experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read, and
-whether it finds out whom to believe is luck. (On the tiny mix, where stage 0 is very good, it does: README.)
+whether it finds out whom to believe is luck. (On the tiny mix it does, as the README's table shows. There
+stage 0 is very good, but why that is enough was not studied.)
 When each half sees one expert alone, its context is one that the policy can read, and the two mean rewards
 say at once which of the two experts knows more. Later the attention is sharp: then the context of all experts
 is almost that of one expert, and can be read.
@@ -54,8 +55,8 @@ What is easy to get wrong:
 - The rollout has no gradient, so train.py runs the router again when it scores the answers.
 - A group (or half) whose rewards are all equal has advantage 0 and teaches the policy nothing: watch
   `frac_reward_zero_std`. But if one half is all right and the other all wrong, trust learns most.
-- The value of the GRPO loss says nothing: the ratio is 1, and the advantages of a group add up to 0, so it is
-  about 0 however well the policy answers. Watch the reward.
+- The value of the GRPO loss says nothing: the ratio is 1, and the advantages of a group add up to 0, so for
+  answers of one length it is 0 however well the policy answers. Watch the reward.
 - Stage 0 sees no gold answer and no reward, and reads all experts that write equally often.
 
 With several devices each process is a "rank" and has its part of the problems (`my_part`); sums go over all
@@ -265,10 +266,10 @@ def choice_loss(p, half_rewards):
     the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
-    Why not the expected reward, - sum of p R? If all of an expert's states have one score, p_w is a sigmoid
-    of the difference between the two experts' scores, and its derivative is p_w (1 - p_w). That is nearly 0
-    where p_w is: if trust has once gone far in a wrong direction, it hardly comes back. The derivative of
-    log p_w is only 1 - p_w, which is largest there.
+    Why not the expected reward, - sum of p R? As a function of trust, p_w is roughly a sigmoid of the
+    difference between the two experts, whose derivative is p_w (1 - p_w). That is nearly 0 where p_w is: if
+    trust has once gone far in a wrong direction, it hardly comes back. The derivative of log p_w is only
+    1 - p_w, which is largest there.
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one

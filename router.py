@@ -16,10 +16,11 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
     scale     x (B, N, D)      (H - mean) / std, for every dimension of every state
     project   S (B, N, dim)    einsum("bnd,ndk->bnk", x, W): every state has its own matrix W[n] (D, dim)
     attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from S
-    write     C (B, L, d)      out(mlp(A V)): the context tokens, of the policy's width d
+    write     C (B, L, d)      out(mlp(latents + A V)): the context tokens, of the policy's width d
 
-(Left out here: the clamp after scaling, norms, the embedding of each state, the output projection of the
-attention and residual sums.)
+The latents are added in the last line, so context tokens differ even where all latents read the same single
+state, as they do when one expert with one state is visible. (Left out here: the clamp after scaling, norms,
+the embedding of each state, the output projection of the attention, and the residual sum around the mlp.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -34,8 +35,8 @@ because they need different learning rates: if queries and keys moved fast enoug
 they would forget how to read.
 
 How trust learns: by comparing experts (rlvr.py). Half of a group of answers is sampled while only one expert
-is visible, the other half while only another one is visible. The expert whose half earned more reward gains
-trust on this kind of problem. The argument `visible` below hides all other experts.
+is visible (beside encoders, which write nothing), the other half while only another one is. The expert whose
+half earned more reward gains trust on this kind of problem. The argument `visible` below hides the others.
 
 One einsum projects the states of all experts at once. It is one batched matrix product, on a GPU one kernel,
 without a loop over experts. The padding is harmless: x is zero there, so that the rows of W beyond an

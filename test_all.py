@@ -2351,7 +2351,7 @@ def test_a_dataset_of_ones_own_as_registry_shows_it(monkeypatch):
     import reasoning_gym
     monkeypatch.setattr(reasoning_gym.factory, "DATASETS", dict(reasoning_gym.factory.DATASETS))
     code = rewards.registry.__doc__.partition("names:\n")[2].partition("    A dataset that")[0]
-    exec(textwrap.dedent(code), dict(dataclasses=dataclasses, reasoning_gym=reasoning_gym))
+    exec(textwrap.dedent(code), {})
 
     problems = get_problems("doubles", "test", 20, level="easy")
     assert problems[0].dataset == "doubles"

@@ -300,7 +300,7 @@ def main(args):
         #    (processes, one for each GPU) change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        rows_that_teach = informative(advantage, args.beta)  # the halves with an advantage
+        rows_that_teach = informative(advantage, args.beta)  # the halves with an advantage, or else one
         for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
@@ -313,10 +313,10 @@ def main(args):
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient. p is how
-        #    it divides between the two (mean over heads and latents), R the mean reward of a half. The loss
-        #    is - (R_better - R_other) * log p_better. Its gradient goes to trust, and to queries and keys,
-        #    but their learning rate is far lower.
+        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient: its mean
+        #    over heads and latents. p is the share of each of the two, divided by the sum of both, and R the
+        #    mean reward of a half. The loss is - (R_better - R_other) * log p_better. Its gradient goes to
+        #    trust, and to queries and keys, but their learning rate is far lower.
         if candidate_experts:
             _, attention_with_gradient = router(batch.H, batch.visible)
             p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
