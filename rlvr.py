@@ -742,8 +742,8 @@ def check_window(ids, longest_text, policy, args):
     longest = max(map(len, ids))
     if longest > room:
         raise ValueError(f"a prompt of {longest} tokens, {args.latents} --latents and an answer do not fit "
-                         f"into the policy's window of {policy.window} tokens: use an easier --level, a lower "
-                         "--max_new, --write or --latents, or another --policy")
+                         f"into the policy's window of {policy.window} tokens: use an easier --level, a "
+                         "lower --max_new, --write or --latents, or another --policy")
 
 
 # Control experiments: functions that replace the states H (n, N, D) of a Dataset; they may also replace the

@@ -1297,12 +1297,12 @@ from router import ROUTERS, Router
 class MeanRouter(Router):
     """A router whose attention to all states is the same, whatever the problem."""
 
-    compares = False  # its attention never changes, so there is nothing to learn from comparing experts
+    compares = False  # its attention never changes
 
     def forward(self, H, visible=None, attention=None):
         if visible is None:
             visible = torch.ones(H.shape[1], dtype=torch.bool, device=H.device)
-        weight = visible.float().expand(H.shape[:2])         # (B, N): 1 for a visible state, else 0
+        weight = visible.float().expand(H.shape[:2])  # (B, N)
         even = weight / weight.sum(1, keepdim=True)
         return super().forward(H, visible, attention=even[:, None, None])
 
