@@ -108,6 +108,8 @@ WAYS = {
     "soft without comparing": "--router attention --compare false",
     "soft without comparing at high rates": "--router attention --compare false {longer} --trust_lr 0.3",
     "soft without stage 0": "--router attention --reading_steps 0 {longer}",
+    "soft wrong without comparing": "--router attention --compare false --extension lab/controls.py "
+                                    "--control last_wrong {more_steps}",
 
     # Single and prefix have the same stage 0: they read the same texts, in as many steps.
     "single": "--router none --reading_steps {reading_steps} {longer}",
@@ -149,14 +151,14 @@ RATED = rated_ways()
 EMBEDDED = {  # block: [(tasks, ways, seeds)]
     "mix": [(["mix"], ["soft"], range(10))],
     "controls": [(["mix"], CONTROLS_OF_MIX, range(5))],
-    "comparing": [(["mix"], WITHOUT, range(5))],
+    "comparing": [(["mix"], WITHOUT, range(5)), (["sums"], ["soft wrong without comparing"], range(3))],
     "sums": [(["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5))],
     "others": [(["family", "primes", "sums hard"], HEADLINE, range(5))],
     "rates": [(["rates"], list(RATED), [100])],
 }
 REAL_BLOCKS = {
-    "real family": [(["real family"], ["soft", "stage 0", "single"], range(3))],
-    "real copies": [(["real copies"], ["soft", "stage 0"], range(3))],
+    "real family": [(["real family"], ["soft", "soft without comparing", "stage 0", "single"], range(3))],
+    "real copies": [(["real copies"], ["soft", "soft without comparing", "stage 0"], range(3))],
     "real sums": [(["real sums"], HEADLINE, range(5)),
                   (["real sums"], ["single without stage 0", "soft noise", "soft untrained", "soft prompt",
                                    "soft wrong", "stage 0"], range(3))],
@@ -240,7 +242,7 @@ def command(run, models="models"):
     if run.is_real:
         experts = [f"{models}/{name}" for name in REAL_EXPERTS[run.task]]
         words += ["--policy", f"{models}/{REAL_POLICY}"]
-    if run.way == "soft wrong":
+    if run.way.startswith("soft wrong"):
         experts = [*experts, experts[0]]
     if run.way == "soft wide":
         experts = [*experts, os.path.relpath(RUNS / "wide", HERE)]
