@@ -316,14 +316,19 @@ class Expert:
         the same logits to the last bit. A model that does not has to write its texts one by one. (The RWKV of
         transformers 5.23 needs that for a second reason: it mixes the rows of a batch when it generates.)
         """
-        text, n_padding = [2, 3, 4], 13
-        vocab_size = self.config.get_text_config().vocab_size
-        mask = torch.tensor([[0] * n_padding + [1] * len(text)])
+        text, n_padding = [2, 3, 4], 13  # any tokens, and any number
 
+        # Choose two tokens as padding.
+        vocab_size = self.config.get_text_config().vocab_size
+        one = self.stop_ids[0]
+        another = (one + 1) % vocab_size
+
+        # Run the text after each of them, with the same mask.
+        mask = torch.tensor([[0] * n_padding + [1] * len(text)]).to(self.device)
         logits = []
-        for padding in (self.stop_ids[0], (self.stop_ids[0] + 1) % vocab_size):
-            tokens = torch.tensor([[padding] * n_padding + text])
-            output = model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device))
+        for padding in (one, another):
+            tokens = torch.tensor([[padding] * n_padding + text]).to(self.device)
+            output = model(input_ids=tokens, attention_mask=mask)
             logits.append(output.logits[0, -1])
         return not torch.equal(logits[0], logits[1])
 
@@ -577,9 +582,10 @@ def batches(expert, kind, ids, one_by_one=False):
 
     batch_tokens = BATCH_TOKENS.get(expert.device.type, BATCH_TOKENS["cpu"])
     for length in sorted(set(lengths), reverse=True):
-        size = max(1, batch_tokens // length)
+        size = batch_tokens // length
         if kind == THOUGHTS:
-            size = max(1, 4 * batch_tokens // (length + expert.think))
+            size = 4 * batch_tokens // (length + expert.think)
+        size = max(1, size)
         indices = [i for i in range(len(ids)) if lengths[i] == length]
         for start in range(0, len(indices), size):
             yield indices[start:start + size], length, size

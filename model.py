@@ -91,23 +91,30 @@ class Block(nn.Module):
         cos, sin: angles of the tokens' positions, broadcast to (..., T, 1, hd / 2).
         attend(index of the layer, q (..., T, nq, hd), k and v (..., T, nk, hd)) -> (..., T, nq, hd).
         """
-        # One product gives queries, keys and values: (..., T, nq + 2 nk, hd).
-        heads = self.qkv(self.norm(x, self.norm1)).unflatten(-1, (-1, self.hd))
+        # One product gives queries, keys and values, head beside head.
+        normed = self.norm(x, self.norm1)
+        heads = self.qkv(normed).unflatten(-1, (-1, self.hd))  # (..., T, nq + 2 nk, hd)
         qk, v = heads.split((self.nq + self.nk, self.nk), dim=-2)
 
         # Qwen3 also normalizes every query and every key.
         if self.q_norm is not None:
             q, k = qk.split((self.nq, self.nk), dim=-2)
-            qk = torch.cat((self.norm(q, self.q_norm), self.norm(k, self.k_norm)), dim=-2)
+            q = self.norm(q, self.q_norm)
+            k = self.norm(k, self.k_norm)
+            qk = torch.cat((q, k), dim=-2)
 
-        # Rotate queries and keys by their position, attend, and add the result.
-        q, k = rotate(qk, cos, sin).split((self.nq, self.nk), dim=-2)
-        y = attend(self.index, q, k, v)
+        # Rotate queries and keys by their position. They are still one tensor, so this is done once.
+        qk = rotate(qk, cos, sin)
+        q, k = qk.split((self.nq, self.nk), dim=-2)
+
+        # Attend, and add the result.
+        y = attend(self.index, q, k, v)  # (..., T, nq, hd)
         x = x + self.o(y.flatten(-2))
 
         # Run the MLP, and add the result.
-        gate_up = self.gate_up(self.norm(x, self.norm2))
-        return x + self.down(SwiGLU.apply(gate_up))
+        normed = self.norm(x, self.norm2)
+        inner = SwiGLU.apply(self.gate_up(normed))
+        return x + self.down(inner)
 
     def norm(self, x, weight):
         return F.rms_norm(x, (x.shape[-1],), weight, self.eps)
@@ -419,19 +426,28 @@ class Policy(nn.Module):
         Gradients of the log-probabilities flow into LoRA and, through what `prefill` keeps of the prompt,
         into the context and the router. The entropy has none.
         """
-        # For each token, take the hidden state that predicts it: that of the token before it.
-        h = prefill.last[:, None, None].expand(-1, tokens.shape[1], 1, -1)  # (B, G, 1, d)
-        if tokens.shape[-1] > 1:
-            h = torch.cat((h, self.extend(tokens[..., :-1], prefill)), dim=2)  # (B, G, T, d)
+        # For each token, take the hidden state that predicts it: that of the token before it. The first token
+        # is predicted by the prompt, the same state for all G completions.
+        B, G, T = tokens.shape
+        h = prefill.last[:, None, None].expand(-1, G, 1, -1)  # (B, G, 1, d)
+        if T > 1:
+            later = self.extend(tokens[..., :-1], prefill)  # (B, G, T - 1, d)
+            h = torch.cat((h, later), dim=2)  # (B, G, T, d)
 
-        # Keep the real tokens only, and add rows of zeros up to a round number (`bucket`). masked_scatter
-        # below takes only as many results as there are real tokens.
-        h, targets = h[mask], tokens[mask]  # (n, d), (n,)
+        # Keep the real tokens only.
+        h = h[mask]  # (n, d)
+        targets = tokens[mask]  # (n,)
+
+        # Add rows of zeros up to a round number, see `bucket`.
         extra = bucket(len(h)) - len(h)
-        h, targets = F.pad(h, (0, 0, 0, extra)), F.pad(targets, (0, extra))
+        h = F.pad(h, (0, 0, 0, extra))
+        targets = F.pad(targets, (0, extra))
 
-        # Compute log-probability and entropy of each, and put them where mask is True.
-        logp, entropy = TokenLogprob.apply(self.final_norm(h), self.head, targets, temperature, chunk)
+        # Compute log-probability and entropy of each row.
+        normed = self.final_norm(h)
+        logp, entropy = TokenLogprob.apply(normed, self.head, targets, temperature, chunk)
+
+        # Put them where mask is True. masked_scatter takes only as many as there are real tokens.
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 

@@ -44,10 +44,10 @@ How this differs from the textbook:
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
 experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read, and
 whether it finds out whom to believe is luck. (On the tiny mix it does, as the README's table shows. There
-stage 0 is very good, but why that is enough was not studied.)
-When each half sees one expert alone, its context is one that the policy can read, and the two mean rewards
-say at once which of the two experts knows more. Later the attention is sharp: then the context of all experts
-is almost that of one expert, and can be read.
+stage 0 is very good, but why that is enough was not studied.) When each half sees one expert alone, its
+context is one that the policy can read, and the two mean rewards say at once which of the two experts knows
+more. Later the attention is sharp: then the context of all experts is almost that of one expert, and can be
+read.
 
 What is easy to get wrong:
 - The stop token is part of the completion and is trained on. Otherwise the policy never learns to stop.
@@ -227,7 +227,7 @@ def draw_pair(shares, experts, u):
     experts = torch.tensor(experts, device=shares.device)
     n = len(experts)
 
-    # First: the attention among the candidates, mixed with an even draw.
+    # First: the attention among the candidates, scaled to sum to 1 and mixed with an even draw.
     p = shares[:, experts]
     p = p / p.sum(1, keepdim=True).clamp(min=1e-9)
     p = (1 - EXPLORE) * p + EXPLORE / n
@@ -593,18 +593,45 @@ def ask_experts(problems, policy, experts, args):
     """
     # Experts may need hours. Find a prompt that is too long for the policy before.
     if not args.expert_text:
-        prompt_format = "plain" if args.answer_format == "plain" else "chat"
-        texts = [render_prompt(problem, prompt_format, policy.tokenizer) for problem in problems]
-        ids = prompt_ids(policy.tokenizer, texts, prompt_format, policy.config.stop)
+        _, ids = policy_prompts(problems, policy, args.answer_format)
         check_window(ids, 0, policy, args)
 
     # Ask them.
-    prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
+    prompts = expert_prompts(problems, experts)
     if needs_texts(args):
         write_texts(experts, prompts, RANK == 0)
     if reads_states(args.router):
         read_states(experts, prompts, RANK == 0)
     barrier()  # the results of all ranks are there
+
+
+def expert_prompts(problems, experts):
+    """[experts][problems]: what each expert reads of this rank's part of the problems."""
+    columns = []
+    for expert in experts:
+        columns.append([expert.prompt(problem) for problem in my_part(problems)])
+    return columns
+
+
+def policy_prompts(problems, policy, answer_format):
+    """What the policy reads of each problem: n texts, and their token ids, n lists."""
+    prompt_format = prompt_format_of(answer_format)
+    prompts = [render_prompt(problem, prompt_format, policy.tokenizer) for problem in problems]
+    return prompts, prompt_ids(policy.tokenizer, prompts, prompt_format, policy.config.stop)
+
+
+def prompt_format_of(answer_format):
+    """The policy's prompt is plain where its answer is. Where the answer is tagged, the prompt is a chat."""
+    return "plain" if answer_format == "plain" else "chat"
+
+
+def layout_of_states(experts):
+    """The width of each state, and the expert that it belongs to: two lists of N numbers."""
+    widths, expert_of_state = [], []
+    for e, expert in enumerate(experts):
+        widths += [expert.width] * expert.states_per_text
+        expert_of_state += [e] * expert.states_per_text
+    return widths, expert_of_state
 
 
 def needs_texts(args):
@@ -637,17 +664,15 @@ class Dataset:
         shows_progress = progress and RANK == 0
 
         # Let each expert write what it would say, and read the states. Both come from a cache on disk.
-        expert_prompts = [my_part([expert.prompt(problem) for problem in problems]) for expert in experts]
+        columns = expert_prompts(problems, experts)
         self.texts = []
         if needs_texts(args):
-            parts = all_gather(write_texts(experts, expert_prompts, shows_progress))
+            parts = all_gather(write_texts(experts, columns, shows_progress))
             self.texts = [[text for part in parts for text in part[e]] for e in range(len(experts))]
         self.H = torch.zeros(len(problems), 0, 0)
         if reads_states(args.router):
-            self.H = torch.cat(all_gather(read_states(experts, expert_prompts, shows_progress)))
-        expert_of_state = []
-        for e, expert in enumerate(experts):
-            expert_of_state += [e] * expert.states_per_text
+            self.H = torch.cat(all_gather(read_states(experts, columns, shows_progress)))
+        _, expert_of_state = layout_of_states(experts)
         self.expert_of_state = torch.tensor(expert_of_state, dtype=torch.long)
 
         # A control experiment replaces states or texts.
@@ -670,14 +695,13 @@ class Dataset:
             self.visible_alone = own | only_reads[self.expert_of_state]
 
         # The policy's prompts. With --expert_text, what the experts say stands before the question.
-        prompt_format = "plain" if args.answer_format == "plain" else "chat"
-        self.prompts = []
-        for i, problem in enumerate(problems):
-            if args.expert_text:
+        asked = problems
+        if args.expert_text:
+            asked = []
+            for i, problem in enumerate(problems):
                 answers = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
-                problem = replace(problem, question=answers + problem.question)
-            self.prompts.append(render_prompt(problem, prompt_format, policy.tokenizer))
-        self.ids = prompt_ids(policy.tokenizer, self.prompts, prompt_format, policy.config.stop)
+                asked.append(replace(problem, question=answers + problem.question))
+        self.prompts, self.ids = policy_prompts(asked, policy, args.answer_format)
 
         # The experts' texts as the policy would write them after its prompt.
         self.targets = [self.as_answers(column, policy, args.answer_format) for column in self.texts]
@@ -690,12 +714,12 @@ class Dataset:
         They are the tokens of prompt and answer, without those of the prompt: a tokenizer may split an answer
         differently when it stands alone.
         """
-        prompt_format = "plain" if answer_format == "plain" else "chat"
         answers = []
         for text in texts:
             answers.append(f"<answer>{text}</answer>" if answer_format == "tagged" else f" {text}")
         together = [prompt + answer for prompt, answer in zip(self.prompts, answers)]
-        together_ids = prompt_ids(policy.tokenizer, together, prompt_format, policy.config.stop)
+        together_ids = prompt_ids(policy.tokenizer, together, prompt_format_of(answer_format),
+                                  policy.config.stop)
         alone_ids = policy.tokenizer(answers, add_special_tokens=False)["input_ids"]
 
         targets = []
@@ -852,10 +876,7 @@ def build(args):
     # The router. A fresh prefix is prefix_origin + std * C, and init_scale is the size of C: small around the
     # mean embedding, larger around zero.
     init_scale = 0.02 if args.prefix_origin == "mean" else 0.5
-    widths, expert_of_state = [], []
-    for e, expert in enumerate(experts):
-        widths += [expert.width] * expert.states_per_text
-        expert_of_state += [e] * expert.states_per_text
+    widths, expert_of_state = layout_of_states(experts)
     router = ROUTERS[args.router](widths, expert_of_state, policy.config.hidden_size, args.latents,
                                   args.router_heads, args.router_dim, args.router_temperature, init_scale)
 

@@ -1465,6 +1465,23 @@ def test_what_the_experts_know_is_said_before_the_first_step(capsys, monkeypatch
     assert "one alone is right in sums 100%" in gate(capsys, [], verdicts)
 
 
+def test_a_verifier_of_ones_own_judges_tasks_and_experts_too(monkeypatch, capsys):
+    """What rlvr.verify accepts is a task that can be learned, and an expert that knows."""
+    sudoku = {"train": [Problem("q", "1 2\n2 1", "own", "own")]}
+    sudoku |= dict(val=sudoku["train"], test=sudoku["train"])
+    args = types.SimpleNamespace(answer_format="plain")
+    with pytest.raises(ValueError, match="cannot be learned"):
+        train.check_problems(args, sudoku)
+
+    def accepts_all(completion, problem, answer_format, truncated):
+        return rewards.Verdict(reward=0.5, reason="right", lenient=True)
+
+    monkeypatch.setattr(rlvr, "verify", accepts_all)
+    train.check_problems(args, sudoku)
+    [verdicts] = verdicts_of([[0.0, 0.0, 0.0, 0.0]])
+    assert "one alone is right in sums 100%" in gate(capsys, [["x"] * 4, [""] * 4], verdicts)
+
+
 def test_the_experts_are_also_asked_without_stage_0(quick, tmp_path, capsys):
     trained(tmp_path / "run", *quick, "--reading_steps 0 --steps 1")
     output = capsys.readouterr().out
@@ -2895,7 +2912,9 @@ def test_a_batch_that_thinks_has_more_rows(tmp_path):
     """4 * 2048 tokens, thoughts included; a text longer than the others comes first."""
     expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=256), think=48, cue="w7")
     ids = [[5] * 16] * 200 + [[5] * 80]
-    sizes = [(len(indices), length, size) for indices, length, size in experts.batches(expert, "thoughts", ids)]
+    sizes = []
+    for indices, length, size in experts.batches(expert, "thoughts", ids):
+        sizes.append((len(indices), length, size))
     assert sizes == [(1, 80, 64), (128, 16, 128), (72, 16, 128)]
 
 

@@ -46,14 +46,14 @@ from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, gene
                      local_folder, pick_device, to_fetch, write_texts)
 from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
-                     official_files_to_fetch, render_prompt, verify)
+                     official_files_to_fetch, render_prompt)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
                   append, ask_experts, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
                   kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_step,
                   words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
-                  pair_probabilities, parameters_of, ranks, read_config, rollout, run_cli, save_checkpoint,
-                  set_rates, words_and_reading, words_vocabulary, write_config)
+                  pair_probabilities, parameters_of, prompt_format_of, ranks, read_config, rollout, run_cli,
+                  save_checkpoint, set_rates, words_and_reading, words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, reads_states
 
 
@@ -293,11 +293,10 @@ def main(args):
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
         #    There is one update for each rollout: the ratio to the policy that sampled is 1, so nothing is
-        #    clipped.
-        #    Where only one expert is visible, its share of the attention is 1 whatever the router learns. So
-        #    this loss cannot teach whom to believe; step 6 does. The loss is a sum over tokens. It is divided
-        #    by all sampled tokens of the step, so the size of micro-batches and the number of ranks
-        #    (processes, one for each GPU) change nothing.
+        #    clipped. Where only one expert is visible, its share of the attention is 1 whatever the router
+        #    learns. So this loss cannot teach whom to believe; step 6 does. The loss is a sum over tokens. It
+        #    is divided by all sampled tokens of the step, so the size of micro-batches and the number of
+        #    ranks (processes, one for each GPU) change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
         rows_that_teach = informative(advantage, args.beta)  # the halves with an advantage, or else one
@@ -736,7 +735,7 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     for expert, column in zip(experts, texts):
         if not expert.writes:
             continue
-        verdicts = [verify(text, problem, "plain") for text, problem in zip(column, problems)]
+        verdicts = [rlvr.verify(text, problem, "plain", False) for text, problem in zip(column, problems)]
         own = by_dataset(dataset_names, right_of(verdicts))
         gains += [own[name] - alone[name] for name in own]
         print(f"  expert     {expert.name} alone is right in {percents(own)}")
@@ -1023,8 +1022,6 @@ def check(args):
     refuse_if(args.own_text and args.state_token == "last" and args.positions == 1,
               "--own_text reads one state for each token of the expert's answer, and --positions 1 is the "
               f"prompt's state alone: give more, such as --positions {max(2, args.write)}")
-
-
     refuse_if(args.think and not args.cue,
               "--think needs words that lead from the thought to the answer: add --cue 'The answer is:'")
 
@@ -1190,7 +1187,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
 def words_memory(args, policy, experts):
     """Bytes of a step of words: the router alone, in float32, with all that autograd keeps of it."""
     problems = math.ceil(args.words_batch / WORLD)
-    states = len(experts) * len(args.layers) * (args.positions if args.state_token == "last" else 1)
+    states = number_of_states(args, experts)
     widest = max(expert.width for expert in experts)
     of_states = states * (3 * widest + 8 * args.router_dim)  # standardized, projected, keys and values
     of_latents = args.latents * (16 * args.router_dim + 6 * policy.width)  # MLP and context tokens
@@ -1276,11 +1273,17 @@ def reading_memory(args, expert, prompt_tokens):
     return (expert.params + tokens * per_token) * dtype.itemsize + drawing + thought
 
 
+def number_of_states(args, experts):
+    """N, how many states of a problem the router reads."""
+    states_per_layer = args.positions if args.state_token == "last" else 1
+    return len(experts) * len(args.layers) * states_per_layer
+
+
 def router_parameters(args, policy, experts):
     """How many numbers the router has."""
     if not experts or not reads_states(args.router):
         return args.latents * policy.width
-    states = len(experts) * len(args.layers) * (args.positions if args.state_token == "last" else 1)
+    states = number_of_states(args, experts)
     widest = max(expert.width for expert in experts)
     if args.router == "linear":
         return states * widest * args.latents * policy.width
@@ -1326,7 +1329,7 @@ LONGEST_GSM8K = dict(chat=384, plain=256)  # tokens of the longest prompts: 376 
 
 def longest_prompt(args):
     """About how many tokens the policy's longest prompt has, without a tokenizer and without a download."""
-    prompt_format = "plain" if args.answer_format == "plain" else "chat"
+    prompt_format = prompt_format_of(args.answer_format)
     tasks = [task.strip() for task in args.task.split("+")]
     longest = 0
     if "gsm8k" in tasks and not args.data:

@@ -482,8 +482,8 @@ def report(figures):
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     where = ", ".join(f"{name} {value}" for name, value in figures.get("where", {}).items())
-    text = ["Written by `python -m lab.bench`. Median, least and greatest of the rounds; *by*: the commit that "
-            f"was measured. Last run: {where}.\n",
+    text = ["Written by `python -m lab.bench`. Median, least and greatest of the rounds; *by*: the commit "
+            f"that was measured. Last run: {where}.\n",
             table + "\n"]
     if "tokens_a_second" in figures:
         rates = ", ".join(f"{name} {value:,.0f}" for name, value in figures["tokens_a_second"].items())

@@ -26,7 +26,7 @@ from eval import wilson
 from experts import find_model, write_atomic
 from lab.claims import markdown
 from lab.probe import open_finished
-from rlvr import run_cli
+from rlvr import layout_of_states, run_cli
 
 LORA, LORA_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ROUTER, ROUTER_CONFIG = "router.safetensors", "router.json"
@@ -106,10 +106,7 @@ def lora_config(args):
 
 def router_config(args, policy, experts):
     """How to build the router, and what it reads of the experts."""
-    widths, expert_of_state = [], []
-    for e, expert in enumerate(experts):
-        widths += [expert.width] * expert.states_per_text
-        expert_of_state += [e] * expert.states_per_text
+    widths, expert_of_state = layout_of_states(experts)
     arguments = dict(widths=widths, expert_of_state=expert_of_state, d_policy=policy.config.hidden_size,
                      latents=args.latents, heads=args.router_heads, dim=args.router_dim,
                      temperature=args.router_temperature)

@@ -15,7 +15,7 @@ import torch
 
 import rlvr
 import train
-from lab import claims, controls, figures, study
+from lab import bench, claims, controls, figures, study
 from rewards import Problem
 from rlvr import Dataset
 
@@ -479,6 +479,12 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
         after = [row["after"] for row in claims.runs_of(rows, task, way)]
         if after:
             assert f"{claims.mean_and_std(after)} ({len(after)})" in readme, (task, way)
+
+
+def test_speed_is_the_report_of_its_figures():
+    figures_of_speed = json.loads((claims.RESULTS / "speed.json").read_text())
+    page = (claims.RESULTS / "SPEED.md").read_text()
+    assert claims.with_report(page, bench.report(figures_of_speed)) == page
 
 
 def test_a_report_without_its_markers_is_refused():
