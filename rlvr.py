@@ -591,9 +591,11 @@ def ask_experts(problems, policy, experts, args):
     The datasets of the three splits find them there. Each expert is so loaded once for each kind of result
     (thoughts, texts, states), and not once more for each split.
     """
-    # Experts may need hours. Find a prompt that is too long for the policy before.
+    # Experts may need hours. Find a prompt that is too long for the policy before, among the longest ones. (A
+    # Dataset checks all of them.)
     if not args.expert_text:
-        _, ids = policy_prompts(problems, policy, args.answer_format)
+        longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
+        _, ids = policy_prompts(longest, policy, args.answer_format)
         check_window(ids, 0, policy, args)
 
     # Ask them.
