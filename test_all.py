@@ -258,8 +258,13 @@ def resume_to(finished, out, *settings):
 
 
 def forked(run, log):
-    """Call run() in a fork of this process, which has all imported; what it prints is in `log`."""
+    """Call run() in a fork of this process, which has all imported; what it prints is in `log`.
+
+    In a fork PyTorch may refuse to work in a new thread ("Invalid thread pool"), and transformers loads
+    weights in threads. So there it is told not to.
+    """
     def child():
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
         sys.stdout = sys.stderr = open(log, "w", buffering=1)
         faulthandler.enable(sys.stderr)  # a crash leaves a traceback in the log, too
         sys.exit(run())
