@@ -62,22 +62,26 @@ class Expert:
     """One frozen model: its tokenizer and its sizes. Its weights are in memory only while it reads or writes.
 
     source       a folder, or a model of the hub: "org/model" or "org/model@revision"
-    state_token  which token's state is used: "last" (of a BERT: its [SEP]), "first", or the "mean" of all
+    states       which tokens' states are used:
+                 "last"      that of the prompt's last token (of a BERT: its [SEP])
+                 "last:4"    those of its last 4 tokens, the last one first
+                 "first"     that of its first token
+                 "mean"      the mean of all
+                 "answer:6"  the expert first writes its answer, then reads prompt and answer together, so
+                             that its states are those it had while it answered: 6 states, of which state k is
+                             the one from which it chose token k of the answer. An expert that cannot write
+                             gives those of "last:6"
     layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
                  the final norm
-    positions    with state_token "last": how many tokens are used. They are those at the end of the prompt,
-                 the last one first. With own_text they start at the last token of the prompt and go forward.
-    own_text     the expert first writes its answer, then reads prompt and answer together, so that its states
-                 are those it had while it answered: state k is the one from which it chose token k of the
-                 answer. Ignored for an expert that cannot write.
     max_new      the most tokens of an answer that it may write
     cue          text that stands before the answer, such as "The answer is:"
     think        the most tokens of a thought that it writes before cue and answer; 0: it does not think. What
                  was said of the end of the prompt then holds for the end of the cue.
     untrained    the same architecture with random weights, the same ones every time (a control experiment)
 
-    One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1), positions=3
-    gives K = 6 states in this order: layer 1 at the last, second last and third last token, then layer -1.
+    One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1) and
+    states="last:3" give K = 6 states in this order: layer 1 at the last, second last and third last token,
+    then layer -1.
 
     For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may choose
     states in another way (`choose_tokens`; set `states_per_text` and `width` if there are others), or compute
@@ -88,11 +92,10 @@ class Expert:
     Raises ValueError for a model that is missing or damaged or that cannot be an expert.
     """
 
-    def __init__(self, source, state_token="last", layers=(-1,), positions=1, own_text=False, max_new=16,
-                 cue="", think=0, device="cpu", untrained=False):
+    def __init__(self, source, states="last", layers=(-1,), max_new=16, cue="", think=0, device="cpu",
+                 untrained=False):
         self.source = source
-        self.state_token = state_token
-        self.positions = positions
+        self.where, self.positions = which_states(states)
         self.max_new = max_new
         self.cue = cue
         self.device = torch.device(device)
@@ -122,8 +125,7 @@ class Expert:
                 raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last one), but not "
                                  f"{layer}: choose other --layers")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
-        states_per_layer = positions if state_token == "last" else 1
-        self.states_per_text = len(self.layers) * states_per_layer
+        self.states_per_text = len(self.layers) * self.positions
 
         # Load the tokenizer. Config and tokenizer both name a window; the smaller one counts, because
         # RoBERTa's config has two positions too many.
@@ -134,7 +136,7 @@ class Expert:
 
         # Only a model that generates text has stop tokens and can write.
         self.writes = generates_text(self.config)
-        self.own_text = own_text and self.writes
+        self.reads_own_answer = self.where == "answer" and self.writes
         self.think = think if self.writes else 0
         self.stop_ids = stop_tokens(self.folder, self.config) if self.writes else []
 
@@ -195,7 +197,7 @@ class Expert:
         """Read B texts, given as lists of token ids. Returns their states (B, K, width).
 
         length: the number of tokens T to which every text is padded. prompt_lengths: B numbers, how many
-        tokens of each text are its prompt; with own_text, the others are the expert's answer. Raises
+        tokens of each text are its prompt; the others, if there are any, are the expert's answer. Raises
         ValueError for a model whose output has another shape than its config says, or is not finite.
         """
         B = len(ids)
@@ -229,16 +231,16 @@ class Expert:
         mask (B, T) is False where there is padding; prompt_lengths: see `states_of`.
         """
         lengths = mask.sum(1)  # (B,)
-        if self.state_token == "mean":
+        if self.where == "mean":
             total = (hidden.float() * mask[..., None]).sum(1)
             return [total / lengths[:, None]]
-        if self.state_token == "first":
+        if self.where == "first":
             return [hidden[:, 0]]
 
-        # Start at the last token of the prompt. Go back, or with own_text go forward into the answer. Where a
+        # Start at the last token of the prompt. Go back, or go forward into the expert's own answer. Where a
         # text is too short, stay at its first or last token.
         last_of_prompt = torch.tensor(prompt_lengths) - 1  # (B,)
-        direction = 1 if self.own_text else -1
+        direction = 1 if self.reads_own_answer else -1
         chosen = []
         for k in range(self.positions):
             position = (last_of_prompt + k * direction).clamp(min=0).minimum(lengths - 1)
@@ -262,7 +264,7 @@ class Expert:
 
         The model stops at a stop token or at the end of a line. The stop token is left out, and so is a token
         that is only a line end. A token like "]\\n" stays, because its "]" is part of the answer. The tokens
-        returned here are those that `write_texts` decodes and that own_text reads.
+        returned here are those that `write_texts` decodes and that the expert reads for its "answer" states.
         length: the number of tokens to which every text is padded. kind: "texts", or "thoughts", which may
         have several lines and `think` tokens.
         """
@@ -376,9 +378,8 @@ class Expert:
         """sha256 (hex) of all that decides a result, except the text. It names the folder in the cache."""
         settings = []
         if kind == STATES:
-            settings += [self.state_token, self.layers, self.positions]
-            settings += ["forward" if self.own_text else "back"]
-        if kind == TEXTS or (kind == STATES and self.own_text):
+            settings += [self.where, self.layers, self.positions]
+        if kind == TEXTS or (kind == STATES and self.reads_own_answer):
             settings += [self.max_new]
         if self.think:
             settings += ["think", self.think]
@@ -396,6 +397,22 @@ class Expert:
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
+def which_states(states):
+    """Where states are read, and how many of each text: "last:4" -> ("last", 4), "mean" -> ("mean", 1).
+
+    Raises ValueError for what `Expert` does not know.
+    """
+    # "answer:1" would be the state before the first token of the answer: that of the prompt, "last".
+    least = {"last": 1, "answer": 2}
+    where, _, number = states.partition(":")
+    if states in ("last", "first", "mean"):
+        return where, 1
+    if where in least and number.isdecimal() and least[where] <= int(number) <= 64:
+        return where, int(number)
+    raise ValueError(f"--states {states} is unknown: choose last, first, mean, last:4 (1 to 64 tokens) or "
+                     "answer:6 (2 to 64 tokens)")
+
+
 # -- What all experts read, and what they write
 
 def read_states(experts, all_prompts, progress=True):
@@ -410,10 +427,10 @@ def read_states(experts, all_prompts, progress=True):
     columns = []
     for expert, prompts in zip(experts, all_prompts):
 
-        # Let the expert think, and with own_text write its answer. It then reads all of that together.
+        # Let the expert think, and write its answer if states of it are wanted. It then reads all together.
         thoughts = thought_ids(expert, prompts, progress)
         answers = None
-        if expert.own_text:
+        if expert.reads_own_answer:
             answers = written_ids(expert, prompts, progress)
 
         states = cached_rows(expert, STATES, prompts, thoughts, answers, progress)  # (n, K, width)
@@ -471,7 +488,7 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
     kind      "states": rows (K, width). "texts" and "thoughts": rows (max_new,) and (think,) of token ids, -1
               after the end
     thoughts  n lists of token ids that follow each prompt, see `thought_ids`; None while they are written
-    answers   for own_text: n lists of token ids that follow the thoughts; else None
+    answers   for "answer" states: n lists of token ids that follow the thoughts; else None
 
     A row is stored under its prompt alone, even if it depends on a thought or an answer: an expert with this
     fingerprint always writes the same ones to the same prompt.

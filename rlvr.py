@@ -88,9 +88,11 @@ from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick
                      write_texts)
 from model import Policy, bucket, pick_dtype
 from rewards import expand_home, get_problems, render_prompt, verify
-from router import ROUTERS, by_expert, reads_states
+from router import ROUTERS, by_expert, reads_states, shows_texts
 
-GRAD_CLIP = 1.0  # the largest norm of a gradient
+GRAD_CLIP = 1.0        # the largest norm of a gradient
+WORDS_PER_READING = 8  # a step of words has so many times as many problems as one of reading
+ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
 
 # -- GRPO: sample a group of answers, and compare each with its group
@@ -306,7 +308,7 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
-    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, args.words_batch, seed)
+    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, words_batch(args), seed)
     visible = dataset.visible_alone[experts].to(dataset.device)
     context, _ = router(dataset.states(indices), visible)
 
@@ -323,7 +325,7 @@ def learn_to_read(policy, router, dataset, args):
     With a router that has no context the same texts are learned from the prompt alone: a control.
     Yields the loss per token of each step.
     """
-    optimizer = make_optimizer(policy, router, lr=args.reading_lr, router_lr=args.reading_router_lr)
+    optimizer = make_optimizer(policy, router, lr=args.reading_lr, router_lr=args.reading_lr / ROUTER_SLOWER)
     for step in range(args.reading_steps):
         set_rates(optimizer, stage0_rate(step, args.reading_steps))
         loss, n_tokens = reading_step(policy, router, dataset, args, step)
@@ -351,6 +353,11 @@ def words_and_reading(args):
     """(steps of words, steps of reading) of stage 0. Words need a router that reads states."""
     has_words = args.reading_steps and reads_states(args.router)
     return (args.words_steps if has_words else 0), args.reading_steps
+
+
+def words_batch(args):
+    """How many problems a step of words has."""
+    return WORDS_PER_READING * args.reading_batch
 
 
 def stage0_parts(problems):
@@ -523,14 +530,9 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
 
 
 def set_rates(optimizer, fraction):
-    """Set the learning rates of LoRA and the router to a fraction of the full ones.
-
-    Trust always has its full rate. The warm-up of GRPO protects what is already learned, and trust starts
-    from zero.
-    """
+    """Set all learning rates to a fraction of the full ones."""
     for group in optimizer.param_groups:
-        if group["name"] != "trust":
-            group["lr"] = fraction * group["full_lr"]
+        group["lr"] = fraction * group["full_lr"]
 
 
 def parameters_of(optimizer):
@@ -544,8 +546,8 @@ def update(optimizer):
     """
     norm = clip_gradients(parameters_of(optimizer))
     if not math.isfinite(norm):
-        raise ValueError("a gradient of stage 0 is not finite: start again with a lower --reading_lr, "
-                         "--reading_router_lr and --words_lr")
+        raise ValueError("a gradient of stage 0 is not finite: start again with a lower --reading_lr "
+                         "and --words_lr")
     optimizer.step()
     optimizer.zero_grad()
 
@@ -593,7 +595,7 @@ def ask_experts(problems, policy, experts, args):
     """
     # Experts may need hours. Find a prompt that is too long for the policy before, among the longest ones. (A
     # Dataset checks all of them.)
-    if not args.expert_text:
+    if not shows_texts(args.router):
         longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
         _, ids = policy_prompts(longest, policy, args.answer_format)
         check_window(ids, 0, policy, args)
@@ -638,7 +640,7 @@ def layout_of_states(experts):
 
 def needs_texts(args):
     """Does this run need what the experts say?"""
-    return bool(args.reading_steps or args.expert_text)
+    return bool(args.reading_steps or shows_texts(args.router))
 
 
 class Dataset:
@@ -696,9 +698,9 @@ class Dataset:
             own = torch.arange(len(experts))[:, None] == self.expert_of_state
             self.visible_alone = own | only_reads[self.expert_of_state]
 
-        # The policy's prompts. With --expert_text, what the experts say stands before the question.
+        # The policy's prompts. With --router text, what the experts say stands before the question.
         asked = problems
-        if args.expert_text:
+        if shows_texts(args.router):
             asked = []
             for i, problem in enumerate(problems):
                 answers = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
@@ -850,9 +852,8 @@ def build(args):
     # The experts: tokenizers and sizes. Their weights are loaded only while they read.
     experts = []
     for source in args.experts:
-        expert = Expert(source, args.state_token, args.layers, args.positions, args.own_text,
-                        max_new=args.write, cue=args.cue, think=args.think, device=args.device,
-                        untrained=args.control == "untrained")
+        expert = Expert(source, args.states, args.layers, max_new=args.write, cue=args.cue,
+                        think=args.think, device=args.device, untrained=args.control == "untrained")
         if expert.name in [other.name for other in experts]:
             expert.name += f"-{len(experts)}"  # attention is reported by name, so names must differ
         experts.append(expert)
@@ -1220,7 +1221,7 @@ def run_cli(program, run):
         if not out_of_memory(error):
             raise
         message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
-                   "models, or a lower --batch, --words_batch, --reading_batch, --group, --max_new, --think, "
+                   "models, or a lower --batch, --reading_batch, --group, --max_new, --think, "
                    "--router_dim or --lora_rank")
     print(f"{program}: {message}", file=sys.stderr)
     return 2

@@ -279,18 +279,33 @@ class NoRouter(nn.Module):
         return None, None
 
 
+class TextInPrompt(NoRouter):
+    """No context either: what the experts say stands in the policy's prompt as words (rlvr.Dataset)."""
+
+
 ROUTERS = {  # by --router
     "attention": Router,
     "hard": HardRouter,
     "linear": LinearRouter,
     "constant": ConstantPrefix,
+    "text": TextInPrompt,
     "none": NoRouter,
 }
 
 
 def reads_states(router_name):
     """Does this router read the experts' states?"""
-    return ROUTERS[router_name] not in (ConstantPrefix, NoRouter)
+    return not issubclass(ROUTERS[router_name], (ConstantPrefix, NoRouter))
+
+
+def has_context(router_name):
+    """Does this router give the policy context tokens?"""
+    return not issubclass(ROUTERS[router_name], NoRouter)
+
+
+def shows_texts(router_name):
+    """Does the policy read what the experts say as words in its prompt?"""
+    return issubclass(ROUTERS[router_name], TextInPrompt)
 
 
 def by_expert(attention, expert_of_state):

@@ -176,7 +176,7 @@ def quick(tmp_path_factory):
                              eos_token_id=2, max_position_embeddings=256)
         model.save_pretrained(folder / name)
     return ("--preset tiny --device cpu --task logic+algorithmic --words_steps 6 --reading_steps 6 "
-            "--reading_batch 8 --reading_lr 5e-4 --steps 6 --batch 6 --group 4 --warmup 2 --lr 1e-3 "
+            "--reading_batch 8 --reading_lr 5e-4 --steps 6 --batch 6 --group 4 --lr 1e-3 "
             "--router_lr 2e-3 --trust_lr 0.1 --seed 2 --micro_batch 4 --max_new 4 --val 8 --test 8 "
             "--eval_every 3 --router_dim 16 --router_heads 2 --policy {0}/policy "
             "--experts {0}/logic {0}/algorithmic {0}/arithmetic".format(folder)).split()
@@ -509,10 +509,10 @@ def test_every_router_is_called_alike():
     for name in ROUTERS:
         router = ROUTERS[name](WIDTHS, [0, 1, 2], 32, 4, 2, 16, 1.0, 0.5)
         context, attention = router(H, torch.ones(4, 3, dtype=torch.bool), None)
-        assert (context is None) == (name == "none")
+        assert (context is None) == (not routers.has_context(name))
         assert context is None or context.shape == (4, 4, 32)
-        assert (attention is None) == (name in ("linear", "constant", "none"))
-        assert routers.reads_states(name) == (name not in ("constant", "none"))
+        assert (attention is None) == (name in ("linear", "constant", "text", "none"))
+        assert routers.reads_states(name) == (name not in ("constant", "text", "none"))
     with pytest.raises(ValueError, match="--router_dim 16 must be a multiple of --router_heads 3"):
         Router(WIDTHS, [0, 1, 2], 32, heads=3, dim=16)
 
@@ -675,8 +675,7 @@ def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, compar
             "--compare", compare, "--beta", beta)
 
     assert clipped == [True, True]
-    expected = torch.tensor([[0.5, 0.5, 1], [1, 1, 1]]) * torch.tensor([1e-2, 2e-3, 0.1])
-    torch.testing.assert_close(torch.tensor(rates), expected)  # a warm-up of 2 steps, but not for trust
+    assert rates == [[1e-2, 2e-3, 0.1]] * 2  # LoRA, router, trust
     problems = []
     for args, shown, _ in steps:
         problems += shown.problems[::2 if compare else 1]
@@ -946,7 +945,7 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     """In a step of one problem one expert that writes has a gradient; the encoder, the third one, always."""
-    args, policy, _, router, dataset = built(tmp_path, *quick, "--words_batch 1 --reading_batch 1 "
+    args, policy, _, router, dataset = built(tmp_path, *quick, "--reading_batch 1 "
                                              "--words_steps 12 --reading_steps 12")
     seen = []
 
@@ -955,6 +954,7 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(rlvr, "clip_gradients", noted)
+    monkeypatch.setattr(rlvr, "WORDS_PER_READING", 1)
     for losses in (rlvr.learn_words(policy, router, dataset, args),
                    rlvr.learn_to_read(policy, router, dataset, args)):
         seen.clear()
@@ -1162,18 +1162,17 @@ def test_controls_are_what_they_say(quick, tmp_path):
     ("linear", "untrained", 1),
     ("constant", "none", 1),
     ("none", "none", 1),
-    ("expert_text", "none", 0),
+    ("text", "none", 0),
 ])
 def test_every_mode_trains_and_is_found_again(quick, tmp_path, capsys, name, control, reading_steps):
-    mode = "--router none --expert_text" if name == "expert_text" else f"--router {name}"
-    out = trained(tmp_path / "run", *quick, mode, "--steps 2 --words_steps 1 --val 4 --test 4 --control",
-                  control, "--reading_steps", reading_steps)
+    out = trained(tmp_path / "run", *quick, f"--router {name} --control {control}",
+                  "--steps 2 --words_steps 1 --val 4 --test 4", "--reading_steps", reading_steps)
     saved = newest(out)
     has_attention = name in ("attention", "hard")
-    assert any(key.startswith("router") for key in saved) == (name not in ("none", "expert_text"))
+    assert any(key.startswith("router") for key in saved) == (name not in ("none", "text"))
     assert ("attention" in records(out)[0]) == has_attention
     assert ("reward_by_expert" in records(out)[0]) == (name == "attention")
-    assert ("logic: " in loaded(out)[2].prompts[0]) == (name == "expert_text")
+    assert ("logic: " in loaded(out)[2].prompts[0]) == (name == "text")
     assert bool(list(out.glob("stage0-*"))) == (reading_steps > 0)
 
     # eval.py finds the same numbers as the run did at its end.
@@ -1436,9 +1435,9 @@ def test_the_readmes_script_runs_word_for_word(tmp_path, monkeypatch):
 
 def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
     """Every sum begins with the same word, so the state of the first token is the same for all of them."""
-    for state_token, is_named in (("first", True), ("last", False)):
-        trained(tmp_path / state_token, "--preset tiny --task arithmetic --experts tiny/arithmetic "
-                "--reading_steps 0 --steps 1 --batch 2 --group 2 --val 8 --test 1 --state_token", state_token)
+    for states, is_named in (("first", True), ("last", False)):
+        trained(tmp_path / states, "--preset tiny --task arithmetic --experts tiny/arithmetic "
+                "--reading_steps 0 --steps 1 --batch 2 --group 2 --val 8 --test 1 --states", states)
         output = capsys.readouterr().out
         assert ("arithmetic's states are the same for all problems" in output) == is_named
 
@@ -2766,8 +2765,8 @@ def test_states_equal_transformers_on_the_text_alone(tmp_path, kind, own_cache):
     tokenizer = Expert(folder).tokenizer
 
     H = {}
-    for state_token in ("last", "first", "mean"):
-        H[state_token] = read_all(Expert(folder, state_token, layers=range(4), positions=3))
+    for states in ("last:3", "first", "mean"):
+        H[states] = read_all(Expert(folder, states, layers=range(4)))
 
     for i in (0, 5):
         with torch.no_grad():
@@ -2776,7 +2775,7 @@ def test_states_equal_transformers_on_the_text_alone(tmp_path, kind, own_cache):
 
         # Layer by layer, and in each layer the last token first.
         last = hidden[:, [-1, -2, -3]].flatten(0, 1)
-        torch.testing.assert_close(H["last"][i], last, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(H["last:3"][i], last, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(H["first"][i], hidden[:, 0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(H["mean"][i], hidden.mean(1), atol=1e-5, rtol=1e-5)
 
@@ -2819,10 +2818,10 @@ def test_all_batches_of_a_length_have_one_shape(tmp_path, own_cache, monkeypatch
     assert sizes == {16: {128}, 64: {32}}
 
 
-def test_own_text_is_read_from_its_first_token_on(tmp_path, own_cache):
+def test_an_own_answer_is_read_from_its_first_token_on(tmp_path, own_cache):
     """State k is the one from which the expert chose token k; a short answer repeats its last state."""
     folder = make_expert(tmp_path / "m")
-    expert = Expert(folder, layers=(1, -1), positions=3, own_text=True, max_new=3)
+    expert = Expert(folder, "answer:3", layers=(1, -1), max_new=3)
     answers = experts.written_ids(expert, TEXTS, progress=False)
     assert len({len(answer) for answer in answers}) > 1  # some end early
     writer = expert.load("texts")
@@ -2844,7 +2843,7 @@ def test_own_text_is_read_from_its_first_token_on(tmp_path, own_cache):
 
 def test_an_expert_thinks_before_its_answer(tmp_path, own_cache):
     """prompt -> thought -> cue -> answer, all greedy; the states are those from which it chose the answer."""
-    expert = Expert(make_expert(tmp_path / "m"), positions=2, own_text=True, max_new=2, cue="w7 w8", think=5)
+    expert = Expert(make_expert(tmp_path / "m"), "answer:2", max_new=2, cue="w7 w8", think=5)
     prompts = [expert.prompt(Problem(text, "1")) for text in TEXTS]
     assert prompts[0] == TEXTS[0] + "\n" + experts.THINK + "\n"  # the cue comes later
     thoughts = experts.thought_ids(expert, prompts, progress=False)
@@ -2937,8 +2936,8 @@ def test_the_fingerprint_changes_with_everything_that_decides_a_row(tmp_path):
     template = Path(folder, "chat_template.jinja")
     template.write_text("{{ messages[0]['content'] }}")
 
-    settings = [dict(), dict(state_token="first"), dict(layers=(1,)), dict(positions=2), dict(cue="w1"),
-                dict(untrained=True), dict(own_text=True), dict(own_text=True, max_new=3)]
+    settings = [dict(), dict(states="first"), dict(layers=(1,)), dict(states="last:2"), dict(cue="w1"),
+                dict(untrained=True), dict(states="answer:2"), dict(states="answer:2", max_new=3)]
     prints = [Expert(folder, **setting).fingerprint("states") for setting in settings]
     assert prints[0] == Expert(folder, layers=(3,)).fingerprint("states")  # 3 is the last layer, as -1 is
     prints.append(Expert(folder).fingerprint("texts"))
@@ -3054,9 +3053,9 @@ def test_a_vision_language_model_reads_and_does_not_write(tmp_path, own_cache):
                                         vision_config=vision, image_token_id=3)
     save_tokenizer(tmp_path / "m")
     transformers.SmolVLMForConditionalGeneration(config).save_pretrained(tmp_path / "m")
-    expert = Expert(str(tmp_path / "m"), own_text=True)
-    assert expert.writes is False and expert.own_text is False
-    assert read_all(expert).shape == (9, 1, 16)
+    expert = Expert(str(tmp_path / "m"), "answer:2")
+    assert expert.writes is False and expert.reads_own_answer is False
+    assert read_all(expert).shape == (9, 2, 16)  # those of "last:2"
     assert write_all(expert) == [""] * 9
 
 
@@ -3499,6 +3498,8 @@ def as_rank(rank, ports, out, settings):
         sampled.tokens = 3 + ((n + 7 * g)[..., None] + torch.arange(4)) % 90
         sampled.mask = sampled.tokens > 0
         sampled.rewards = ((n + g + half) % 3 == 0).float()
+        sampled.verdicts = [[rewards.Verdict(reward, "right" if reward else "wrong", reward == 1)
+                             for reward in row] for row in sampled.rewards.tolist()]
         return sampled
 
     def noted(parameters):
@@ -3793,7 +3794,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--temperature 0", "--temperature"),
     ("--steps 0", "--steps.*at least 1"),
     ("--reading_steps -1", "--reading_steps"),
-    ("--positions 0", "--positions"),
+    ("--states last:0", "--states last:0"),
     ("--latents 600", "--latents.*at most 512"),
     ("--seed 99999999999999999999", "--seed.*at most"),
     ("--steps 999999999999", "--steps or --batch"),
@@ -3812,20 +3813,18 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     # options that would have no effect, or exclude each other
     ("--data /does/not/exist", "--data .* has no effect"),
     ("--task gsm8k --data FILE --level bananas", "--level bananas has no effect"),
-    ("--expert_text --router none --reading_steps 5", "--reading_steps 0"),
-    ("--expert_text", "--router none"),
+    ("--router text --reading_steps 5", "--reading_steps 0"),
     ("--beta 0.04", "--beta 0"),
     ("--router constant --control noise --reading_steps 0", "--control"),
     ("--router none --lora_rank 0", "--lora_rank"),
-    ("--positions 2 --state_token first", "--positions"),
-    ("--own_text --state_token first", "--own_text"),
-    ("--own_text --positions 1", "--positions"),
+    ("--states first:2", "--states first:2"),
+    ("--states answer:1", "2 to 64"),
     ("--think 8", "--cue"),
-    ("--think 8 --cue A: --state_token first", "--think"),
+    ("--think 8 --cue A: --states first", "--think"),
     # names
     ("--router louder", "louder.*attention.*--extension"),
     ("--control wrong", "wrong.*shuffled.*--extension"),
-    ("--state_token second", "last, first, mean"),
+    ("--states second", "last, first, mean"),
     ("--extension nowhere.py", "--extension nowhere.py is not there"),
     ("--device cuda:7", "--device"),
     ("--device gpu", "--device"),

@@ -43,7 +43,7 @@ import rlvr
 from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_report, test_report,
                   unbreakable, wrap)
 from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, generates_text, loading,
-                     local_folder, pick_device, to_fetch, write_texts)
+                     local_folder, pick_device, to_fetch, which_states, write_texts)
 from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
                      official_files_to_fetch, render_prompt)
@@ -53,8 +53,8 @@ from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all
                   kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_step,
                   words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
                   pair_probabilities, parameters_of, prompt_format_of, ranks, read_config, rollout, run_cli,
-                  save_checkpoint, set_rates, words_and_reading, words_vocabulary, write_config)
-from router import ROUTERS, NoRouter, by_expert, reads_states
+                  save_checkpoint, words_and_reading, words_batch, words_vocabulary, write_config)
+from router import ROUTERS, NoRouter, by_expert, has_context, reads_states, shows_texts
 
 
 # -- The settings. The defaults are the run that `python train.py` makes; PRESETS below override them.
@@ -112,30 +112,24 @@ class Args:
     experts: list[str] = option(["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"],
         "The frozen experts: folders or names on the hub, of any architecture.")
     router: str = option("attention",
-        "What stands between experts and policy. attention: the method. hard, linear, constant, none: "
+        "What stands between experts and policy. attention: the method. hard, linear, constant, text, none: "
         "control experiments, see router.py.")
-    expert_text: bool = option(False,
-        "Put what the experts say into the policy's prompt (with --router none).")
     control: str = option("none",
         "Replace the experts' states by those of other problems (shuffled), by noise (noise), or by those"
         " of models with random weights (untrained).")
 
     # what is read of an expert
-    state_token: str = option("last",
-        "Which token's hidden state is read.", choices=["last", "first", "mean"])
+    states: str = option("last",
+        "Which hidden states are read. last, first, mean: of the prompt's tokens; last:4: of its last 4 "
+        "tokens; answer:6: those from which the expert chose the first 6 tokens of its own answer.")
     layers: list[int] = option([-1],
         "Which layers' states are read; 0 is the embedding, -1 the last layer.")
-    positions: int = option(1,
-        "How many states are read with --state_token last: of the last tokens, or with --own_text one for "
-        "each token of the answer.", minimum=1, maximum=64)
-    own_text: bool = option(False,
-        "Let an expert first write its own answer, and read the states from which it chose each token.")
     think: int = option(0,
         "Most tokens of reasoning that an expert writes before --cue and answer; 0: none.", minimum=0,
         maximum=16384)
     cue: str = option("", "Text that stands before every expert's answer, such as 'The answer is:'.")
     write: int = option(1,
-        "Most tokens that an expert may write, for stage 0, --own_text and --expert_text.", minimum=1,
+        "Most tokens of an expert's answer, for stage 0, --states answer:6 and --router text.", minimum=1,
         maximum=4096)
 
     # router and LoRA
@@ -155,15 +149,13 @@ class Args:
         "Training problems that the experts read for stage 0, at least.", minimum=4)
     words_steps: int = option(250,
         "Steps of stage 0 in which the router learns words. Ignored if --reading_steps is 0.", minimum=0)
-    words_batch: int = option(128,
-        "Problems in a step of words: many, as the policy is not run there.", minimum=1, maximum=65536)
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
     reading_steps: int = option(50,
         "Steps of stage 0 in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
-    reading_batch: int = option(16, "Problems in a step of reading.", minimum=1, maximum=4096)
+    reading_batch: int = option(16,
+        "Problems in a step of reading. A step of words has eight times as many, as no policy is run there.",
+        minimum=1, maximum=4096)
     reading_lr: float = option(3e-3, "Learning rate of LoRA while the policy learns to read.", above=0)
-    reading_router_lr: float = option(3e-4,
-        "Learning rate of the router while the policy learns to read.", above=0)
 
     # GRPO
     steps: int = option(10, "Steps of GRPO.", minimum=1)
@@ -179,8 +171,6 @@ class Args:
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
         "Learning rate of the router's trust in each expert; 0: no trust.", minimum=0)
-    warmup: int = option(0,
-        "Steps in which the rates of LoRA and router rise to their full value.", minimum=0)
     micro_batch: int = option(72,
         "Prompts in one gradient pass. It bounds memory and changes nothing that is learned. It is halved"
         " until a pass fits into memory.", minimum=1)
@@ -191,19 +181,18 @@ PRESETS = {
     "small": dict(  # real models for one consumer GPU, or for a patient CPU
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
-        cue="The answer is:", own_text=True, positions=6, write=6, router_dim=512, router_heads=8,
+        states="answer:6", cue="The answer is:", write=6, router_dim=512, router_heads=8,
         router_temperature=1.0, prefix_origin="zero",
-        words_steps=200, words_batch=256, words_lr=1e-3,
-        reading_steps=60, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
+        words_steps=400, words_lr=1e-3, reading_steps=60, reading_lr=4e-4,
         steps=20, batch=8, micro_batch=16, max_new=16, lr=1e-5, router_lr=1e-6, trust_lr=0.3),
     "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                  "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
         write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero",
-        words_steps=200, words_batch=256, words_lr=1e-3,  # stage 0 is off, --reading_steps switches it on
-        reading_steps=0, reading_batch=16, reading_lr=4e-4, reading_router_lr=1e-5,
-        steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0, warmup=20,
+        words_steps=400, words_lr=1e-3, reading_lr=4e-4,
+        reading_steps=0,  # no stage 0; --reading_steps 60 switches it on
+        steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0,
         compare=False, beta=0.04, eval_every=25),
 }
 
@@ -267,8 +256,6 @@ def main(args):
     candidate_experts = candidates(router, train_set, args)  # the experts that are compared; [] for none
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
-        set_rates(optimizer, min(1.0, step / max(1, args.warmup)))
-
         # 1. Take the next problems (there are enough for all steps), and look at whom the router attends to.
         batch = train_set.batch(my_part(range((step - 1) * args.batch, step * args.batch)))
         with torch.no_grad():
@@ -893,7 +880,7 @@ def parse_args(argv=None):
         args = fresh(given)
     args.device = choose_device(args)
     check(args)
-    if not (reads_states(args.router) or args.expert_text or args.reading_steps):
+    if not (reads_states(args.router) or shows_texts(args.router) or args.reading_steps):
         args.experts = []  # nothing of them is used
     fit_to_memory(args, given)
     return args
@@ -918,7 +905,7 @@ def fresh(given):
         args.level = "default"
 
     # Without experts in the context, stage 0 has to be asked for.
-    if args.router == "none" and "reading_steps" not in given:
+    if args.router in ("none", "text") and "reading_steps" not in given:
         args.reading_steps = 0
 
     args.data = absolute(args.data)
@@ -993,35 +980,26 @@ def check(args):
     refuse_if(args.compare and args.trust_lr and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
               "--compare false")
-    words, reading = words_and_reading(args)
     batches = [args.batch, args.val, args.test]
-    batches += [args.words_batch] if words else []
-    batches += [args.reading_batch] if reading else []
+    batches += [args.reading_batch] if args.reading_steps else []
     refuse_if(min(batches) < WORLD,
-              f"{WORLD} ranks need a problem each: raise --batch, --words_batch, --reading_batch, --val or "
-              "--test")
+              f"{WORLD} ranks need a problem each: raise --batch, --reading_batch, --val or --test")
     refuse_if(args.reading_steps and args.beta,
               "after stage 0 the KL to the frozen policy would undo what was learned: use --beta 0, or "
               "--reading_steps 0")
-    refuse_if(args.expert_text and args.router != "none",
-              "--expert_text puts words into the prompt instead of context tokens: use it with --router none")
-    refuse_if(args.expert_text and args.reading_steps,
-              "--expert_text needs no stage 0, as the policy can read words: use --reading_steps 0")
+    refuse_if(shows_texts(args.router) and args.reading_steps,
+              "--router text needs no stage 0, as the policy can read words: use --reading_steps 0")
     refuse_if(args.control != "none" and not reads,
               f"--router {args.router} reads no states that --control could replace: use --router attention")
-    refuse_if(not args.lora_rank and args.router == "none",
+    refuse_if(not args.lora_rank and not has_context(args.router),
               "--lora_rank 0 leaves nothing to train: give it a rank")
-    needs_experts = reads or args.expert_text or args.reading_steps
+    needs_experts = reads or shows_texts(args.router) or args.reading_steps
     refuse_if(needs_experts and not args.experts,
               f"--router {args.router} needs experts: name some with --experts, or use --router none")
-    refuse_if(args.positions > 1 and args.state_token != "last",
-              f"--positions {args.positions} counts last tokens: use it with --state_token last")
-    refuse_if((args.own_text or args.think) and args.state_token == "first",
-              "with --own_text and --think an expert writes after the first token, whose state that cannot "
-              "change: use --state_token last")
-    refuse_if(args.own_text and args.state_token == "last" and args.positions == 1,
-              "--own_text reads one state for each token of the expert's answer, and --positions 1 is the "
-              f"prompt's state alone: give more, such as --positions {max(2, args.write)}")
+    where, _ = which_states(args.states)
+    refuse_if(args.think and where == "first",
+              "with --think an expert writes after the first token, whose state that cannot change: use "
+              "--states last")
     refuse_if(args.think and not args.cue,
               "--think needs words that lead from the thought to the answer: add --cue 'The answer is:'")
 
@@ -1143,7 +1121,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     policy (a ModelSize), experts (several), prompt_tokens: of the longest prompt, padding included.
     """
     dtype = frozen_dtype(args, policy)
-    S = prompt_tokens + args.latents * (args.router != "none")
+    S = prompt_tokens + args.latents * (has_context(args.router))
     B = math.ceil(args.batch / WORLD)
 
     # Comparing shows every problem twice, each time with half of the answers.
@@ -1186,7 +1164,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
 
 def words_memory(args, policy, experts):
     """Bytes of a step of words: the router alone, in float32, with all that autograd keeps of it."""
-    problems = math.ceil(args.words_batch / WORLD)
+    problems = math.ceil(words_batch(args) / WORLD)
     states = number_of_states(args, experts)
     widest = max(expert.width for expert in experts)
     of_states = states * (3 * widest + 8 * args.router_dim)  # standardized, projected, keys and values
@@ -1275,7 +1253,7 @@ def reading_memory(args, expert, prompt_tokens):
 
 def number_of_states(args, experts):
     """N, how many states of a problem the router reads."""
-    states_per_layer = args.positions if args.state_token == "last" else 1
+    _, states_per_layer = which_states(args.states)
     return len(experts) * len(args.layers) * states_per_layer
 
 
@@ -1517,7 +1495,8 @@ def run_operations(args):
     answers = args.batch * args.group * args.max_new
     step = (prompts + answers) * (4 if args.beta else 3)
     stage0 = 2 * args.reading_batch * (P + args.write)
-    n_answers = args.val * math.ceil(args.steps / args.eval_every) + args.test * (2 + len(args.experts))
+    n_validations = math.ceil(args.steps / args.eval_every)
+    n_answers = n_validations * args.val + args.test * (2 + len(args.experts))
     tokens = args.steps * step + args.reading_steps * stage0 + n_answers * (P + args.max_new)
     return read + 2 * model_size(args.policy).params * tokens
 
@@ -1549,7 +1528,7 @@ def print_plan(args):
     n_train = n_training_problems(args)
     words, reading = words_and_reading(args)
     print(f"experts: each reads {n_train:,} + {args.val} + {args.test:,} prompts, once for all runs")
-    print(f"stage 0: {words} steps of words of {args.words_batch} problems, {reading} of reading of "
+    print(f"stage 0: {words} steps of words of {words_batch(args)} problems, {reading} of reading of "
           f"{args.reading_batch}")
     print(f"GRPO: {args.steps} steps of {args.batch} problems x {args.group} answers of at most "
           f"{args.max_new} tokens, {args.micro_batch} prompts in a gradient pass")

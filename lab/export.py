@@ -110,9 +110,8 @@ def router_config(args, policy, experts):
     arguments = dict(widths=widths, expert_of_state=expert_of_state, d_policy=policy.config.hidden_size,
                      latents=args.latents, heads=args.router_heads, dim=args.router_dim,
                      temperature=args.router_temperature)
-    return dict(router=args.router, arguments=arguments, experts=args.experts, state_token=args.state_token,
-                layers=args.layers, positions=args.positions, own_text=args.own_text, write=args.write,
-                cue=args.cue, think=args.think)
+    return dict(router=args.router, arguments=arguments, experts=args.experts, states=args.states,
+                layers=args.layers, write=args.write, cue=args.cue, think=args.think)
 
 
 # -- The model card

@@ -178,12 +178,10 @@ def short_name(source):
 def kind_of(args, compared):
     """What a run is called, whatever its seed: "attention, stage 0, compared"."""
     words = [args["router"]]
-    if args["expert_text"]:
-        words.append("expert text")
     if args["control"] != "none":
         words.append(args["control"])
-    if args["state_token"] != "last":
-        words.append(f"{args['state_token']} token")
+    if args["states"] != "last":
+        words.append(f"states {args['states']}")
     words.append("stage 0" if args["reading_steps"] else "without stage 0")
     if compared:
         words.append("compared")
@@ -193,7 +191,7 @@ def kind_of(args, compared):
 def command_of(args):
     """The command line that makes such a run: its preset, and all that differs from it."""
     usual = dataclasses.asdict(Args(**PRESETS.get(args["preset"], {})))
-    if args["router"] == "none":  # then there is no stage 0 unless it is asked for
+    if args["router"] in ("none", "text"):  # then there is no stage 0 unless it is asked for
         usual["reading_steps"] = 0
     if args["task"] == "gsm8k":
         usual["level"] = "default"

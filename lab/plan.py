@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from rlvr import WORLD, run_cli
+from router import has_context
 from train import (GAPS, GPU_ROWS, PRESETS, Args, estimate_of, frozen_dtype, longest_prompt, model_size,
                    parse_args, peak_memory, print_plan)
 
@@ -118,7 +119,7 @@ def plan(args, length=None, gpu=None):
     table = print_plan(args)
     policy = model_size(args.policy)
     tokens, T = longest_prompt(args), length or args.max_new
-    S = tokens + args.latents * (args.router != "none")
+    S = tokens + args.latents * (has_context(args.router))
     rollout, gradient = step_seconds(args, policy, S, T, gpu)
     step = rollout + gradient
     print(f"a step of GRPO, prompts of {tokens} tokens and answers of {T}: {step:.2g} s (rollout "

@@ -159,8 +159,9 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
 
     The expert is the first one that writes. The states are those of a middle layer, of the last layer, or of
     both: of the last 1, 2 or 4 tokens of the prompt, or with its own text of the prompt's last token and the
-    0, 1 or 3 tokens of the text that follow it. Yields a dict for each choice of layers: `own_text`,
-    `layers`, and `spelled`, {number of tokens: fraction of new texts that are spelled without a mistake}.
+    0, 1 or 3 tokens of the text that follow it. Yields a dict for each choice of layers: `states` (what
+    `Expert` is asked for), `layers`, and `spelled`, {number of tokens: fraction of new texts that are spelled
+    without a mistake}.
     Raises ValueError if no expert writes.
     """
     expert = next((expert for expert in experts if expert.writes), None)
@@ -169,23 +170,23 @@ def spell(policy, experts, args, steps=200, n_train=1750, n_val=250):
 
     # Let the expert write, and turn its texts into the policy's tokens. No states are read for that.
     problems = load_problems(args, "train", n_train) + load_problems(args, "val", n_val)
-    only_texts = dict(router="none", control="none", expert_text=False, reading_steps=1)
+    only_texts = dict(router="none", control="none", reading_steps=1)
     dataset = Dataset(problems, policy, [expert], Namespace(**(vars(args) | only_texts)))
     targets = dataset.targets[0]
 
     prompts = [expert.prompt(problem) for problem in problems]
     middle, last = round(2 / 3 * expert.n_layers), expert.n_layers
-    for own_text in (False, True):
+    for states in (f"last:{max(POSITIONS)}", f"answer:{max(POSITIONS)}"):
         # Read all states that any of the routers needs: (n, 2 * 4, width), the middle layer's first.
-        reader = Expert(expert.source, "last", [middle, last], max(POSITIONS), own_text, max_new=args.write,
-                        cue=args.cue, think=args.think, device=expert.device, untrained=expert.untrained)
+        reader = Expert(expert.source, states, [middle, last], max_new=args.write, cue=args.cue,
+                        think=args.think, device=expert.device, untrained=expert.untrained)
         H = read_states([reader], [prompts]).float().to(policy.embed.device)
 
         for layers in ((middle,), (last,), (middle, last)):
-            row = dict(own_text=own_text, layers=layers, spelled={})
+            row = dict(states=states, layers=layers, spelled={})
             for positions in POSITIONS:
-                states = H[:, places_of_states(layers, last, positions)]
-                row["spelled"][positions] = fraction_spelled(policy, args, states, targets, n_train, steps)
+                chosen = H[:, places_of_states(layers, last, positions)]
+                row["spelled"][positions] = fraction_spelled(policy, args, chosen, targets, n_train, steps)
             yield row
 
 
@@ -243,7 +244,7 @@ SPELL_HEAD = "| read after | layers | 1 token | 2 tokens | 4 tokens |\n" + "|---
 
 def spell_line(row):
     """A line of Markdown below SPELL_HEAD."""
-    read_after = "its own text" if row["own_text"] else "the prompt"
+    read_after = "its own text" if row["states"].startswith("answer") else "the prompt"
     layers = " and ".join(map(str, row["layers"]))
     percents = [f"{fraction:.0%}" for fraction in row["spelled"].values()]
     return f"| {' | '.join([read_after, layers, *percents])} |"
@@ -289,7 +290,7 @@ def tell_prompts(experts, dataset, i):
         thought = thought_ids(expert, [text], progress=False)[0]
         if thought:
             lines += wrapped(f"  it thinks, and the cue follows: {expert.tokenizer.decode(thought)!r}")
-        if expert.own_text:
+        if expert.reads_own_answer:
             written = written_ids(expert, [text], progress=False)[0]
             lines += wrapped(f"  then it reads its own answer: {expert.tokenizer.decode(written)!r}")
     return lines

@@ -84,15 +84,15 @@ TASKS = {
 
 # The rates and steps with which routers learned before experts were compared. They suit ways that compare
 # nothing, for which the few steps and low rates of the presets would be too little.
-LONGER = {"tiny": "--steps 80 --lr 1e-3 --router_lr 2e-3 --warmup 20",
-          "small": "--steps 40 --lr 4e-4 --router_lr 4e-5 --warmup 20"}
+LONGER = {"tiny": "--steps 80 --lr 1e-3 --router_lr 2e-3",
+          "small": "--steps 40 --lr 4e-4 --router_lr 4e-5"}
 
 # To tell an expert from its copy takes more steps than to tell experts of different datasets.
 MORE_STEPS = {"tiny": "--steps 20", "small": ""}
 
 WAYS = {
     "soft": "--router attention",
-    "soft first": "--router attention --state_token first",
+    "soft first": "--router attention --states first",
     "soft shuffled": "--router attention --control shuffled",
     "soft noise": "--router attention --control noise",
     "soft untrained": "--router attention --control untrained",
@@ -102,7 +102,7 @@ WAYS = {
     "soft wide": "--router attention",
 
     # The paper's one state after the prompt, without the expert's own text.
-    "soft prompt": "--router attention --own_text false --positions 1",
+    "soft prompt": "--router attention --states last",
 
     # What comparing adds: the same run without it, and the run as it was before there was comparing.
     "soft without comparing": "--router attention --compare false",
@@ -117,7 +117,7 @@ WAYS = {
     "prefix": "--router constant {longer}",
     "hard": "--router hard {longer}",
     "linear": "--router linear {longer}",
-    "text": "--router none --expert_text --reading_steps 0 {longer}",
+    "text": "--router text {longer}",
 
     # No run of its own: the weights of soft's run after stage 0, tested by eval.py.
     "stage 0": "",
@@ -435,7 +435,7 @@ def collect(run):
 
     # The row: the settings that differ between runs, and the numbers of the tables.
     row = {}
-    for key in ("router", "control", "expert_text", "compare", "state_token", "cue", "reading_steps", "lr",
+    for key in ("router", "control", "compare", "states", "cue", "reading_steps", "lr",
                 "router_lr", "trust_lr"):
         row[key] = args[key]
     val = [record["val"] for record in metrics if "val" in record]

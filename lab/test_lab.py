@@ -302,7 +302,7 @@ def test_every_command_is_one_that_train_takes(tmp_path):
         reading_steps[run.task, run.way] = args.reading_steps
         routers[run.way.split()[0]] = args.router
     assert routers == dict(soft="attention", single="none", prefix="constant", hard="hard", linear="linear",
-                           text="none")
+                           text="text")
     for (task, way), steps in reading_steps.items():
         expected = reading_steps["mix" if task == "rates" else task, "soft"]
         assert expected > 0

@@ -126,7 +126,7 @@ def test_a_router_spells_what_an_expert_would_say(opened):
     args, policy, experts, _ = opened
     rows = list(probe.spell(policy, experts, args, steps=20, n_train=256, n_val=64))
     assert len(rows) == 6
-    assert (rows[1]["own_text"], rows[1]["layers"]) == (False, (3,))
+    assert (rows[1]["states"], rows[1]["layers"]) == ("last:4", (3,))
     assert list(rows[1]["spelled"]) == [1, 2, 4] and min(rows[1]["spelled"].values()) > 0.5
     assert probe.spell_line(rows[2]).startswith("| the prompt | 2 and 3 | ")
 
