@@ -78,8 +78,10 @@ TASKS = {
                    "--extension lab/controls.py --control each_knows_one --steps 40 --trust_lr 1.0 "
                    "--stage0_problems 4000",
 
-    # Two experts that are each right about a part of one dataset.
-    "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL}",
+    # Two experts that are each right about a part of one dataset. To tell them apart takes more problems than
+    # to tell experts of different datasets.
+    "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL} --steps 40 --batch 16 "
+                  "--trust_lr 1.0 --stage0_problems 4000",
 }
 
 # The rates and steps with which routers learned before experts were compared. They suit ways that compare
