@@ -159,15 +159,15 @@ class LoRALinear(nn.Module):
     B (out, rank): the layer computes x (W + scale B A)', a change of W that takes few numbers to describe.
     A starts random and B at zero, so a fresh layer computes exactly x W'.
 
-    Here m layers are stacked. W has the rows of all of them, and A (m rank, in) has all their A. Each layer
-    keeps its own B; in the product these are the diagonal blocks of one matrix (out, m rank). For example,
-    for queries, keys and values:
+    Here m layers are stacked. W has the rows of all of them, and A (m rank, in) stacks the A of all m layers.
+    Each layer keeps its own B; in the product these are the diagonal blocks of one matrix (out, m rank). For
+    example, for queries, keys and values:
 
             [Aq]        [Bq  0   0 ]          [Bq Aq]
         A = [Ak]    B = [0   Bk  0 ]    B A = [Bk Ak]
             [Av]        [0   0   Bv]          [Bv Av]
 
-    So m layers with LoRA cost three products, not 3 m.
+    So m layers with LoRA cost three products, and not 3 times m.
     """
 
     def __init__(self, matrices, biases, rank):
@@ -180,7 +180,7 @@ class LoRALinear(nn.Module):
 
         # A and B are float32 whatever W is. bfloat16 has 8 significant bits: an update that changes a number
         # by a ten-thousandth would be rounded away.
-        self.scale = 2.0  # the paper's alpha / rank; alpha is always 2 rank here
+        self.scale = 2.0  # alpha / rank in LoRA's paper; here alpha is always 2 * rank
         width, device = self.weight.shape[1], self.weight.device
         self.A = nn.Parameter(torch.randn(rank * len(matrices), width, device=device) / width**0.5)
         self.B = nn.ParameterList(torch.zeros(len(w), rank, device=device) for w in matrices)
@@ -230,7 +230,7 @@ class Policy(nn.Module):
         layers = range(config.num_hidden_layers)
         self.embed = nn.Buffer(weights.pop("model.embed_tokens.weight"))  # (V, d)
         self.norm = nn.Buffer(weights.pop("model.norm.weight"))  # (d,)
-        self.dtype = self.norm.dtype  # of hidden states: that of the matrices, or float32 if they are float16
+        self.dtype = self.norm.dtype  # of hidden states: as the weights, but float32 if these are float16
         self.head = self.embed
         if not config.tie_word_embeddings:
             self.head = nn.Buffer(weights.pop("lm_head.weight"))  # (V, d)
@@ -329,7 +329,7 @@ class Policy(nn.Module):
     def extend(self, tokens, prefill, first=0, completion_kv=None):
         """Hidden states (B, G, T, d) of T completion tokens (B, G, T).
 
-        first: index of the first of them in its completion, a number or a tensor (1,). completion_kv, of
+        first: the position of tokens[..., 0] in its completion, a number or a tensor (1,). completion_kv, of
         shape (layers, 2, B, nk, G, slots, hd): keys and values of the completions, one slot for each token.
         The slots of earlier tokens are read, those of the T tokens are written. None: no earlier tokens.
         """
@@ -340,8 +340,8 @@ class Policy(nn.Module):
         r = self.config.num_attention_heads // self.config.num_key_value_heads
 
         # Number the tokens of a completion, and find for each token the slots that lie in its future. The r
-        # query heads that read one key head stand one below the other (see `group_attention`), so the mask of
-        # two tokens with r = 2 is
+        # query heads that share one key head are further rows of the mask (see `group_attention`). With r = 2
+        # and two tokens it is
         #
         #     head 0, token 0    False  True
         #     head 0, token 1    False  False
@@ -389,7 +389,7 @@ class Policy(nn.Module):
         # LoRA is merged into the weights here, as it does not change while tokens are sampled.
         with self.lora("merged"):
             for t in range(max_new):
-                # Stop when all completions have ended. Waiting for a GPU's answer costs time: ask it seldom.
+                # Stop when all completions have ended. A GPU must be waited for, so ask it every 8 tokens.
                 if (on_cpu or t % 8 == 0) and not decoder.alive.any():
                     break
 
@@ -403,7 +403,8 @@ class Policy(nn.Module):
                     continue
 
                 # At t = 2 record the step as a CUDA graph, a list of the GPU's operations that is replayed
-                # from then on without Python. The step at t = 1 ran without, as the first call loads kernels.
+                # from then on without Python. The step at t = 1 ran without a graph, as the first call loads
+                # kernels.
                 if t == 2 and use_graph:
                     step = capture_graph(decoder.step, self.embed.device)
                 if on_cpu:
@@ -447,7 +448,7 @@ class Policy(nn.Module):
         normed = self.final_norm(h)
         logp, entropy = TokenLogprob.apply(normed, self.head, targets, temperature, chunk)
 
-        # Put them where mask is True. masked_scatter takes only as many as there are real tokens.
+        # Put them where mask is True. masked_scatter ignores the rows that were added at the end.
         zeros = torch.zeros(mask.shape, device=mask.device)
         return zeros.masked_scatter(mask, logp), zeros.masked_scatter(mask, entropy)
 
@@ -463,7 +464,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def lora(self, mode):
-        """Run the policy inside this context without LoRA ("off"), or with LoRA in its weights ("merged").
+        """Within `with policy.lora(mode)` LoRA is "off", or it is in the weights: "merged".
 
         "merged" computes W + scale B A once, rounded to the dtype of W. That saves two thin products for each
         token and layer, a sixth of the time of a decoding step. It is for sampling: LoRA gets no gradient.
@@ -584,7 +585,7 @@ class Decoder:
         self.alive.logical_and_(self.goes_on[token])
 
     def make_room(self, used):
-        """See to it that there are slots for `used` tokens. Makes a new tensor: not for a recorded graph."""
+        """Make sure that there are slots for `used` tokens. Makes a new tensor: not for a recorded graph."""
         slots = self.completion_kv.shape[-2]
         if used > slots:
             self.completion_kv = F.pad(self.completion_kv, (0, 0, 0, bucket(used) - slots))
@@ -663,7 +664,7 @@ class TokenLogprob(torch.autograd.Function):
             chunk_targets = targets[start:start + chunk, None]
 
             for rows, target in zip(logits.split(n_rows), chunk_targets.split(n_rows)):
-                # 2. Take the softmax in float32. (If the logits are float32, z is not a copy but the logits.)
+                # 2. Take the softmax in float32. (If the logits are float32, z is the same memory.)
                 z = rows.float().div_(temperature)
                 p = z.softmax(-1)
 

@@ -28,8 +28,8 @@ How this differs from the textbook:
        rollout              G / 2 answers to each, and their rewards          (2 B, G / 2)
        advantages           mean and std are those of the half                (2 B, G / 2)
        grpo_loss            trains LoRA and, through the context, how the router reads
-       pair_probabilities   how the attention, once more and now with
-                            gradient, divides between the two                 (B, 2)
+       pair_probabilities   how the attention divides between the two (the
+                            router runs again, now with gradient)             (B, 2)
        choice_loss          moves it to the expert whose half earned more: trains trust
 
    The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
@@ -38,8 +38,9 @@ How this differs from the textbook:
    keys, also gets the gradient of the choice loss, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
-5. There is no KL term after stage 0. It would pull the policy back to the frozen policy, which cannot read a
-   context, and so it would undo stage 0. Without stage 0 (preset *paper*) it is there, with weight 0.04.
+5. After stage 0 there is no KL term (--beta must be 0). It would pull the policy back to the frozen policy,
+   which cannot read a context, and so it would undo stage 0. Without stage 0 (preset *paper*) it is there,
+   with weight 0.04.
 
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
 experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read, and
@@ -91,7 +92,7 @@ from rewards import expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
-WORDS_PER_READING = 8  # a step of words has so many times as many problems as one of reading
+WORDS_PER_READING = 8  # a step of words has this many times more problems than a step of reading
 ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
 
@@ -269,9 +270,9 @@ def choice_loss(p, half_rewards):
     step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
     Why not the expected reward, - sum of p R? As a function of trust, p_w is roughly a sigmoid of the
-    difference between the two experts, whose derivative is p_w (1 - p_w). That is nearly 0 where p_w is: if
-    trust has once gone far in a wrong direction, it hardly comes back. The derivative of log p_w is only
-    1 - p_w, which is largest there.
+    difference between the two experts, whose derivative is p_w (1 - p_w). This derivative is nearly 0 when
+    p_w is nearly 0: if trust has once gone far in a wrong direction, it hardly comes back. The derivative of
+    log p_w is 1 - p_w, which is then nearly 1.
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
@@ -366,14 +367,14 @@ def stage0_parts(problems):
         | GRPO begins here | reading | words             |
         0                 1/4       1/2                  1     of the problems
 
-    GRPO takes the problems in order from the first one on (a long run also reaches the others). Why different
-    ones? The router has memorized the states that it was trained on, so its context is too good there. The
-    policy must learn to read the context of problems that are new to the router. A question that comes twice
-    counts once, where it comes first.
+    Why do words and reading use different problems? In its steps of words the router memorizes states, so
+    that its context for these problems is too good. The policy must learn to read the context of problems
+    that are new to the router. GRPO takes the problems in order from the first one on; a long run also
+    reaches the others.
 
-    A dataset with few questions repeats them: all of them come in the first part, and none would be left for
-    words. Its questions are divided without regard to their places, a third for reading, the others for
-    words. (If there is only one, it serves for both.)
+    A dataset with fewer questions than its share of the problems repeats them. Then every question comes
+    early, and none would be left for words. So the questions of such a dataset are divided without regard to
+    their places: a third of them for reading, the others for words. (A single question serves for both.)
     """
     # Where does each question come first?
     first_places = {}
@@ -388,7 +389,8 @@ def stage0_parts(problems):
     reading, words = [], []
     for dataset, questions in first_places.items():
         indices = list(questions.values())
-        if len(indices) < n_problems[dataset]:  # it repeats its questions
+        repeats = len(indices) < n_problems[dataset]
+        if repeats:
             third = max(1, len(indices) // 3)
             reading += indices[:third]
             words += indices[third:] or indices
@@ -415,9 +417,9 @@ def draw_stage0(groups, writers, size, seed):
 
     Each draw takes an expert that writes, then one of its different texts, then a problem with this text. A
     text that comes n times is drawn with a weight of sqrt(n). If all problems had the same weight, a rare
-    answer such as -13 would hardly be learned; if all texts had, an expert's many odd answers to questions
-    that it does not understand would crowd out the others. The draw depends on the seed alone. Raises
-    ValueError if no expert says anything.
+    answer such as -13 would hardly be learned. If all texts had the same weight, an expert's many odd answers
+    to questions that it does not understand would crowd out the others. The draw depends on the seed alone.
+    Raises ValueError if no expert says anything.
     """
     writers = [e for e in writers if groups[e]]
     if not writers:
@@ -590,11 +592,11 @@ class Batch:
 def ask_experts(problems, policy, experts, args):
     """Let every expert write and read all problems of a run, so that the results are in the cache on disk.
 
-    The datasets of the three splits find them there. Each expert is so loaded once for each kind of result
-    (thoughts, texts, states), and not once more for each split.
+    The datasets of the three splits find them there. So each expert is loaded only once for each kind of
+    result (thoughts, texts, states), and not once more for each split.
     """
-    # Experts may need hours. Find a prompt that is too long for the policy before, among the longest ones. (A
-    # Dataset checks all of them.)
+    # Experts may need hours. So first check that the longest prompts fit into the policy's window. (A Dataset
+    # checks all prompts, later.)
     if not shows_texts(args.router):
         longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
         _, ids = policy_prompts(longest, policy, args.answer_format)
@@ -625,7 +627,7 @@ def policy_prompts(problems, policy, answer_format):
 
 
 def prompt_format_of(answer_format):
-    """The policy's prompt is plain where its answer is. Where the answer is tagged, the prompt is a chat."""
+    """A plain answer follows a plain prompt, a tagged answer a chat."""
     return "plain" if answer_format == "plain" else "chat"
 
 
@@ -656,9 +658,9 @@ class Dataset:
     writers          the indices of the experts that say anything
     words_groups     [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
     reading_groups   the same for `learn_to_read`
-    visible_alone    (E, N): row e is True for the states of expert e, and, where experts write, also for
-                     those of all experts that write nothing, such as encoders. Stage 0 cannot teach to read
-                     these one by one; they are visible beside each of the others.
+    visible_alone    (E, N): which states are visible when expert e is shown: its own. If the run uses texts,
+                     those of all experts that write nothing, such as encoders, are visible beside them,
+                     because stage 0 cannot teach to read these experts one by one.
     Raises ValueError for a prompt that does not fit into the policy's window.
     """
 
@@ -821,8 +823,8 @@ def load_problems(args, split, n=None):
     """The problems of a split: n of them, by default as many as the run needs.
 
     Training problems are shuffled within blocks of fixed size, so that a longer run begins with the same
-    ones. A small dataset gives as many held-out problems as it has. Raises ValueError if there is not one for
-    each rank.
+    ones. A small dataset gives as many held-out problems as it has. Raises ValueError if there are fewer
+    problems than ranks.
     """
     if split != "train":
         skipped = args.test_skip if split == "test" else 0
@@ -861,7 +863,7 @@ def build(args):
         raise ValueError("stage 0 needs an expert that writes, and these only read: use --reading_steps 0, "
                          "or add another expert")
 
-    # The policy. An Expert made of the same folder finds its tokenizer and its size; it is not used as one.
+    # The policy. An Expert is made of its folder, too, but only to find the tokenizer and the size.
     policy_files = Expert(args.policy)
     if args.answer_format == "auto":
         args.answer_format = "tagged" if policy_files.prompt_format == "chat" else "plain"

@@ -20,7 +20,8 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
 
 The latents are added in the last line, so context tokens differ even where all latents read the same single
 state, as they do when one expert with one state is visible. (Left out here: the clamp after scaling, norms,
-the embedding of each state, the output projection of the attention, and the residual sum around the mlp.)
+the embedding of each state, the temperature and the output projection of the attention, and the residual sum
+around the mlp.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -30,9 +31,9 @@ collaboration has emerged: rewards alone have told the router whom to believe.
 Trust is ours, not the paper's. It is one number for each expert and problem, a linear function of the
 expert's states, that is added to the scores of all of the expert's states, for all heads and latents. Where
 an expert gives several states, queries and keys decide WHICH latent reads WHICH of them; they learn that in
-stage 0, before any reward. Trust decides WHOM to believe; only rewards can teach that. The two are separate
-because they need different learning rates: if queries and keys moved fast enough to learn whom to believe,
-they would forget how to read.
+stage 0, before any reward. Trust mainly decides WHOM to believe; only rewards can teach that. (Queries and
+keys learn from the same rewards, but slowly.) The two are separate because they need different learning
+rates: if queries and keys moved fast enough to learn whom to believe, they would forget how to read.
 
 How trust learns: by comparing experts (rlvr.py). Half of a group of answers is sampled while only one expert
 is visible (beside encoders, which write nothing), the other half while only another one is. The expert whose
@@ -105,7 +106,8 @@ class Router(StateReader):
     temperature  divides Q K' but not trust; below 1 the attention becomes sharper
     init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. (Near
                  zero in the paper. rlvr.build gives 0.02 if the policy adds its mean embedding to them, and
-                 0.5 if not.) A small prefix does little harm, and every parameter has a gradient
+                 0.5 if not.) A small prefix does little harm; one of size 0 would give the parameters
+                 before it no gradient
     Raises ValueError when dim is not a multiple of heads.
     """
 
@@ -216,7 +218,7 @@ class HardRouter(Router):
     about the states that it did not choose.
     """
 
-    compares = False  # it learns its choice from the gradient of the answers, as the policy does
+    compares = False  # it learns its choice from the GRPO loss
 
     def __init__(self, widths, expert_of_state, *args, **kwargs):
         super().__init__(widths, expert_of_state, *args, **kwargs)

@@ -125,12 +125,12 @@ class Args:
     layers: list[int] = option([-1],
         "Which layers' states are read; 0 is the embedding, -1 the last layer.")
     think: int = option(0,
-        "Most tokens of reasoning that an expert writes before --cue and answer; 0: none.", minimum=0,
-        maximum=16384)
+        "Maximum number of tokens in which an expert may reason before --cue and its answer; 0: it does not.",
+        minimum=0, maximum=16384)
     cue: str = option("", "Text that stands before every expert's answer, such as 'The answer is:'.")
     write: int = option(1,
-        "Most tokens of an expert's answer, for stage 0, --states answer:6 and --router text.", minimum=1,
-        maximum=4096)
+        "Maximum number of tokens of an expert's answer, for stage 0, --states answer:6 and --router text.",
+        minimum=1, maximum=4096)
 
     # router and LoRA
     latents: int = option(8, "Number of context tokens.", minimum=1, maximum=512)
@@ -140,13 +140,13 @@ class Args:
         "Temperature of the router's attention; below 1 it is sharper.", above=0)
     prefix_origin: str = option("mean",
         "The vector to which context tokens are added: zero (paper), or the mean embedding, which suits "
-        "small policies.", choices=["zero", "mean"])
+        "the tiny policy.", choices=["zero", "mean"])
     lora_rank: int = option(8, "Rank of LoRA on the policy; 0 leaves the policy frozen.", minimum=0,
         maximum=1024)
 
     # stage 0
     stage0_problems: int = option(2000,
-        "Training problems that the experts read for stage 0, at least.", minimum=4)
+        "The experts read at least this many training problems for stage 0.", minimum=4)
     words_steps: int = option(250,
         "Steps of stage 0 in which the router learns words. Ignored if --reading_steps is 0.", minimum=0)
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
@@ -155,25 +155,27 @@ class Args:
     reading_batch: int = option(16,
         "Problems in a step of reading. A step of words has eight times as many, as no policy is run there.",
         minimum=1, maximum=4096)
-    reading_lr: float = option(3e-3, "Learning rate of LoRA while the policy learns to read.", above=0)
+    reading_lr: float = option(3e-3,
+        "Learning rate of LoRA while the policy learns to read; the router has a tenth of it.", above=0)
 
     # GRPO
     steps: int = option(10, "Steps of GRPO.", minimum=1)
     batch: int = option(36, "Problems in a step.", minimum=1)
     group: int = option(8, "Answers to each problem.", minimum=2, maximum=4096)
-    max_new: int = option(8, "Most tokens of an answer.", minimum=1)
+    max_new: int = option(8, "Maximum number of tokens of the policy's answer.", minimum=1)
     temperature: float = option(1.0, "Temperature of sampling, and of the loss.", above=0)
     compare: bool = option(True,
         "Compare two experts on each problem, so that rewards teach whom to believe.")
     beta: float = option(0.0,
-        "Weight of the KL to the frozen policy. It must be 0 after stage 0, which it would undo.", minimum=0)
+        "Weight of the KL to the frozen policy. It must be 0 in a run with stage 0, which it would undo.",
+        minimum=0)
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
-        "Learning rate of the router's trust in each expert; 0: no trust.", minimum=0)
+        "Learning rate of trust, which says how much each expert is believed; 0: no trust.", minimum=0)
     micro_batch: int = option(72,
-        "Prompts in one gradient pass. It bounds memory and changes nothing that is learned. It is halved"
-        " until a pass fits into memory.", minimum=1)
+        "Prompts in one gradient pass; with comparing, each problem is two prompts. It bounds memory and "
+        "changes nothing that is learned. It is halved until a pass fits into memory.", minimum=1)
 
 
 PRESETS = {
@@ -233,15 +235,16 @@ def main(args):
     if args.reading_steps and not progress["stage0"]:
         words_steps, reading_steps = words_and_reading(args)
 
-        # Words: context token k becomes the embedding of token k of the expert's text. The loss is a
-        # cross-entropy over the vocabulary. It trains the router alone.
+        # Words: the context tokens become the embeddings of the prompt's last token and of the expert's text
+        # behind it. The loss is a cross-entropy: the logits are the inner products of a context token with
+        # the embeddings of the vocabulary. It trains the router alone.
         if words_steps:
             losses = learn_words(policy, router, train_set, args)
             for step, loss in numbered(losses, words_steps, "words"):
                 log_stage0(out, "words", step, loss)
 
-        # Reading: minus the log-probability of the text, given context and prompt. It trains LoRA, and the
-        # router a little.
+        # Reading: minus the log-probability of the text, given context and prompt. It trains LoRA, and, at a
+        # lower rate, the router.
         losses = learn_to_read(policy, router, train_set, args)
         for step, loss in numbered(losses, reading_steps, "reading"):
             log_stage0(out, "reading", step, loss)
@@ -256,7 +259,7 @@ def main(args):
     candidate_experts = candidates(router, train_set, args)  # the experts that are compared; [] for none
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
-        # 1. Take the next problems (there are enough for all steps), and look at whom the router attends to.
+        # 1. Take the next problems (there are enough for all steps), and see which experts get the attention.
         batch = train_set.batch(my_part(range((step - 1) * args.batch, step * args.batch)))
         with torch.no_grad():
             _, attention = router(batch.H, batch.visible)  # (B, heads, L, N)
@@ -276,17 +279,17 @@ def main(args):
         training_started = time.perf_counter()
 
         # 4. How much better was each answer than the mean of its half, in standard deviations?
-        advantage = advantages(sampled.rewards)  # (2 B, G / 2)
+        advantage = advantages(sampled.rewards)  # (2 B, G / 2), or (B, G)
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
-        #    There is one update for each rollout: the ratio to the policy that sampled is 1, so nothing is
-        #    clipped. Where only one expert is visible, its share of the attention is 1 whatever the router
-        #    learns. So this loss cannot teach whom to believe; step 6 does. The loss is a sum over tokens. It
-        #    is divided by all sampled tokens of the step, so the size of micro-batches and the number of
-        #    ranks (processes, one for each GPU) change nothing.
+        #    There is one update for each rollout, so the ratio of PPO between the policy that is trained and
+        #    the one that sampled is 1, and nothing is clipped. Where only one expert is visible, its share of
+        #    the attention is 1 whatever the router learns. So this loss cannot teach whom to believe; step 6
+        #    does. The loss is a sum over tokens. It is divided by all sampled tokens of the step, so the size
+        #    of micro-batches and the number of ranks (processes, one for each GPU) change nothing.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        rows_that_teach = informative(advantage, args.beta)  # the halves with an advantage, or else one
+        rows_that_teach = informative(advantage, args.beta)  # those with an advantage; with a KL term all
         for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
@@ -368,7 +371,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
                        one expert has all of it. It falls when the router has found out whom to believe
     frac_reward_zero_std  the fraction of groups (of halves, with comparing) whose answers were all right or
                        all wrong: they teach nothing about how to answer
-    entropy, kl        in nats for each token, groups without gradient left out
+    entropy, kl        in nats for each token, without the groups that have no gradient
     length             tokens of an answer
     """
     # One row for each group: a problem, or a problem with one of its two experts.
@@ -577,9 +580,9 @@ def log_stage0(out, part, step, loss):
 
 @torch.no_grad()
 def read_back(out, policy, router, dataset, args, experts, n=64):
-    """Judge stage 0 on new problems: how many of each expert's texts does the policy say from its states?
+    """Judge stage 0 on new problems: how often does the policy, shown one expert, say what this expert says?
 
-    And how many with the states of another problem, which shows what it only guesses from the question.
+    The same is counted with the states of another problem: so much can be guessed from the question alone.
     """
     for e in dataset.writers:
         indices = [i for i, text in enumerate(dataset.texts[e][:n]) if text]
@@ -704,8 +707,9 @@ def clear_gradients(policy, router):
 def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     """Print what the policy alone, and what each expert says, gets right in a few problems.
 
-    What an expert says must be right more often than the policy, by 15 points on some dataset, or there is
-    little to learn from it. verdicts_alone: of the policy alone on the problems at `indices`.
+    Warns unless, on some dataset, an expert is right more often than the policy by 15 points: without that
+    there is little to learn from the experts. verdicts_alone: of the policy alone on the problems at
+    `indices`.
     """
     problems = [dataset.problems[i] for i in indices]
     dataset_names = [problem.dataset for problem in problems]

@@ -82,7 +82,13 @@ TASKS = {
     # to tell experts of different datasets.
     "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL} --steps 40 --batch 16 "
                   "--trust_lr 1.0 --stage0_problems 4000",
+
+    # A specialist for each family. Nobody can finish the lists of number_sorting within 20 tokens.
+    "real pool": "--preset small --task arithmetic+logic+algorithmic --level easy --test 512 --val 112 "
+                 "--write 20 --states answer:14 --latents 16 --max_new 20 --steps 40 --batch 16 "
+                 "--trust_lr 1.0 --stage0_problems 4000",
 }
+TASKS["real pool and Qwen"] = TASKS["real pool"]
 
 # The rates and steps with which routers learned before experts were compared. They suit ways that compare
 # nothing, for which the few steps and low rates of the presets would be too little.
@@ -166,6 +172,7 @@ REAL_BLOCKS = {
                                    "soft wrong", "stage 0"], range(3))],
     "real mix": [(["real mix"], ["soft", "stage 0"], range(3))],
     "real terms": [(["real terms"], ["soft", "stage 0"], range(3))],
+    "real pool": [(["real pool"], HEADLINE, range(3)), (["real pool and Qwen"], ["soft"], range(3))],
 }
 QUICK = {"quick": [(["mix"], HEADLINE, range(2))]}
 BLOCKS = EMBEDDED | REAL_BLOCKS | QUICK
@@ -174,12 +181,17 @@ BLOCKS = EMBEDDED | REAL_BLOCKS | QUICK
 TINY_EXPERTS = ["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"]
 REAL_POLICY = "smollm2-135m-instruct"
 QWEN, MINILM = "qwen2.5-coder-0.5b-instruct", "all-minilm-l6-v2"
+SPECIALISTS = ["specialists/arithmetic", "specialists/logic", "specialists/algorithmic"]
 REAL_EXPERTS = {
     "real sums": [QWEN, MINILM],
     "real family": [QWEN, "smollm2-family"],  # SmolLM2 that was taught family_relationships
     "real mix": [QWEN, QWEN],
     "real copies": [QWEN, QWEN],
     "real terms": [QWEN, "smollm2-sums"],  # SmolLM2 that was taught chain_sum of 2 to 4 terms
+
+    # Those of lab.specialists: SmolLM2 for arithmetic and logic, gemma3-270m for algorithmic.
+    "real pool": [*SPECIALISTS, MINILM],
+    "real pool and Qwen": [*SPECIALISTS, QWEN, MINILM],
 }
 
 # Of these ways it is also measured what replacing attention or states costs, and what each expert knows.
