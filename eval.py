@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from experts import read_tensors, write_atomic
-from rewards import Problem, extract, next_in_dataset
+from rewards import MAX_PROBLEMS, Problem, extract, next_in_dataset
 from rlvr import (RANK, Dataset, all_gather, checkpoints, import_extension, load_problems, my_part, open_run,
                   read_config, read_records, rollout, run_cli, without_nan)
 from router import NoRouter, WithoutExpert, by_expert
@@ -175,7 +175,7 @@ def test_report(policy, router, dataset, args, experts, stage="GRPO", step=None)
     """Test the policy before and after, and with each expert hidden. All ranks call this.
 
     stage  which weights are tested: those after "GRPO", or those after "stage 0"
-    step   the number of GRPO steps that were made with them; None: all of args.steps
+    step   the number of GRPO steps that led to these weights; None: all of args.steps
     Returns a dict for JSON: the settings, and
 
     before, after         see `summary`
@@ -232,8 +232,8 @@ def swap_test(policy, router, dataset, args):
     answers 5, it does not need the states: that counts for `strict`. Returns a dict:
 
         strict   the fraction of all answers that are still right for their own question i
-        n        how many questions have an `expected` that is not the gold answer of i; only these can show
-                 whom the policy follows
+        n        the number of questions for which `expected` differs from the gold answer of i; only these
+                 can show whom the policy follows
         follows  the fraction of these n that are answered with `expected`
 
     If the expert says nothing to j, the question does not count in n. If the router has no attention, or the
@@ -580,9 +580,6 @@ def or_nan(value):
 
 # -- Plumbing. Nothing below is about the method; skip it at first reading.
 
-GSM8K_TEST = 1319  # problems in the official test split
-
-
 def run(argv=None):
     """The command line. Returns the report, or None after --ask."""
     options = parse(argv)
@@ -651,7 +648,7 @@ def test_problems(args, n=None):
     takes_all = args.task == "gsm8k" and n is None
     wanted = n or args.test
     if takes_all:
-        wanted = GSM8K_TEST
+        wanted = MAX_PROBLEMS - args.test_skip
     problems = load_problems(args, "test", wanted)
     if len(problems) < wanted and not takes_all:
         print(f"note: there are only {len(problems)} test problems, not {wanted}")
@@ -680,5 +677,5 @@ def report_path(run, report):
 
 
 if __name__ == "__main__":
-    sys.modules["eval"] = sys.modules["__main__"]  # an extension that imports eval gets this program
+    sys.modules["eval"] = sys.modules["__main__"]  # `import eval` in an extension gets this program
     sys.exit(run_cli("eval.py", run))

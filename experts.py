@@ -66,7 +66,7 @@ class Expert:
                  "last"      that of the prompt's last token (of a BERT: its [SEP])
                  "last:4"    those of its last 4 tokens, the last one first
                  "first"     that of its first token
-                 "mean"      the mean of all
+                 "mean"      the mean of all tokens that are read
                  "answer:6"  the expert first writes its answer, then reads prompt and answer together, so
                              that its states are those it had while it answered: 6 states, of which state k is
                              the one from which it chose token k of the answer. An expert that cannot write
@@ -75,8 +75,8 @@ class Expert:
                  the final norm
     max_new      the most tokens of an answer that it may write
     cue          text that stands before the answer, such as "The answer is:"
-    think        the most tokens of a thought that it writes before cue and answer; 0: it does not think. What
-                 was said of the end of the prompt then holds for the end of the cue.
+    think        the most tokens of a thought that it writes before cue and answer; 0: it does not think. The
+                 cue then follows the thought, and "the prompt's last token" above means the cue's.
     untrained    the same architecture with random weights, the same ones every time (a control experiment)
 
     One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1) and
@@ -84,7 +84,8 @@ class Expert:
     then layer -1.
 
     For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may choose
-    states in another way (`choose_tokens`; set `states_per_text` and `width` if there are others), or compute
+    states in another way (`choose_tokens`, once for each layer; set `states_per_text` or `width` if their
+    number or width changes), or compute
     `states_of` and `texts_of` differently, with what `load` gives. Then extend `fingerprint`, too
     (super().fingerprint(kind) + "-mine"), or the cache returns what was computed in the old way. A changed
     `prompt` needs nothing: the cache looks results up by the text of the prompt.
@@ -273,8 +274,8 @@ class Expert:
         if kind == TEXTS:
             ends |= {*line_ends(self.tokenizer)}
 
-        # Padding has to be some token; which one does not matter. Before a text the mask hides it, and what
-        # follows an end is left out. Take one that every model has.
+        # Padding has to be some token; which one does not matter. The mask hides padding before a text, and
+        # what follows an end is dropped. Take one that every model has.
         padding = min(ends)
 
         # Pad on the left, so that all texts go on at the same position. The mask is 1 where a real token is.
@@ -487,7 +488,8 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
 
     kind      "states": rows (K, width). "texts" and "thoughts": rows (max_new,) and (think,) of token ids, -1
               after the end
-    thoughts  n lists of token ids that follow each prompt, see `thought_ids`; None while they are written
+    thoughts  n lists of token ids that follow each prompt, see `thought_ids`; None when the thoughts
+              themselves are written
     answers   for "answer" states: n lists of token ids that follow the thoughts; else None
 
     A row is stored under its prompt alone, even if it depends on a thought or an answer: an expert with this
@@ -517,7 +519,7 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
 
-        # Check the room once more: thoughts from the cache may have been written before a shorter cue.
+        # Check the room once more: cached thoughts may come from a run with a shorter cue.
         expert.check_room(ids, expert.room(kind))
         rows |= compute_rows(expert, kind, list(missing), ids, prompt_lengths, folder, progress)
         torch.cuda.empty_cache()  # give back the memory of the weights; does nothing without a GPU

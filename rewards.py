@@ -50,7 +50,7 @@ class Problem:
 REASONS = (
     "right",         # the only reason that `verify` rewards
     "wrong",         # another number or text than the gold answer
-    "no_answer",     # no answer tags outside a thought, nothing between them, or an empty first line
+    "no_answer",     # no answer tags (those in a thought do not count), empty tags, or an empty first line
     "unclosed",      # <answer> without </answer> after it
     "several",       # answer tags more than once: "<answer>5</answer> or <answer>36</answer>"
     "too_long",      # far longer than an answer to this problem can be
@@ -338,8 +338,8 @@ def without_decorations(text):
     return text
 
 
-# Where a number may be in a text: "from 3-4 it is -1,000." has 3, 4 and -1,000. with its full stop. The sign
-# before the 4 is none of its own, because a digit comes before it.
+# Where a number may be in a text: "from 3-4 it is -1,000." has 3, 4 and -1,000. with its full stop. The minus
+# in 3-4 is not the sign of the 4, because a digit stands before it.
 NUMBER_IN_TEXT = re.compile(rf"(?:(?<![0-9])[-+])?[0-9.][0-9.,/{THIN_SPACES}]*")
 
 
@@ -512,8 +512,8 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
     split      "train", "val" or "test". No question is in two splits. val and test hold each question once.
                train repeats its questions in a new random order when there are no more.
     data_path  a file or folder with problems in place of the official GSM8K, see `gsm8k`
-    level      "easy", "default", "hard" or "tiny", for all tasks but gsm8k; for a single dataset also
-               "parameter=value,..."
+    level      "easy", "default" or "hard", for all tasks but gsm8k; "tiny" for the families and the datasets
+               in TINY_LEVEL; for a single dataset also "parameter=value,..."
     least      raise ValueError if there are fewer problems than this (default: n)
     progress   show a bar if it takes more than a second
     The same arguments always give the same problems. A smaller n gives the beginning of the same list.
@@ -719,7 +719,8 @@ for why, unfit_datasets in UNFIT.items():
 def registry():
     """{name: (dataset class, configuration class)} of all datasets of Reasoning Gym.
 
-    A dataset of your own goes into a file that --extension names:
+    A dataset of your own goes into a Python file, and `--extension FILE --preset small --task doubles` then
+    learns it:
 
         import dataclasses, reasoning_gym
 
@@ -730,16 +731,15 @@ def registry():
 
         class Doubles(reasoning_gym.dataset.ProceduralDataset):
             def __init__(self, settings):
-                super().__init__(settings, settings.seed, settings.size)  # a size of 10**9 is asked for
+                super().__init__(settings, settings.seed, settings.size)
             def __getitem__(self, i):  # the same item for the same i, in every run
                 return dict(question=f"What is twice {i}?", answer=str(2 * i))
 
         reasoning_gym.factory.register_dataset("doubles", Doubles, Settings)
 
-    A dataset that is a list of items sets self.size to their number.
-
-    `--preset small --task doubles` then learns it. (Preset tiny has a level of its own, "tiny", which exists
-    only for its three datasets.)
+    The program asks for a size of 10**9, as this dataset makes its items on demand. A dataset that has a list
+    of items sets `self.size` to their number after super().__init__. (Preset tiny cannot be used, because its
+    level "tiny" exists only for its three datasets.)
     """
     import reasoning_gym  # here and not above, because it takes 1.6 s, and GSM8K does not need it
     return reasoning_gym.factory.DATASETS
@@ -781,7 +781,8 @@ def draw_items(items, dataset, level):
 
 
 def cannot_build(dataset, level, error):
-    return ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another --level")
+    return ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another --level, or "
+                      "mend the dataset if it is yours")
 
 
 def level_parameters(dataset, level):
@@ -800,6 +801,8 @@ def level_parameters(dataset, level):
 
     if level in CURRICULUM_STEPS:
         if not has_curriculum(dataset):
+            if level == "hard":
+                raise ValueError(f"{dataset} has no levels: leave out --level hard")
             return {}
         step = CURRICULUM_STEPS[level]
         if dataset in NO_STEP_2:

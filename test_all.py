@@ -2371,7 +2371,7 @@ def test_a_dataset_of_ones_own_as_registry_shows_it(monkeypatch):
     """The lines in the docstring of `rewards.registry`, word for word."""
     import reasoning_gym
     monkeypatch.setattr(reasoning_gym.factory, "DATASETS", dict(reasoning_gym.factory.DATASETS))
-    code = rewards.registry.__doc__.partition("names:\n")[2].partition("    A dataset that")[0]
+    code = rewards.registry.__doc__.partition("learns it:\n")[2].partition("    The program asks")[0]
     exec(textwrap.dedent(code), {})
 
     problems = get_problems("doubles", "test", 20, level="easy")
@@ -3804,6 +3804,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--level terms=3", "level"),
     ("--level tiny --task gcd", "--level easy"),
     ("--level impossible", "easy, default, hard"),
+    ("--task gsm_symbolic --level hard", "no levels"),
     ("--task chain_sum --level min_terms=two", "int"),
     ("--task chain_sum --level min_terms=9", "cannot be built"),
     ("--task logic+nope", "nope"),

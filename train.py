@@ -1552,5 +1552,5 @@ def run(argv=None):
 
 
 if __name__ == "__main__":
-    sys.modules["train"] = sys.modules["__main__"]  # an extension that imports train gets this program
+    sys.modules["train"] = sys.modules["__main__"]  # `import train` in an extension gets this program
     sys.exit(run_cli("train.py", run))
