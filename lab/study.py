@@ -80,8 +80,8 @@ TASKS = {
 
     # Two experts that are each right about a part of one dataset. To tell them apart takes more problems than
     # to tell experts of different datasets.
-    "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL} --steps 40 --batch 16 "
-                  "--trust_lr 1.0 --stage0_problems 4000",
+    "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL} --steps 40 --batch 32 "
+                  "--stage0_problems 4000",
 
     # A specialist for each family. Nobody can finish the lists of number_sorting within 20 tokens.
     "real pool": "--preset small --task arithmetic+logic+algorithmic --level easy --test 512 --val 112 "
