@@ -17,11 +17,11 @@ Letters for sizes:
     G   completions of each prompt       V    tokens in the vocabulary
     L   context vectors                  nq   query heads
     P   prompt tokens                    nk   key heads: each has keys and values of its own
-    S   L + P                            r    nq / nk: r query heads read the same key head (2305.13245)
+    S   L + P                            r    nq / nk: r query heads read the same key head (arXiv 2305.13245)
     T   completion tokens                hd   numbers in one head
     n   rows of a matrix, whatever they stand for
 
-' means transposed: x W' is x @ W.T. In LoRALinear, A and B are LoRA's two matrices, not sizes.
+The mark ' means transposed: x W' is x @ W.T. In LoRALinear, A and B are LoRA's two matrices, not sizes.
 
 What is easy to get wrong:
 - The hidden state of a token predicts the NEXT token. The first completion token is therefore predicted by
@@ -88,7 +88,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, attend):
         """Hidden states x (..., T, d) -> (..., T, d).
 
-        cos, sin: angles of the tokens' positions, broadcast to (..., T, 1, hd / 2).
+        cos, sin: of the angles that belong to the tokens' positions, broadcast to (..., T, 1, hd / 2).
         attend(index of the layer, q (..., T, nq, hd), k and v (..., T, nk, hd)) -> (..., T, nq, hd).
         """
         # One product gives queries, keys and values, head beside head.
@@ -153,7 +153,7 @@ class SwiGLU(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """Linear layers with LoRA; layers that read the same input are one product.
+    """Linear layers with LoRA; layers with the same input are computed by one product.
 
     LoRA (2106.09685) leaves a large matrix W (out, in) frozen and trains two thin ones, A (rank, in) and
     B (out, rank): the layer computes x (W + scale B A)', a change of W that takes few numbers to describe.
@@ -218,7 +218,8 @@ class Policy(nn.Module):
 
     Attributes that others use: `embed` (V, d), the token embeddings; `prefix_origin` (d,) and `embed_std`
     (a number), the units of the context vectors; `ends` (V,), True for tokens that end a completion;
-    `window`, the most positions of a text; `config`, where `config.stop` lists the model's own stop tokens.
+    `window`, the maximum number of positions of a text; `config`, where `config.stop` lists the model's own
+    stop tokens.
     """
 
     def __init__(self, config, weights, rank=8, prefix_origin="zero"):
@@ -230,13 +231,14 @@ class Policy(nn.Module):
         layers = range(config.num_hidden_layers)
         self.embed = nn.Buffer(weights.pop("model.embed_tokens.weight"))  # (V, d)
         self.norm = nn.Buffer(weights.pop("model.norm.weight"))  # (d,)
-        self.dtype = self.norm.dtype  # of hidden states: as the weights, but float32 if these are float16
+        self.dtype = self.norm.dtype  # of hidden states: the weights', or float32 beside float16 (`convert`)
         self.head = self.embed
         if not config.tie_word_embeddings:
             self.head = nn.Buffer(weights.pop("lm_head.weight"))  # (V, d)
         self.blocks = nn.ModuleList(Block(config, weights, layer, rank) for layer in layers)
 
-        # Compute the rotary angles of all positions. Padding can reach 64 positions beyond the window.
+        # Compute the rotary angles of all positions. A padded text can be up to 64 positions longer than the
+        # window.
         positions = torch.arange(self.window + 64)[None]
         cos, sin = config.rotary(self.norm.cpu(), positions)  # (1, positions, hd): both halves are equal
         self.cos = nn.Buffer(cos[0, :, :config.head_dim // 2])
@@ -339,9 +341,9 @@ class Policy(nn.Module):
             slots = completion_kv.shape[-2]
         r = self.config.num_attention_heads // self.config.num_key_value_heads
 
-        # Number the tokens of a completion, and find for each token the slots that lie in its future. The r
-        # query heads that share one key head are further rows of the mask (see `group_attention`). With r = 2
-        # and two tokens it is
+        # Number the tokens of a completion, and find for each token the slots that lie in its future: (T,
+        # slots). `group_attention` puts the r query heads that share one key head below each other, and so
+        # wants r copies of this mask. With r = 2 and two tokens they are
         #
         #     head 0, token 0    False  True
         #     head 0, token 1    False  False
@@ -389,7 +391,8 @@ class Policy(nn.Module):
         # LoRA is merged into the weights here, as it does not change while tokens are sampled.
         with self.lora("merged"):
             for t in range(max_new):
-                # Stop when all completions have ended. A GPU must be waited for, so ask it every 8 tokens.
+                # Stop when all completions have ended. To find out, the CPU must wait for a GPU: do it only
+                # every 8 tokens there.
                 if (on_cpu or t % 8 == 0) and not decoder.alive.any():
                     break
 
@@ -464,7 +467,7 @@ class Policy(nn.Module):
 
     @contextlib.contextmanager
     def lora(self, mode):
-        """Within `with policy.lora(mode)` LoRA is "off", or it is in the weights: "merged".
+        """Within `with policy.lora(mode)` LoRA is disabled ("off") or part of the weights ("merged").
 
         "merged" computes W + scale B A once, rounded to the dtype of W. That saves two thin products for each
         token and layer, a sixth of the time of a decoding step. It is for sampling: LoRA gets no gradient.

@@ -13,8 +13,8 @@ was sampled.
 
 How this differs from the textbook:
 1. One optimizer step for each rollout. The policy that is trained is the policy that sampled, so the ratio
-   pi / pi_sampled is 1 in value, and there is nothing to clip. What counts is its gradient: that of pi /
-   pi_sampled is the gradient of log pi (see `grpo_loss`), so the loss of a token has the gradient
+   pi / pi_sampled is 1 in value, and there is nothing to clip. What counts is its gradient, which equals the
+   gradient of log pi where the ratio is 1 (see `grpo_loss`). So the loss of a token has the gradient
    -a_g * grad log pi(t).
 2. The loss is a mean over all tokens of the step. The GRPO paper first takes the mean over each answer, so
    that a token of a long answer counts less.
@@ -33,7 +33,7 @@ How this differs from the textbook:
        choice_loss          moves it to the expert whose half earned more: trains trust
 
    The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
-   cancels in the softmax. (Encoders write nothing, so they stay visible beside every expert, see
+   cancels in the softmax. (In a run with stage 0, encoders stay visible beside every expert, see
    `visible_alone`; with them, trust moves a little.) All that the attention depends on, such as queries and
    keys, also gets the gradient of the choice loss, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
@@ -92,7 +92,7 @@ from rewards import expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
-WORDS_PER_READING = 8  # a step of words has this many times more problems than a step of reading
+WORDS_PER_READING = 8  # a step of words has this many times as many problems as one of reading
 ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
 
@@ -206,7 +206,7 @@ EXPLORE = 0.2  # the part of the first draw that ignores the router's attention
 def candidates(router, dataset, args):
     """The experts that can be compared, as a list of indices; [] when there is nothing to compare.
 
-    These are the experts that stage 0 taught the policy to read, those that write; without stage 0, all of
+    With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
     them. The router must have an attention that comparing can train.
     """
     if not args.compare or not getattr(router, "compares", False):
@@ -372,9 +372,10 @@ def stage0_parts(problems):
     that are new to the router. GRPO takes the problems in order from the first one on; a long run also
     reaches the others.
 
-    A dataset with fewer questions than its share of the problems repeats them. Then every question comes
-    early, and none would be left for words. So the questions of such a dataset are divided without regard to
-    their places: a third of them for reading, the others for words. (A single question serves for both.)
+    A dataset with fewer questions than its share of the problems repeats them. Then every question comes in
+    the first half already, and none would be new in the part of words. So the questions of such a dataset are
+    divided without regard to their places: a third of them for reading, the others for words. (A single
+    question serves for both.)
     """
     # Where does each question come first?
     first_places = {}
@@ -457,15 +458,15 @@ def words_loss(policy, context, targets, vocabulary):
     Returns the sum over all target tokens, and their number.
 
     Two terms for a context token c and its target's embedding e: the cross-entropy of the inner products
-    c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that c is nearest to the right one; and 0.1
-    times the mean square of c - e, which also brings c to the right norm. For example, with two tokens in
+    c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that c points most to the right one; and
+    0.1 times the mean square of c - e, which also brings c to the right norm. For example, with two tokens in
     the vocabulary and inner products of 2 (right) and 0 (wrong) the cross-entropy is log(1 + exp(-2)) = 0.13.
     """
     B, L, d = context.shape
 
     # The embeddings of the vocabulary, n tokens. The policy will read prefix_origin + embed_std * context
-    # (`Policy.prepend`; both are statistics of its embeddings). So the context token that equals an embedding
-    # is (embedding - prefix_origin) / embed_std.
+    # (`Policy.prepend`; both are statistics of its embeddings). So the context token that stands for an
+    # embedding is (embedding - prefix_origin) / embed_std.
     embeddings = (policy.embed[vocabulary].float() - policy.prefix_origin) / policy.embed_std  # (n, d)
     place = {token: i for i, token in enumerate(vocabulary)}
 
@@ -658,9 +659,9 @@ class Dataset:
     writers          the indices of the experts that say anything
     words_groups     [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
     reading_groups   the same for `learn_to_read`
-    visible_alone    (E, N): which states are visible when expert e is shown: its own. If the run uses texts,
-                     those of all experts that write nothing, such as encoders, are visible beside them,
-                     because stage 0 cannot teach to read these experts one by one.
+    visible_alone    (E, N): which states are visible when expert e is shown. These are its own states and, if
+                     the run uses texts, the states of all experts that write nothing, such as encoders,
+                     because stage 0 cannot teach to read encoders one by one.
     Raises ValueError for a prompt that does not fit into the policy's window.
     """
 
@@ -863,7 +864,7 @@ def build(args):
         raise ValueError("stage 0 needs an expert that writes, and these only read: use --reading_steps 0, "
                          "or add another expert")
 
-    # The policy. An Expert is made of its folder, too, but only to find the tokenizer and the size.
+    # The policy. We also make an Expert from its folder, only to find the tokenizer and the size.
     policy_files = Expert(args.policy)
     if args.answer_format == "auto":
         args.answer_format = "tagged" if policy_files.prompt_format == "chat" else "plain"

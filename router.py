@@ -18,10 +18,10 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
     attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from S
     write     C (B, L, d)      out(mlp(latents + A V)): the context tokens, of the policy's width d
 
-The latents are added in the last line, so context tokens differ even where all latents read the same single
-state, as they do when one expert with one state is visible. (Left out here: the clamp after scaling, norms,
-the embedding of each state, the temperature and the output projection of the attention, and the residual sum
-around the mlp.)
+The latents are added in the last line, so the L context tokens differ from each other even where all latents
+read the same single state, as they do when one expert with one state is visible. (Left out here: the clamp
+after scaling, norms, the embedding of each state, the temperature and the output projection of the attention,
+and the residual sum around the mlp.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -106,8 +106,8 @@ class Router(StateReader):
     temperature  divides Q K' but not trust; below 1 the attention becomes sharper
     init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. (Near
                  zero in the paper. rlvr.build gives 0.02 if the policy adds its mean embedding to them, and
-                 0.5 if not.) A small prefix does little harm; one of size 0 would give the parameters
-                 before it no gradient
+                 0.5 if not.) A small prefix does little harm. With size 0 the layers before `out`
+                 would get no gradient
     Raises ValueError when dim is not a multiple of heads.
     """
 

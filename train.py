@@ -103,7 +103,7 @@ class Args:
         " auto: tagged for a policy with a chat template.", choices=["auto", "tagged", "plain"])
     val: int = option(120, "Number of validation problems.", minimum=1)
     test: int = option(256, "Number of test problems.", minimum=1)
-    test_skip: int = option(0, "Skip so many test problems first.", minimum=0)
+    test_skip: int = option(0, "Number of test problems to skip at the start.", minimum=0)
     eval_every: int = option(5, "Steps of GRPO between two validations.", minimum=1)
 
     # the models
@@ -225,19 +225,20 @@ def main(args):
     progress, moments = load_newest(out, policy, router, generator)
     introduce(args, policy, router, experts, datasets, progress)
 
-    # Before the first step: time a gradient pass, halve args.micro_batch if memory is short, and look whether
-    # the experts know more than the policy.
+    # Before anything is trained: time a gradient pass, halve args.micro_batch if memory is short, and check
+    # whether the experts know more than the policy.
     if progress["step"] == 0:
         rehearse(policy, router, experts, datasets, args)
 
-    # Stage 0, without any reward: the router learns to write words, the policy learns to read them. Both
-    # functions are generators: each turn of a loop makes one training step, backward and update included.
+    # Stage 0, without any reward: the router learns to write words, the policy learns to read them.
+    # `learn_words` and `learn_to_read` are generators: each turn of a loop makes one training step, backward
+    # and update included.
     if args.reading_steps and not progress["stage0"]:
         words_steps, reading_steps = words_and_reading(args)
 
-        # Words: the context tokens become the embeddings of the prompt's last token and of the expert's text
-        # behind it. The loss is a cross-entropy: the logits are the inner products of a context token with
-        # the embeddings of the vocabulary. It trains the router alone.
+        # Words: the first context token becomes the embedding of the prompt's last token, the next ones those
+        # of the expert's text. The loss is mostly a cross-entropy, whose logits are the inner products of a
+        # context token with the embeddings of the vocabulary. It trains the router alone.
         if words_steps:
             losses = learn_words(policy, router, train_set, args)
             for step, loss in numbered(losses, words_steps, "words"):
@@ -282,14 +283,14 @@ def main(args):
         advantage = advantages(sampled.rewards)  # (2 B, G / 2), or (B, G)
 
         # 5. Score the same tokens again, now with gradient: to LoRA and, through the context, to the router.
-        #    There is one update for each rollout, so the ratio of PPO between the policy that is trained and
-        #    the one that sampled is 1, and nothing is clipped. Where only one expert is visible, its share of
-        #    the attention is 1 whatever the router learns. So this loss cannot teach whom to believe; step 6
-        #    does. The loss is a sum over tokens. It is divided by all sampled tokens of the step, so the size
-        #    of micro-batches and the number of ranks (processes, one for each GPU) change nothing.
+        #    The loss is a sum over tokens. Divide it by all sampled tokens of the step: then the size of
+        #    micro-batches and the number of ranks (processes, one for each GPU) change nothing.
+        #
+        #    When experts are compared, this loss cannot teach whom to believe: the one visible expert has all
+        #    of the attention, whatever the router learns. Step 6 teaches that.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
-        rows_that_teach = informative(advantage, args.beta)  # those with an advantage; with a KL term all
+        rows_that_teach = informative(advantage, args.beta)  # where an advantage is not 0; all if beta > 0
         for rows in rows_that_teach.split(args.micro_batch):
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
@@ -298,18 +299,24 @@ def main(args):
             if args.beta:  # the reference is the frozen policy: without LoRA and without context
                 with torch.no_grad(), policy.lora("off"):
                     reference_logp, _ = policy.score(micro, None, tokens, mask, args.temperature)
+
+            # There is one update for each rollout, so PPO's ratio of the trained policy to the one that
+            # sampled is 1 (up to rounding), and nothing is clipped.
             loss = grpo_loss(logp, reference_logp, advantage[rows], mask, args.beta) / n_tokens
             loss.backward()
             add_up(sums, loss, logp, reference_logp, entropy, mask)
 
-        # 6. Which of the two experts was better? Take the same attention as in 1, now with gradient: its mean
-        #    over heads and latents. p is the share of each of the two, divided by the sum of both, and R the
-        #    mean reward of a half. The loss is - (R_better - R_other) * log p_better. Its gradient goes to
-        #    trust, and to queries and keys, but their learning rate is far lower.
+        # 6. Which of the two experts was better? Give it more of the attention.
         if candidate_experts:
+            # Compute the attention of step 1 once more, with gradient. p is how it divides between the two.
             _, attention_with_gradient = router(batch.H, batch.visible)
             p = pair_probabilities(attention_with_gradient, train_set.expert_of_state, pair)  # (B, 2)
-            half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2): column k saw expert pair[:, k]
+
+            # R is the mean reward of the half that saw expert pair[:, k].
+            half_rewards = sampled.rewards.mean(1).view(-1, 2)  # (B, 2)
+
+            # The loss of a problem is - (R_better - R_other) * log p_better. Its gradient goes to trust, and
+            # to queries and keys, but their learning rate is far lower.
             comparing_loss = choice_loss(p, half_rewards) / all_reduce_sum(len(batch))
             comparing_loss.backward()
 
@@ -330,10 +337,10 @@ def main(args):
             record["val"] = accuracy(evaluate(policy, router, datasets["val"], args)[0])
         log(args, record, sampled, experts_seen(pair, experts), skipped_in_a_row)
 
-        # 9. Save every tenth step. After Ctrl-C the program ends here.
+        # 9. Save every tenth step and the last one. After Ctrl-C save, and end here.
         save_and_maybe_stop(out, step, args, policy, router, progress, optimizer, generator)
 
-    # Test on problems that were never used before.
+    # Test on problems that were used neither for training nor for validation.
     stop_at_once()
     report = test_report(policy, router, datasets["test"], args, experts)
     show_report(report, out / "eval.json")
@@ -371,7 +378,7 @@ def summarize(sampled, batch, attention, pair, expert_of_state, experts, sums):
                        one expert has all of it. It falls when the router has found out whom to believe
     frac_reward_zero_std  the fraction of groups (of halves, with comparing) whose answers were all right or
                        all wrong: they teach nothing about how to answer
-    entropy, kl        in nats for each token, without the groups that have no gradient
+    entropy, kl        in nats for each token, over the groups that give a gradient
     length             tokens of an answer
     """
     # One row for each group: a problem, or a problem with one of its two experts.
@@ -433,8 +440,8 @@ def weighted_mean(rewards, weights):
 
     Two problems attend to three experts with 0.9, 0.1 and 0. The first was shown with experts 0 and 1, which
     earned 1 and 0; the second with experts 1 and 2, which both earned 0. The result is
-    0.9 / (0.9 + 0.1 + 0.1) = 0.82. The second problem counts little, as the policy itself would hardly see
-    these two experts.
+    (0.9 * 1 + 0.1 * 0 + 0.1 * 0 + 0 * 0) / (0.9 + 0.1 + 0.1 + 0) = 0.82. The second problem counts little, as
+    the policy itself would hardly see these two experts.
     """
     return ((rewards * weights).sum() / weights.sum().clamp(min=1e-9)).item()
 
@@ -574,7 +581,7 @@ def log_stage0(out, part, step, loss):
         append(out / "stage0.jsonl", dict(part=part, part_step=step, loss=loss))
         what = "minus log-probability of a token"
         if part == "words":
-            what = "distance of context tokens from words"
+            what = "loss of a context token"
         tqdm.write(f"stage 0, {part:7} step {step:4d} | {what} {loss:.3f}")
 
 
