@@ -263,7 +263,7 @@ def swap_test(policy, router, dataset, args):
 
 
 def can_swap(dataset):
-    """Does the router read states, and has any question another one of its dataset?"""
+    """Does the router read states, and are there two questions of one dataset?"""
     n_datasets = len({problem.dataset for problem in dataset.problems})
     return dataset.H.numel() > 0 and len(dataset) > n_datasets
 
@@ -453,7 +453,7 @@ def unescape(text):
 def picture(run, report, path):
     """Draw a report in 2 x 2 panels, and return the path.
 
-    top      the reward during GRPO; the attention of each dataset to the expert that it attends to most
+    top      the reward during GRPO; for each dataset the attention to the expert that gets most of it
     bottom   attention on the test problems; what is lost when an expert is hidden
     At the top of a picture of stage 0 there is instead the accuracy by dataset: GRPO has not begun there, and
     an attention that is nearly even favours nobody.
@@ -503,12 +503,13 @@ def draw_learning(panel, records, report):
     panel.plot(steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
 
     panel.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone, greedy")
-    panel.set(xlabel="step of GRPO", ylabel="fraction right", ylim=(0, 1.02), title="What is learned")
+    panel.set(xlabel="step of GRPO", ylabel="fraction right", title="What is learned")
+    panel.set_ylim(min([0, *rewards]), max([1.02, *rewards]))  # a reward of one's own may be below 0
     panel.legend(fontsize=8)
 
 
 def draw_attention_over_time(panel, records, attention):
-    """For each dataset one curve: the expert that it attends to most on the test problems.
+    """For each dataset one curve: the attention to the expert that gets most of it on the test problems.
 
     attention: {dataset: {expert: attention}}, on the test problems.
     """

@@ -52,7 +52,7 @@ from rewards import cache_dir, render_prompt
 
 THOUGHTS, TEXTS, STATES = "thoughts", "texts", "states"  # the kinds of results that the cache stores
 THINK = "Reason step by step, briefly."  # what an expert with --think is asked, after the question
-FORMAT = "n-musketeers 3"  # change this when the code gives other results: it invalidates the stored ones
+FORMAT = "n-musketeers 3"  # change this when the code gives other results: then the stored ones are not used
 SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
 SECONDS_BETWEEN_SAVES = 20  # a process that is killed loses the work of this time, and of one batch
@@ -84,11 +84,11 @@ class Expert:
     then layer -1.
 
     For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may choose
-    states in another way (`choose_tokens`, once for each layer; set `states_per_text` or `width` if their
-    number or width changes), or compute
-    `states_of` and `texts_of` differently, with what `load` gives. Then extend `fingerprint`, too
-    (super().fingerprint(kind) + "-mine"), or the cache returns what was computed in the old way. A changed
-    `prompt` needs nothing: the cache looks results up by the text of the prompt.
+    states in another way (override `choose_tokens`, which is called once for each layer; set
+    `states_per_text` in __init__ if their number changes). Or override `states_of` and `texts_of`, whose
+    model comes from `load`. Then extend `fingerprint`, too (super().fingerprint(kind) + "-mine"), or the
+    cache returns what was computed in the old way. A changed `prompt` needs nothing: the cache looks results
+    up by the text of the prompt.
 
     Raises ValueError for a model that is missing or damaged or that cannot be an expert.
     """

@@ -61,7 +61,8 @@ REASONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    reward: float  # 1.0 for a right answer in the requested format, else 0.0: the policy is trained on this
+    reward: float  # the policy is trained on this. `verify` gives 1.0 for a right answer in the requested
+                   # format, else 0.0
     reason: str    # one of REASONS
     lenient: bool  # whether a generous reader would find the right answer: this is only reported. Where 36 is
                    # right, it is True for the plain completion "12\n36", whose reason is "wrong"
@@ -100,7 +101,7 @@ def verify(completion, problem, answer_format="tagged", truncated=False):
     # Find the answer in the completion, then compare it with the gold answer.
     answer, reason = extract(completion, answer_format, truncated)
     if reason is None:
-        words_may_follow = answer_format == "tagged"  # a plain line is short: there a word would be noise
+        words_may_follow = answer_format == "tagged"  # in a plain line only the number may stand
         reason = grade(answer, problem, words_may_follow)
 
     # Only "right" is rewarded.
@@ -547,7 +548,7 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
     if least is None:
         least = n
     if len(problems) < least:
-        advice = "choose another --level"
+        advice = "choose another --level, use a larger dataset if it is yours"
         if "gsm8k" in names:
             advice = "pass a larger file as --data"
         raise ValueError(f"{task} has only {len(problems)} distinct {split} questions, but {least} are "
