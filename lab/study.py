@@ -85,7 +85,8 @@ TASKS = {
 
     # A specialist for each family. Nobody can finish the lists of number_sorting within 20 tokens.
     "real pool": "--preset small --task arithmetic+logic+algorithmic --level easy --test 512 --val 112 "
-                 "--write 20 --states answer:14 --latents 16 --max_new 20 --steps 40 --batch 16 --trust_lr 1.0",
+                 "--write 20 --max_new 20 --states answer:14 --latents 16 --steps 40 --batch 16 "
+                 "--trust_lr 1.0",
 }
 TASKS["real pool and Qwen"] = TASKS["real pool"]
 
