@@ -124,7 +124,7 @@ WAYS = {
     "single without stage 0": "--router none --reading_steps 0 {longer}",
     "prefix": "--router constant {longer}",
     "hard": "--router hard {longer}",
-    "linear": "--router linear {longer} --router_lr 1e-3",  # of 5e-4, 1e-3 and 2e-3 the best on validation
+    "linear": "--router linear {longer} --router_lr 5e-4",  # of 5e-4, 1e-3 and 2e-3 the best on validation
     "text": "--router text {longer}",
 
     # No run of its own: the weights of soft's run after stage 0, tested by eval.py.
