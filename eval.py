@@ -493,18 +493,25 @@ def picture(run, report, path):
 
 def draw_learning(panel, records, report):
     """The reward at each step of GRPO, and the accuracy on validation problems."""
+    # Draw the reward of every step.
     steps = [record["step"] for record in records]
     rewards = [or_nan(record.get("reward")) for record in records]
     panel.plot(steps, rewards, label="reward in training, sampled", color="0.6", linewidth=1)
 
+    # Draw the accuracy of the steps that were validated.
     validated = [record for record in records if "val" in record]
-    steps = [record["step"] for record in validated]
+    validated_steps = [record["step"] for record in validated]
     accuracies = [or_nan(record["val"]) for record in validated]
-    panel.plot(steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
+    panel.plot(validated_steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
 
+    # Draw the accuracy before training as a line.
     panel.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone, greedy")
+
+    # Show all rewards: a reward of one's own may be below 0 or above 1.
+    lowest = min([0, *rewards])
+    highest = max([1.02, *rewards])
     panel.set(xlabel="step of GRPO", ylabel="fraction right", title="What is learned")
-    panel.set_ylim(min([0, *rewards]), max([1.02, *rewards]))  # a reward of one's own may be below 0
+    panel.set_ylim(lowest, highest)
     panel.legend(fontsize=8)
 
 

@@ -548,7 +548,7 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
     if least is None:
         least = n
     if len(problems) < least:
-        advice = "choose another --level, use a larger dataset if it is yours"
+        advice = "choose another --level, or a larger dataset if it is your own"
         if "gsm8k" in names:
             advice = "pass a larger file as --data"
         raise ValueError(f"{task} has only {len(problems)} distinct {split} questions, but {least} are "
@@ -783,7 +783,7 @@ def draw_items(items, dataset, level):
 
 def cannot_build(dataset, level, error):
     return ValueError(f"{dataset} cannot be built at level {level} ({error!r}): choose another --level, or "
-                      "mend the dataset if it is yours")
+                      "correct the dataset if it is your own")
 
 
 def level_parameters(dataset, level):

@@ -509,7 +509,8 @@ def test_every_router_is_called_alike():
     for name in ROUTERS:
         router = ROUTERS[name](WIDTHS, [0, 1, 2], 32, 4, 2, 16, 1.0, 0.5)
         context, attention = router(H, torch.ones(4, 3, dtype=torch.bool), None)
-        assert (context is None) == (not routers.has_context(name))
+        assert (context is None) == (name in ("text", "none"))
+        assert routers.has_context(name) == (name not in ("text", "none"))
         assert context is None or context.shape == (4, 4, 32)
         assert (attention is None) == (name in ("linear", "constant", "text", "none"))
         assert routers.reads_states(name) == (name not in ("constant", "text", "none"))

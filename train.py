@@ -1132,7 +1132,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     policy (a ModelSize), experts (several), prompt_tokens: of the longest prompt, padding included.
     """
     dtype = frozen_dtype(args, policy)
-    S = prompt_tokens + args.latents * (has_context(args.router))
+    S = prompt_tokens + args.latents * has_context(args.router)
     B = math.ceil(args.batch / WORLD)
 
     # Comparing shows every problem twice, each time with half of the answers.

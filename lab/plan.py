@@ -119,7 +119,7 @@ def plan(args, length=None, gpu=None):
     table = print_plan(args)
     policy = model_size(args.policy)
     tokens, T = longest_prompt(args), length or args.max_new
-    S = tokens + args.latents * (has_context(args.router))
+    S = tokens + args.latents * has_context(args.router)
     rollout, gradient = step_seconds(args, policy, S, T, gpu)
     step = rollout + gradient
     print(f"a step of GRPO, prompts of {tokens} tokens and answers of {T}: {step:.2g} s (rollout "
