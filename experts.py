@@ -10,7 +10,7 @@ its state sums up what the expert makes of the problem.
 
 These states are H in the paper's C = g(H): the router (router.py) turns them into the policy's context C.
 An expert that generates text can also *write* its own answer, a few greedy tokens. Stage 0 uses these answers
-as targets, and --expert_text puts them into the policy's prompt. With --think it first writes a *thought*,
+as targets, and --router text puts them into the policy's prompt. With --think it first writes a *thought*,
 some sentences of reasoning, and then the answer:
 
     prompt -> thought -> cue ("The answer is:") -> answer
@@ -55,6 +55,7 @@ THINK = "Reason step by step, briefly."  # what an expert with --think is asked,
 FORMAT = "n-musketeers 3"  # change this when the code gives other results: then the stored ones are not used
 SMALL = 50_000_000  # parameters. A smaller model runs in float32, a larger one in bfloat16 to save memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in a batch, padding included; other devices: as "cpu"
+THOUGHT_BATCH_TOKENS = {"cpu": 20480, "cuda": 65536}  # the same for thoughts: prompts and what is written
 SECONDS_BETWEEN_SAVES = 20  # a process that is killed loses the work of this time, and of one batch
 
 
@@ -383,7 +384,7 @@ class Expert:
         if kind == TEXTS or (kind == STATES and self.reads_own_answer):
             settings += [self.max_new]
         if self.think:
-            settings += ["think", self.think]
+            settings += ["thinks", self.think]
         if self.device.type != "cpu":  # another processor rounds differently
             settings += [self.device.type]
 
@@ -586,7 +587,9 @@ def batches(expert, kind, ids, one_by_one=False):
 
     Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. The longest
     texts come first: if there is too little memory for them, that shows at once. A thought is written token
-    by token, which is fast only with many rows, so such a batch has four times as many tokens.
+    by token, which is fast only with many rows: such a batch is larger, and its lengths are rounded more
+    coarsely. To fill up the last batch with copies would take minutes there, so it has fewer rows; rounding
+    may then make another thought of the same prompt, until the cache holds it.
     one_by_one: every text is a batch of its own, without padding.
     """
     if one_by_one:
@@ -594,20 +597,30 @@ def batches(expert, kind, ids, one_by_one=False):
             yield [index], len(row), 1
         return
 
+    step = 64 if kind == THOUGHTS else 16
     lengths = []
     for row in ids:
-        rounded_up = math.ceil(len(row) / 16) * 16
+        rounded_up = math.ceil(len(row) / step) * step
         lengths.append(min(rounded_up, expert.window - expert.new_tokens(kind)))
 
-    batch_tokens = BATCH_TOKENS.get(expert.device.type, BATCH_TOKENS["cpu"])
     for length in sorted(set(lengths), reverse=True):
-        size = batch_tokens // length
         if kind == THOUGHTS:
-            size = 4 * batch_tokens // (length + expert.think)
+            size = batch_tokens(expert.device.type, THOUGHT_BATCH_TOKENS) // (length + expert.think)
+        else:
+            size = batch_tokens(expert.device.type, BATCH_TOKENS) // length
         size = max(1, size)
         indices = [i for i in range(len(ids)) if lengths[i] == length]
         for start in range(0, len(indices), size):
-            yield indices[start:start + size], length, size
+            batch = indices[start:start + size]
+            rows = size
+            if kind == THOUGHTS:
+                rows = min(size, math.ceil(len(batch) / 16) * 16)
+            yield batch, length, rows
+
+
+def batch_tokens(device_type, tokens):
+    """The tokens of a batch on a device of this type, from BATCH_TOKENS or THOUGHT_BATCH_TOKENS."""
+    return tokens.get(device_type, tokens["cpu"])
 
 
 def stored_rows(folder):

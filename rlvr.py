@@ -884,7 +884,7 @@ def build(args):
     init_scale = 0.02 if args.prefix_origin == "mean" else 0.5
     widths, expert_of_state = layout_of_states(experts)
     router = ROUTERS[args.router](widths, expert_of_state, policy.config.hidden_size, args.latents,
-                                  args.router_heads, args.router_dim, args.router_temperature, init_scale)
+                                  args.router_dim, init_scale)
 
     args.policy = policy_files.pinned
     args.experts = [expert.pinned for expert in experts]

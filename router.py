@@ -15,13 +15,13 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
     states    H (B, N, D)      padded with zeros to the widest expert
     scale     x (B, N, D)      (H - mean) / std, for every dimension of every state
     project   S (B, N, dim)    einsum("bnd,ndk->bnk", x, W): every state has its own matrix W[n] (D, dim)
-    attend    A (B, h, L, N)   softmax(Q K' / sqrt(dim / h) + trust): Q from the L latents, K and V from S
+    attend    A (B, h, L, N)   softmax(8 Q K' h / dim + trust): Q from the L latents, K and V from S
     write     C (B, L, d)      out(mlp(latents + A V)): the context tokens, of the policy's width d
 
 The latents are added in the last line, so the L context tokens differ from each other even where all latents
 read the same single state, as they do when one expert with one state is visible. (Left out here: the clamp
-after scaling, norms, the embedding of each state, the temperature and the output projection of the attention,
-and the residual sum around the mlp.)
+after scaling, norms, the embedding of each state, the output projection of the attention, and the residual
+sum around the mlp. 8 h / dim is the usual 1 / sqrt(dim / h) where a head has 64 numbers.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -102,24 +102,26 @@ class Router(StateReader):
     widths, expert_of_state   see StateReader
     d_policy     d, the width of the policy's embeddings
     latents      L, the number of context tokens (8 in the paper)
-    heads, dim   h and dim, the heads and the width of the attention (8 and 512 in the paper)
-    temperature  divides Q K' but not trust; below 1 the attention becomes sharper
+    dim          the width of the attention (512 in the paper, with 8 heads)
     init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. (Near
                  zero in the paper. rlvr.build gives 0.02 if the policy adds its mean embedding to them, and
                  0.5 if not.) A small prefix does little harm. With size 0 the layers before `out`
                  would get no gradient
-    Raises ValueError when dim is not a multiple of heads.
+    Raises ValueError when dim is not a multiple of 16.
     """
 
     compares = True  # its attention is trained by comparing experts (rlvr.py)
 
-    def __init__(self, widths, expert_of_state, d_policy, latents=8, heads=8, dim=512, temperature=1.0,
-                 init_scale=0.5):
+    def __init__(self, widths, expert_of_state, d_policy, latents=8, dim=512, init_scale=0.5):
         super().__init__(widths, expert_of_state)
-        if dim % heads:
-            raise ValueError(f"--router_dim {dim} must be a multiple of --router_heads {heads}")
-        self.heads = heads
-        self.scale = (dim / heads) ** -0.5 / temperature
+        if dim % 16:
+            raise ValueError(f"--router_dim {dim} must be a multiple of 16")
+
+        # Take 8 heads, as the paper does; fewer in a narrow router, so that none is narrower than 16. Scores
+        # are divided by the width of a head (muP, 2203.03466, section 4), with a factor that makes them
+        # the usual Q K' / sqrt(width) where a head has 64 numbers.
+        self.heads = min(8, dim // 16)
+        self.scale = 8 * self.heads / dim
         N, D = self.mean.shape
 
         # Project: one matrix and one embedding for each state. The embedding says which state it is.
@@ -240,8 +242,7 @@ class HardRouter(Router):
 class LinearRouter(StateReader):
     """One linear map of all states side by side, without attention."""
 
-    def __init__(self, widths, expert_of_state, d_policy, latents=8, heads=8, dim=512, temperature=1.0,
-                 init_scale=0.5):
+    def __init__(self, widths, expert_of_state, d_policy, latents=8, dim=512, init_scale=0.5):
         super().__init__(widths, expert_of_state)
         self.latents = latents
         self.map = nn.Linear(self.mean.numel(), latents * d_policy)
@@ -260,8 +261,7 @@ class ConstantPrefix(nn.Module):
     Training these vectors alone also raises the reward. This part of a gain does not come from the experts.
     """
 
-    def __init__(self, widths, expert_of_state, d_policy, latents=8, heads=8, dim=512, temperature=1.0,
-                 init_scale=0.5):
+    def __init__(self, widths, expert_of_state, d_policy, latents=8, dim=512, init_scale=0.5):
         super().__init__()
         self.C = nn.Parameter(torch.randn(latents, d_policy) * init_scale)
 
@@ -273,8 +273,7 @@ class ConstantPrefix(nn.Module):
 class NoRouter(nn.Module):
     """No context at all: the policy and its LoRA alone."""
 
-    def __init__(self, widths, expert_of_state, d_policy, latents=8, heads=8, dim=512, temperature=1.0,
-                 init_scale=0.5):
+    def __init__(self, widths, expert_of_state, d_policy, latents=8, dim=512, init_scale=0.5):
         super().__init__()
 
     def forward(self, H, visible=None, attention=None):

@@ -178,7 +178,7 @@ def quick(tmp_path_factory):
     return ("--preset tiny --device cpu --task logic+algorithmic --words_steps 6 --reading_steps 6 "
             "--reading_batch 8 --reading_lr 5e-4 --steps 6 --batch 6 --group 4 --lr 1e-3 "
             "--router_lr 2e-3 --trust_lr 0.1 --seed 2 --micro_batch 4 --max_new 4 --val 8 --test 8 "
-            "--eval_every 3 --router_dim 16 --router_heads 2 --policy {0}/policy "
+            "--eval_every 3 --router_dim 32 --policy {0}/policy "
             "--experts {0}/logic {0}/algorithmic {0}/arithmetic".format(folder)).split()
 
 
@@ -311,7 +311,7 @@ def make_router(name="attention", widths=WIDTHS, expert_of_state=None, **setting
     """A router of experts with one state each, unless expert_of_state says otherwise."""
     torch.manual_seed(0)
     expert_of_state = expert_of_state or list(range(len(widths)))
-    settings = dict(latents=4, heads=2, dim=16, init_scale=1.0) | settings
+    settings = dict(latents=4, dim=32, init_scale=1.0) | settings
     router = ROUTERS[name](widths, expert_of_state, 32, **settings)
     router.fit_standardization(states(64, seed=1, widths=widths))
     if hasattr(router, "trust"):  # it is zero at the start
@@ -320,7 +320,7 @@ def make_router(name="attention", widths=WIDTHS, expert_of_state=None, **setting
     return router
 
 
-def naive_router(router, H, expert_of_state, temperature):
+def naive_router(router, H, expert_of_state):
     """The context tokens (L, d) of ONE problem with states H (N, D), by loops and without padding."""
     N = len(H)
     n_latents, dim = router.latents.shape
@@ -354,7 +354,7 @@ def naive_router(router, H, expert_of_state, temperature):
             scores, values = [], []
             for n in range(N):
                 key, value = router.to_kv(E[n]).chunk(2)
-                score = queries[latent, part] @ key[part] / head_width**0.5 / temperature
+                score = queries[latent, part] @ key[part] * 8 / head_width
                 scores.append(score + trust[expert_of_state[n]])
                 values.append(value[part])
             shares = torch.stack(scores).softmax(0)
@@ -375,7 +375,7 @@ def naive_router(router, H, expert_of_state, temperature):
 ])
 def test_one_einsum_equals_a_loop_over_experts(widths, expert_of_state):
     """The router written once more with loops and unpadded states: values and gradients."""
-    router = make_router("attention", widths, expert_of_state, temperature=0.5)
+    router = make_router("attention", widths, expert_of_state)
     H = states(widths=widths)
     up = torch.randn(4, 4, 32)
 
@@ -384,7 +384,7 @@ def test_one_einsum_equals_a_loop_over_experts(widths, expert_of_state):
     (fast * up).sum().backward()
     fast_gradients = gradients(router)
 
-    slow = torch.stack([naive_router(router, H[b], expert_of_state, 0.5) for b in range(4)])
+    slow = torch.stack([naive_router(router, H[b], expert_of_state) for b in range(4)])
     (slow * up).sum().backward()
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
     same_gradients(fast_gradients, gradients(router))
@@ -403,7 +403,7 @@ def test_states_are_standardized(widths):
 @pytest.mark.parametrize("name", ["attention", "hard", "linear"])
 def test_an_expert_that_is_not_visible_has_no_influence_and_no_gradient(name):
     """NaN in its states is harmless; what is visible may also differ from problem to problem."""
-    router, H = make_router(name), states()
+    router, H = make_router(name), states(30)
     visible = torch.tensor([True, False, True])
     with_nan = H.clone()
     with_nan[:, 1] = math.nan
@@ -421,8 +421,8 @@ def test_an_expert_that_is_not_visible_has_no_influence_and_no_gradient(name):
 
     if attention is not None:
         assert not attention[..., 1].any()
-        torch.testing.assert_close(attention.sum(-1), torch.ones(4, 2, 4))
-        only_one = torch.eye(3, dtype=torch.bool)[[0, 1, 2, 0]]
+        torch.testing.assert_close(attention.sum(-1), torch.ones(30, 2, 4))
+        only_one = torch.eye(3, dtype=torch.bool)[[0, 1, 2] * 10]
         _, attention = router(H, only_one)
         assert torch.equal(attention.mean((1, 2)), only_one.float())
 
@@ -507,15 +507,15 @@ def test_every_router_is_called_alike():
     """Same arguments, same shapes; those without attention or context return None in its place."""
     H = states()
     for name in ROUTERS:
-        router = ROUTERS[name](WIDTHS, [0, 1, 2], 32, 4, 2, 16, 1.0, 0.5)
+        router = ROUTERS[name](WIDTHS, [0, 1, 2], 32, 4, 16, 0.5)
         context, attention = router(H, torch.ones(4, 3, dtype=torch.bool), None)
         assert (context is None) == (name in ("text", "none"))
         assert routers.has_context(name) == (name not in ("text", "none"))
         assert context is None or context.shape == (4, 4, 32)
         assert (attention is None) == (name in ("linear", "constant", "text", "none"))
         assert routers.reads_states(name) == (name not in ("constant", "text", "none"))
-    with pytest.raises(ValueError, match="--router_dim 16 must be a multiple of --router_heads 3"):
-        Router(WIDTHS, [0, 1, 2], 32, heads=3, dim=16)
+    with pytest.raises(ValueError, match="--router_dim 40 must be a multiple of 16"):
+        Router(WIDTHS, [0, 1, 2], 32, dim=40)
 
 
 # -- rlvr.py: GRPO
@@ -2914,13 +2914,13 @@ def test_a_thought_needs_room_in_the_window(tmp_path, own_cache):
 
 
 def test_a_batch_that_thinks_has_more_rows(tmp_path):
-    """4 * 2048 tokens, thoughts included; a text longer than the others comes first."""
+    """20480 tokens, thoughts included; the longest text comes first, and the last batch is not filled up."""
     expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=256), think=48, cue="w7")
     ids = [[5] * 16] * 200 + [[5] * 80]
     sizes = []
     for indices, length, size in experts.batches(expert, "thoughts", ids):
         sizes.append((len(indices), length, size))
-    assert sizes == [(1, 80, 64), (128, 16, 128), (72, 16, 128)]
+    assert sizes == [(1, 128, 16), (182, 64, 182), (18, 64, 32)]
 
 
 def test_a_narrower_expert_is_padded_with_zeros(tmp_path, own_cache):
@@ -3837,7 +3837,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--policy nowhere", "nowhere"),
     ("--layers 9", "layer"),
     ("--layers -9", "layer"),
-    ("--router_heads 3", "--router_heads"),
+    ("--router_dim 40", "--router_dim"),
     ("--max_new 600", "window"),
     ("--write 300", "room"),
     ("--answer_format tagged", "chat template"),

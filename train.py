@@ -42,8 +42,9 @@ from transformers import AutoConfig, AutoModel
 import rlvr
 from eval import (EVAL_ROWS, accuracy, by_dataset, evaluate, right_of, show_report, test_report,
                   unbreakable, wrap)
-from experts import (BATCH_TOKENS, REPOSITORY, SMALL, computes_in_bfloat16, generates_text, loading,
-                     local_folder, pick_device, to_fetch, which_states, write_texts)
+from experts import (BATCH_TOKENS, REPOSITORY, SMALL, THOUGHT_BATCH_TOKENS, batch_tokens,
+                     computes_in_bfloat16, generates_text, loading, local_folder, pick_device, to_fetch,
+                     which_states, write_texts)
 from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
                      official_files_to_fetch, render_prompt)
@@ -134,10 +135,8 @@ class Args:
 
     # router and LoRA
     latents: int = option(8, "Number of context tokens.", minimum=1, maximum=512)
-    router_dim: int = option(64, "Width of the router's attention.", minimum=1, maximum=16384)
-    router_heads: int = option(4, "Number of heads of the router's attention.", minimum=1)
-    router_temperature: float = option(0.5,
-        "Temperature of the router's attention; below 1 it is sharper.", above=0)
+    router_dim: int = option(64, "Width of the router's attention, a multiple of 16.", minimum=16,
+        maximum=16384)
     prefix_origin: str = option("mean",
         "The vector to which context tokens are added: zero (paper), or the mean embedding, which suits "
         "the tiny policy.", choices=["zero", "mean"])
@@ -183,15 +182,14 @@ PRESETS = {
     "small": dict(  # real models for one consumer GPU, or for a patient CPU
         task="chain_sum", level="easy", policy="HuggingFaceTB/SmolLM2-135M-Instruct",
         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"],
-        states="answer:6", cue="The answer is:", write=6, router_dim=512, router_heads=8,
-        router_temperature=1.0, prefix_origin="zero",
+        states="answer:6", cue="The answer is:", write=6, router_dim=512, prefix_origin="zero",
         words_steps=400, words_lr=1e-3, reading_steps=60, reading_lr=4e-4,
         steps=20, batch=8, micro_batch=16, max_new=16, lr=1e-5, router_lr=1e-6, trust_lr=0.3),
     "paper": dict(  # the paper's method and numbers, where it gives them; it does not name its experts
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                  "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
-        write=16, router_dim=512, router_heads=8, router_temperature=1.0, prefix_origin="zero",
+        write=16, router_dim=512, prefix_origin="zero",
         words_steps=400, words_lr=1e-3, reading_lr=4e-4,
         reading_steps=0,  # no stage 0; --reading_steps 60 switches it on
         steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0,
@@ -1245,21 +1243,28 @@ def reading_memory(args, expert, prompt_tokens):
     dtype = torch.float32
     if expert.params >= SMALL and computes_in_bfloat16(args.device):
         dtype = torch.bfloat16
-    device = args.device.partition(":")[0]
-    tokens = BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
+    device_type = args.device.partition(":")[0]
+    tokens = batch_tokens(device_type, BATCH_TOKENS)
 
     # What one layer works with; its keys and values, as `compare_with_experts` lets it write in every run;
     # and inner layers if one is read.
-    per_token = expert.kv + 4 * expert.ff + 4 * expert.width
+    in_layer = 4 * expert.ff + 4 * expert.width
+    per_token = expert.kv + in_layer
     if any(layer != -1 for layer in args.layers):
         per_token += expert.layers * expert.width
 
     # Where it writes: the logits of the last tokens, once in its dtype and twice in float32.
-    drawing = tokens // prompt_tokens * expert.vocab * (dtype.itemsize + 8)
+    logits = expert.vocab * (dtype.itemsize + 8)
+    batch = tokens * per_token * dtype.itemsize + tokens // prompt_tokens * logits
 
-    # Where it thinks, there are four times as many tokens, of which each has keys and values.
-    thought = 4 * tokens * expert.kv * dtype.itemsize if args.think else 0
-    return (expert.params + tokens * per_token) * dtype.itemsize + drawing + thought
+    # Where it thinks, a batch is larger: all its tokens have keys and values, its prompts are read at once.
+    if args.think:
+        tokens = batch_tokens(device_type, THOUGHT_BATCH_TOKENS)
+        rows = max(1, tokens // (prompt_tokens + args.think))
+        read_at_once = rows * prompt_tokens
+        thoughts = (tokens * expert.kv + read_at_once * in_layer) * dtype.itemsize + rows * logits
+        batch = max(batch, thoughts)
+    return expert.params * dtype.itemsize + batch
 
 
 def number_of_states(args, experts):

@@ -108,8 +108,7 @@ def router_config(args, policy, experts):
     """How to build the router, and what it reads of the experts."""
     widths, expert_of_state = layout_of_states(experts)
     arguments = dict(widths=widths, expert_of_state=expert_of_state, d_policy=policy.config.hidden_size,
-                     latents=args.latents, heads=args.router_heads, dim=args.router_dim,
-                     temperature=args.router_temperature)
+                     latents=args.latents, dim=args.router_dim)
     return dict(router=args.router, arguments=arguments, experts=args.experts, states=args.states,
                 layers=args.layers, write=args.write, cue=args.cue, think=args.think)
 

@@ -214,7 +214,7 @@ def fraction_spelled(policy, args, H, targets, n_train, steps):
     # Train.
     N, width = H.shape[1:]
     torch.manual_seed(args.seed)
-    router = Router([width] * N, [0] * N, policy.config.hidden_size, args.latents, args.router_heads,
+    router = Router([width] * N, [0] * N, policy.config.hidden_size, args.latents,
                     args.router_dim).to(policy.embed.device)
     router.fit_standardization(H[:256])
     optimizer = torch.optim.AdamW(router.parameters(), args.words_lr, weight_decay=0.0)

@@ -176,7 +176,7 @@ def main(seed=0, steps=10, split="test"):
     policy, tokenizer = load("policy")
     lora = add_lora(policy)
     router = Router(widths, expert_of_state=[0, 1, 2], d_policy=policy.config.hidden_size,
-                    latents=1 + MAX_NEW, heads=4, dim=64, temperature=0.5, init_scale=0.02)
+                    latents=1 + MAX_NEW, dim=64, init_scale=0.02)
     router.fit_standardization(H[:256])  # it reads each dimension with mean 0 and std 1
     trust = [p for name, p in router.named_parameters() if name.startswith("trust")]
     reader = [p for name, p in router.named_parameters() if not name.startswith("trust")]

@@ -87,7 +87,7 @@ def test_ablations_are_what_they_state(opened):
 
     # Static attention is the mean over training problems.
     static = probe.mean_attention(policy, experts, router, args)
-    assert static.shape == (args.router_heads, args.latents, 3)
+    assert static.shape == (router.heads, args.latents, 3)
     assert static.sum(-1).allclose(torch.ones(()))
     assert "| static | 24 |" in probe.ablation_table(result)
 
