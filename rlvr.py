@@ -209,7 +209,7 @@ def candidates(router, dataset, args):
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
     them. The router must have an attention that comparing can train.
     """
-    if not args.compare or not getattr(router, "compares", False):
+    if not getattr(router, "compares", False):
         return []
     experts = dataset.writers
     if not args.reading_steps:

@@ -212,6 +212,15 @@ class Router(StateReader):
 # -- Other routers, to compare with. Each of them takes the arguments of Router and is called like it, so that
 # the loop never asks which one it has.
 
+class MixedRouter(Router):
+    """The same attention, but experts are never compared: it learns from the loss of GRPO, as in the paper.
+
+    All experts are visible in each answer, so the reward belongs to their mixture (rlvr.py: Why compare?).
+    """
+
+    compares = False
+
+
 class HardRouter(Router):
     """Every problem attends to ONE state, chosen by a linear layer that sees all of them.
 
@@ -286,6 +295,7 @@ class TextInPrompt(NoRouter):
 
 ROUTERS = {  # by --router
     "attention": Router,
+    "mixed": MixedRouter,
     "hard": HardRouter,
     "linear": LinearRouter,
     "constant": ConstantPrefix,
@@ -307,6 +317,11 @@ def has_context(router_name):
 def shows_texts(router_name):
     """Does the policy read what the experts say as words in its prompt?"""
     return issubclass(ROUTERS[router_name], TextInPrompt)
+
+
+def compares(router_name):
+    """Does this router learn whom to believe by comparing experts?"""
+    return getattr(ROUTERS[router_name], "compares", False)
 
 
 def by_expert(attention, expert_of_state):

@@ -620,10 +620,11 @@ def naive_loss(policy, router, batch, pair, expert_of_state, sampled, beta, temp
     return grpo / n_tokens + choice / len(batch)
 
 
-@pytest.mark.parametrize("compare, beta", [(True, 0.0), (False, 0.04)])
-def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, compare, beta):
+@pytest.mark.parametrize("name, beta", [("attention", 0.0), ("mixed", 0.04)])
+def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, name, beta):
     """The gradients of all parameters in two steps at temperature 0.7; the rates of the three parts; the
     problems in their order. The loop has micro-batches, and leaves out groups without a gradient."""
+    compare = name == "attention"
     models, steps, pairs, rates, clipped = [], [], [], [], []
 
     def recorded_build(args):
@@ -673,7 +674,7 @@ def test_the_loop_is_grpo_written_once_more(quick, tmp_path, monkeypatch, compar
     monkeypatch.setattr(train, "save_and_maybe_stop", recorded_rates)
     trained(tmp_path / "run", *quick, "--task algorithmic --batch 4 --max_new 3 --val 2 --test 2 --steps 2 "
             "--temperature 0.7 --reading_steps 0 --lr 1e-2 --micro_batch 1",
-            "--compare", compare, "--beta", beta)
+            "--router", name, "--beta", beta)
 
     assert clipped == [True, True]
     assert rates == [[1e-2, 2e-3, 0.1]] * 2  # LoRA, router, trust
@@ -892,10 +893,9 @@ def test_who_can_be_compared(quick, tmp_path):
     assert rlvr.candidates(router, dataset, args) == [0, 1]
     assert dataset.visible_alone.tolist() == [[True, False, True], [False, True, True], [False, False, True]]
 
-    without_stage0 = types.SimpleNamespace(compare=True, reading_steps=0)
+    without_stage0 = types.SimpleNamespace(reading_steps=0)
     assert rlvr.candidates(router, dataset, without_stage0) == [0, 1, 2]
-    assert rlvr.candidates(router, dataset, types.SimpleNamespace(compare=False, reading_steps=6)) == []
-    for name in ("hard", "linear", "constant", "none"):
+    for name in ("mixed", "hard", "linear", "constant", "none"):
         other = ROUTERS[name]([8, 8], [0, 1], 32)
         assert rlvr.candidates(other, dataset, args) == []
     dataset.writers = [1]
@@ -906,8 +906,8 @@ def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
     """With a writer and an encoder the run is the one without comparing, to the bit."""
     writer, encoder = quick[-2:]
     settings = [*quick, "--experts", writer, encoder, "--task algorithmic --words_steps 1 --reading_steps 1 "
-                "--steps 2 --val 2 --test 2 --compare"]
-    a, b = trained(tmp_path / "a", *settings, "true"), trained(tmp_path / "b", *settings, "false")
+                "--steps 2 --val 2 --test 2 --router"]
+    a, b = trained(tmp_path / "a", *settings, "attention"), trained(tmp_path / "b", *settings, "mixed")
     for one, other in zip(records(a), records(b), strict=True):
         assert without_times(one) == without_times(other)
         assert "reward_by_expert" not in one
@@ -1515,7 +1515,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     assert expected in capsys.readouterr().out
 
     # Without stage 0 and comparing a step shows 4 problems once: 1.5 minutes.
-    args.reading_steps, args.compare, dataset.writers = 0, False, []
+    args.reading_steps, dataset.writers, router.compares = 0, [], False
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
     assert "about 17.8 minutes: words 0.0, reading 0.0, GRPO 15.0, tests 2.8" in capsys.readouterr().out
 
@@ -1813,7 +1813,7 @@ def test_the_estimate_grows_with_what_needs_memory(monkeypatch):
         assert peak_memory(estimate_of(paper(**change))) > base, change
 
     # Comparing halves the answers of a row: one row of the gradient pass needs less.
-    assert peak_memory(estimate_of(paper(compare=True))) < base
+    assert peak_memory(estimate_of(paper(router="attention"))) < base
 
     # Micro-batch bounds the gradient pass and nothing else.
     one, two = (estimate_of(paper(micro_batch=n)) for n in (1, 2))
@@ -3788,7 +3788,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
 @pytest.mark.parametrize("arguments, word", [  # after those of the small run; a word of the sentence
     # numbers out of their range
     ("--group 1", "--group.*at least 2"),
-    ("--group 3", "--group 3.*--compare false"),
+    ("--group 3", "--group 3.*--router mixed"),
     ("--lr nan", "--lr"),
     ("--lr -1", "--lr.*above 0"),
     ("--batch 0", "--batch"),

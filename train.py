@@ -55,7 +55,7 @@ from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all
                   words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
                   pair_probabilities, parameters_of, prompt_format_of, ranks, read_config, rollout, run_cli,
                   save_checkpoint, words_and_reading, words_batch, words_vocabulary, write_config)
-from router import ROUTERS, NoRouter, by_expert, has_context, reads_states, shows_texts
+from router import ROUTERS, NoRouter, by_expert, compares, has_context, reads_states, shows_texts
 
 
 # -- The settings. The defaults are the run that `python train.py` makes; PRESETS below override them.
@@ -113,8 +113,8 @@ class Args:
     experts: list[str] = option(["tiny/arithmetic", "tiny/logic", "tiny/algorithmic"],
         "The frozen experts: folders or names on the hub, of any architecture.")
     router: str = option("attention",
-        "What stands between experts and policy. attention: the method. hard, linear, constant, text, none: "
-        "control experiments, see router.py.")
+        "What stands between experts and policy. attention: the method. mixed: the same without comparing "
+        "experts, as in the paper. hard, linear, constant, text, none: control experiments, see router.py.")
     control: str = option("none",
         "Replace the experts' states by those of other problems (shuffled), by noise (noise), or by those"
         " of models with random weights (untrained).")
@@ -163,8 +163,6 @@ class Args:
     group: int = option(8, "Answers to each problem.", minimum=2, maximum=4096)
     max_new: int = option(8, "Maximum number of tokens of the policy's answer.", minimum=1)
     temperature: float = option(1.0, "Temperature of sampling, and of the loss.", above=0)
-    compare: bool = option(True,
-        "Compare two experts on each problem, so that rewards teach whom to believe.")
     beta: float = option(0.0,
         "Weight of the KL to the frozen policy. It must be 0 in a run with stage 0, which it would undo.",
         minimum=0)
@@ -189,11 +187,11 @@ PRESETS = {
         task="gsm8k", level="default", answer_format="auto", policy="Qwen/Qwen2.5-3B-Instruct",
         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct",
                  "allenai/OLMo-2-0425-1B-Instruct", "microsoft/phi-1_5"],
-        write=16, router_dim=512, prefix_origin="zero",
+        router="mixed", write=16, router_dim=512, prefix_origin="zero",
         words_steps=400, words_lr=1e-3, reading_lr=4e-4,
         reading_steps=0,  # no stage 0; --reading_steps 60 switches it on
         steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0,
-        compare=False, beta=0.04, eval_every=25),
+        beta=0.04, eval_every=25),
 }
 
 
@@ -986,9 +984,9 @@ def check(args):
     refuse_if(args.control not in CONTROLS,
               f"--control {args.control} is unknown: choose {', '.join(CONTROLS)}, or import the file that "
               "adds it with --extension FILE")
-    refuse_if(args.compare and args.trust_lr and args.group % 2,
+    refuse_if(args.router in ROUTERS and compares(args.router) and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
-              "--compare false")
+              "--router mixed")
     batches = [args.batch, args.val, args.test]
     batches += [args.reading_batch] if args.reading_steps else []
     refuse_if(min(batches) < WORLD,
@@ -1135,7 +1133,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
 
     # Comparing shows every problem twice, each time with half of the answers.
     rows, group = B, args.group
-    if args.compare and args.router == "attention" and len(experts) > 1:
+    if compares(args.router) and len(experts) > 1:
         rows, group = 2 * B, args.group // 2
     micro = min(args.micro_batch, rows)
 
@@ -1507,7 +1505,7 @@ def run_operations(args):
 
     # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
     # weights are frozen, and so does the reference.
-    prompts = args.batch * (2 if args.compare else 1) * P
+    prompts = args.batch * (2 if compares(args.router) else 1) * P
     answers = args.batch * args.group * args.max_new
     step = (prompts + answers) * (4 if args.beta else 3)
     stage0 = 2 * args.reading_batch * (P + args.write)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from rlvr import WORLD, run_cli
-from router import has_context
+from router import compares, has_context
 from train import (GAPS, GPU_ROWS, PRESETS, Args, estimate_of, frozen_dtype, longest_prompt, model_size,
                    parse_args, peak_memory, print_plan)
 
@@ -80,7 +80,7 @@ def step_seconds(args, policy, S, T, gpu=None):
     """
     # Comparing shows every problem twice, each time with half of the answers.
     rows, group = math.ceil(args.batch / WORLD), args.group
-    if args.compare and args.router == "attention" and len(args.experts) > 1:
+    if compares(args.router) and len(args.experts) > 1:
         rows, group = 2 * rows, group // 2
     answers = rows * group
 

@@ -113,10 +113,10 @@ WAYS = {
     "soft prompt": "--router attention --states last",
 
     # What comparing adds: the same run without it, and the run as it was before there was comparing.
-    "soft without comparing": "--router attention --compare false",
-    "soft without comparing at high rates": "--router attention --compare false {longer} --trust_lr 0.3",
+    "soft without comparing": "--router mixed",
+    "soft without comparing at high rates": "--router mixed {longer} --trust_lr 0.3",
     "soft without stage 0": "--router attention --reading_steps 0 {longer}",
-    "soft wrong without comparing": "--router attention --compare false --extension lab/controls.py "
+    "soft wrong without comparing": "--router mixed --extension lab/controls.py "
                                     "--control last_wrong {more_steps}",
 
     # Single and prefix have the same stage 0: they read the same texts, in as many steps.
@@ -449,7 +449,7 @@ def collect(run):
 
     # The row: the settings that differ between runs, and the numbers of the tables.
     row = {}
-    for key in ("router", "control", "compare", "states", "cue", "reading_steps", "lr",
+    for key in ("router", "control", "states", "cue", "reading_steps", "lr",
                 "router_lr", "trust_lr"):
         row[key] = args[key]
     val = [record["val"] for record in metrics if "val" in record]
