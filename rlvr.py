@@ -92,7 +92,8 @@ from rewards import expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
-WORDS_PER_READING = 8  # a step of words has this many times as many problems as one of reading
+READING_BATCH = 16     # problems in a step of reading
+WORDS_BATCH = 128      # problems in a step of words, which runs no policy
 ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
 
@@ -309,7 +310,7 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
-    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, words_batch(args), seed)
+    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, WORDS_BATCH, seed)
     visible = dataset.visible_alone[experts].to(dataset.device)
     context, _ = router(dataset.states(indices), visible)
 
@@ -329,36 +330,36 @@ def learn_to_read(policy, router, dataset, args):
     optimizer = make_optimizer(policy, router, lr=args.reading_lr, router_lr=args.reading_lr / ROUTER_SLOWER)
     for step in range(args.reading_steps):
         set_rates(optimizer, stage0_rate(step, args.reading_steps))
-        loss, n_tokens = reading_step(policy, router, dataset, args, step)
-        loss = loss / all_reduce_sum(n_tokens)
-        loss.backward()
+        loss = reading_gradients(policy, router, dataset, args, step)
         update(optimizer)
-        yield all_reduce_sum(loss.item())
+        yield all_reduce_sum(loss)
 
 
-def reading_step(policy, router, dataset, args, step):
-    """One step of `learn_to_read` on this rank's problems: (loss summed over tokens, number of tokens)."""
-    # Draw problems, and for each of them one expert that is visible.
+def reading_gradients(policy, router, dataset, args, step):
+    """Add up the gradients of one step of `learn_to_read`. Returns this rank's part of the loss per token."""
+    # Draw problems, and for each of them one expert that is visible. What would this expert say?
     seed = args.seed * 1_000_003 + args.words_steps + step
-    indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, args.reading_batch, seed)
-    batch = dataset.batch(indices)
-    batch.visible = dataset.visible_alone[experts].to(dataset.device)
-
-    # How likely is what this expert would say?
-    context, _ = router(batch.H, batch.visible)
+    indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, READING_BATCH, seed)
     targets = [dataset.targets[e][i] for i, e in zip(indices, experts)]
-    return reading_loss(policy, batch, context, targets)
+    n_tokens = all_reduce_sum(sum(len(ids) for ids in targets))
+
+    # How likely is it? A gradient pass has at most --micro_batch prompts, as in GRPO: that bounds memory.
+    total = 0.0
+    for start in range(0, len(indices), args.micro_batch):
+        rows = slice(start, start + args.micro_batch)
+        batch = dataset.batch(indices[rows])
+        batch.visible = dataset.visible_alone[experts[rows]].to(dataset.device)
+        context, _ = router(batch.H, batch.visible)
+        loss = reading_loss(policy, batch, context, targets[rows]) / n_tokens
+        loss.backward()
+        total += loss.item()
+    return total
 
 
 def words_and_reading(args):
     """(steps of words, steps of reading) of stage 0. Words need a router that reads states."""
     has_words = args.reading_steps and reads_states(args.router)
     return (args.words_steps if has_words else 0), args.reading_steps
-
-
-def words_batch(args):
-    """How many problems a step of words has."""
-    return WORDS_PER_READING * args.reading_batch
 
 
 def stage0_parts(problems):
@@ -487,7 +488,7 @@ def words_loss(policy, context, targets, vocabulary):
 
 
 def reading_loss(policy, batch, context, targets):
-    """Minus the log-probability of the texts after their prompts, summed, and the number of their tokens.
+    """Minus the log-probability of the texts after their prompts, summed over all tokens.
 
     targets [B][tokens], stop token included.
     """
@@ -503,7 +504,7 @@ def reading_loss(policy, batch, context, targets):
     # How likely are they? The log-probability of padding is 0.
     device = batch.H.device
     logp, _ = policy.score(batch, context, tokens.to(device), mask.to(device))
-    return -logp.sum(), int(mask.sum())
+    return -logp.sum()
 
 
 # -- The optimizer
@@ -1224,7 +1225,7 @@ def run_cli(program, run):
         if not out_of_memory(error):
             raise
         message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
-                   "models, or a lower --batch, --reading_batch, --group, --max_new, --think, "
+                   "models, or a lower --batch, --group, --max_new, --think, "
                    "--router_dim or --lora_rank")
     print(f"{program}: {message}", file=sys.stderr)
     return 2

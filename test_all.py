@@ -176,7 +176,7 @@ def quick(tmp_path_factory):
                              eos_token_id=2, max_position_embeddings=256)
         model.save_pretrained(folder / name)
     return ("--preset tiny --device cpu --task logic+algorithmic --words_steps 6 --reading_steps 6 "
-            "--reading_batch 8 --reading_lr 5e-4 --steps 6 --batch 6 --group 4 --lr 1e-3 "
+            "--reading_lr 5e-4 --steps 6 --batch 6 --group 4 --lr 1e-3 "
             "--router_lr 2e-3 --trust_lr 0.1 --seed 2 --micro_batch 4 --max_new 4 --val 8 --test 8 "
             "--eval_every 3 --router_dim 32 --policy {0}/policy "
             "--experts {0}/logic {0}/algorithmic {0}/arithmetic".format(folder)).split()
@@ -923,7 +923,7 @@ def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
 def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
     """The policy says what the expert would say to held-out problems, but not with another's states."""
     out = trained(tmp_path / "run", "--preset tiny --task algorithmic --experts tiny/algorithmic "
-                  "--words_steps 60 --reading_steps 14 --reading_batch 16 --steps 1 --batch 2 --group 2 "
+                  "--words_steps 60 --reading_steps 14 --steps 1 --batch 2 --group 2 "
                   "--micro_batch 2 --max_new 4 --val 48 --test 1")
     [record] = [record for record in records(out, "stage0.jsonl") if "read_back" in record]
     assert record["read_back"] > record["shuffled"] + 0.3
@@ -946,8 +946,7 @@ def test_no_gold_answer_reaches_stage_0(finished, quick, tmp_path, monkeypatch):
 
 def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
     """In a step of one problem one expert that writes has a gradient; the encoder, the third one, always."""
-    args, policy, _, router, dataset = built(tmp_path, *quick, "--reading_batch 1 "
-                                             "--words_steps 12 --reading_steps 12")
+    args, policy, _, router, dataset = built(tmp_path, *quick, "--words_steps 12 --reading_steps 12")
     seen = []
 
     def noted(parameters):
@@ -955,12 +954,25 @@ def test_stage_0_reads_one_expert_at_a_time(quick, tmp_path, monkeypatch):
         return 1.0
 
     monkeypatch.setattr(rlvr, "clip_gradients", noted)
-    monkeypatch.setattr(rlvr, "WORDS_PER_READING", 1)
+    monkeypatch.setattr(rlvr, "WORDS_BATCH", 1)
+    monkeypatch.setattr(rlvr, "READING_BATCH", 1)
     for losses in (rlvr.learn_words(policy, router, dataset, args),
                    rlvr.learn_to_read(policy, router, dataset, args)):
         seen.clear()
         assert len(list(losses)) == 12
         assert set(seen) == {(True, False, True), (False, True, True)}
+
+
+def test_micro_batches_do_not_change_a_step_of_reading(quick, tmp_path):
+    args, policy, _, router, dataset = built(tmp_path, *quick)
+    found = []
+    for args.micro_batch in (3, 16):
+        loss = rlvr.reading_gradients(policy, router, dataset, args, 0)
+        found.append((loss, gradients(router) | gradients(policy)))
+        train.clear_gradients(policy, router)
+    (a, of_parts), (b, of_all) = found
+    assert a == pytest.approx(b, rel=1e-5)
+    same_gradients(of_parts, of_all)
 
 
 def test_the_parts_of_stage_0_share_no_question():
@@ -1060,14 +1072,13 @@ def test_reading_loss_is_minus_the_log_probability_of_the_texts(finished):
     batch = dataset.batch([3, 1, 2])
     context, _ = router(batch.H, batch.visible)
     targets = [[7, 8, 2], [], [9, 2]]
-    loss, n = rlvr.reading_loss(policy, batch, context, targets)
+    loss = rlvr.reading_loss(policy, batch, context, targets)
     expected = 0.0
     for b, ids in enumerate(targets):
         if ids:
             prompt = batch.tokens[b, :batch.lengths[b]]
             logp = token_log_probabilities(policy, context[b:b + 1], prompt, torch.tensor(ids), 1.0)
             expected -= logp.sum().item()
-    assert n == 5
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -1412,7 +1423,7 @@ def test_an_extension_that_imports_eval_gets_the_program_that_runs(finished, tmp
 def test_the_readmes_script_runs_word_for_word(tmp_path, monkeypatch):
     """As in a notebook: train, open the run, evaluate. Only stage 0 is made shorter here."""
     code = README_CODE[5]
-    short = dict(words_steps=1, reading_steps=1, stage0_problems=64, batch=4, reading_batch=4, val=32)
+    short = dict(words_steps=1, reading_steps=1, stage0_problems=64, batch=4, val=32)
     monkeypatch.setitem(train.PRESETS, "tiny", short)
     repository = os.getcwd()
 
@@ -1820,9 +1831,10 @@ def test_the_estimate_grows_with_what_needs_memory(monkeypatch):
     differ = [a for a, b in zip(one, two) if one[a] != two.get(a)]
     assert differ == ["gradient pass, 1 prompts"]
 
-    # Stage 0 has a row of its own, and its batch is not divided.
-    small, large = (estimate_of(paper(reading_steps=60, reading_batch=n, beta=0.0)) for n in (8, 64))
-    assert small["stage 0, reading"] < large["stage 0, reading"]
+    # Stage 0 has a row of its own, and --micro_batch bounds it, too, up to the 16 problems of a step.
+    reading = [estimate_of(paper(reading_steps=60, micro_batch=n, beta=0.0))["stage 0, reading"]
+               for n in (2, 16, 32)]
+    assert reading[0] < reading[1] == reading[2]
 
 
 def test_an_expert_counts_while_it_reads(monkeypatch):
@@ -3521,7 +3533,7 @@ def as_rank(rank, ports, out, settings):
 def test_two_ranks_are_one_run_and_a_lost_one_ends_the_other(quick, tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
         ports = [str(free.getsockname()[1]) for free in (first, second)]
-    settings = [*quick, "--seed 1 --steps 2 --batch 5 --reading_batch 5 --words_steps 2 --reading_steps 2"]
+    settings = [*quick, "--seed 1 --steps 2 --batch 5 --words_steps 2 --reading_steps 2"]
     processes = []
     for name, rank in (("two", 0), ("two", 1), ("one", None)):
         process = forked(functools.partial(as_rank, rank, ports, tmp_path / name, settings),

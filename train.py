@@ -48,13 +48,13 @@ from experts import (BATCH_TOKENS, REPOSITORY, SMALL, THOUGHT_BATCH_TOKENS, batc
 from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
                      official_files_to_fetch, render_prompt)
-from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, WORLD, Dataset, advantages, all_gather, all_reduce_sum,
-                  append, ask_experts, bad_config, build, candidates, check_models, check_names, choice_loss,
+from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WORLD, Dataset, advantages,
+                  all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates, check_models, check_names, choice_loss,
                   clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
-                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_step,
+                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_gradients,
                   words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
                   pair_probabilities, parameters_of, prompt_format_of, ranks, read_config, rollout, run_cli,
-                  save_checkpoint, words_and_reading, words_batch, words_vocabulary, write_config)
+                  save_checkpoint, words_and_reading, words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, compares, has_context, reads_states, shows_texts
 
 
@@ -151,9 +151,6 @@ class Args:
     words_lr: float = option(4e-3, "Learning rate of the router while it learns words.", above=0)
     reading_steps: int = option(50,
         "Steps of stage 0 in which the policy learns to read; 0: no stage 0 at all.", minimum=0)
-    reading_batch: int = option(16,
-        "Problems in a step of reading. A step of words has eight times as many, as no policy is run there.",
-        minimum=1, maximum=4096)
     reading_lr: float = option(3e-3,
         "Learning rate of LoRA while the policy learns to read; the router has a tenth of it.", above=0)
 
@@ -688,7 +685,7 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
             lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward())
     if reading:
         reading_seconds = reading * timed(
-            lambda: reading_step(policy, router, train, args, 0)[0].backward())
+            lambda: reading_gradients(policy, router, train, args, 0))
     clear_gradients(policy, router)
 
     grpo_seconds = args.steps * step_seconds
@@ -987,10 +984,11 @@ def check(args):
     refuse_if(args.router in ROUTERS and compares(args.router) and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
               "--router mixed")
-    batches = [args.batch, args.val, args.test]
-    batches += [args.reading_batch] if args.reading_steps else []
-    refuse_if(min(batches) < WORLD,
-              f"{WORLD} ranks need a problem each: raise --batch, --reading_batch, --val or --test")
+    refuse_if(min(args.batch, args.val, args.test) < WORLD,
+              f"{WORLD} ranks need a problem each: raise --batch, --val or --test")
+    refuse_if(args.reading_steps and WORLD > READING_BATCH,
+              f"a step of stage 0 has {READING_BATCH} problems, too few for {WORLD} ranks: use fewer ranks, or "
+              "--reading_steps 0")
     refuse_if(args.reading_steps and args.beta,
               "after stage 0 the KL to the frozen policy would undo what was learned: use --beta 0, or "
               "--reading_steps 0")
@@ -1160,9 +1158,9 @@ def memory_estimate(args, policy, experts, prompt_tokens):
         "validation and test": sampling_memory(args, policy, answered, 1, S),
     }
 
-    # Stage 0 learns one text for each problem, and does not divide its batch.
+    # Stage 0 learns one text for each problem.
     if args.reading_steps:
-        read = math.ceil(args.reading_batch / WORLD)
+        read = min(math.ceil(READING_BATCH / WORLD), args.micro_batch)
         table["stage 0, reading"] = scoring_memory(args, policy, read, 1, S, args.write + 8)
     if words_and_reading(args)[0]:
         table["stage 0, words"] = words_memory(args, policy, experts)
@@ -1171,7 +1169,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
 
 def words_memory(args, policy, experts):
     """Bytes of a step of words: the router alone, in float32, with all that autograd keeps of it."""
-    problems = math.ceil(words_batch(args) / WORLD)
+    problems = math.ceil(WORDS_BATCH / WORLD)
     states = number_of_states(args, experts)
     widest = max(expert.width for expert in experts)
     of_states = states * (3 * widest + 8 * args.router_dim)  # standardized, projected, keys and values
@@ -1508,7 +1506,7 @@ def run_operations(args):
     prompts = args.batch * (2 if compares(args.router) else 1) * P
     answers = args.batch * args.group * args.max_new
     step = (prompts + answers) * (4 if args.beta else 3)
-    stage0 = 2 * args.reading_batch * (P + args.write)
+    stage0 = 2 * READING_BATCH * (P + args.write)
     n_validations = math.ceil(args.steps / args.eval_every)
     n_answers = n_validations * args.val + args.test * (2 + len(args.experts))
     tokens = args.steps * step + args.reading_steps * stage0 + n_answers * (P + args.max_new)
@@ -1542,8 +1540,8 @@ def print_plan(args):
     n_train = n_training_problems(args)
     words, reading = words_and_reading(args)
     print(f"experts: each reads {n_train:,} + {args.val} + {args.test:,} prompts, once for all runs")
-    print(f"stage 0: {words} steps of words of {words_batch(args)} problems, {reading} of reading of "
-          f"{args.reading_batch}")
+    print(f"stage 0: {words} steps of words of {WORDS_BATCH} problems, {reading} of reading of "
+          f"{READING_BATCH}")
     print(f"GRPO: {args.steps} steps of {args.batch} problems x {args.group} answers of at most "
           f"{args.max_new} tokens, {args.micro_batch} prompts in a gradient pass")
     return table

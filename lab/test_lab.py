@@ -22,7 +22,7 @@ from rlvr import Dataset
 HERE = claims.HERE
 os.chdir(HERE)
 SHORT = ("--preset tiny --steps 3 --batch 12 --micro_batch 12 --val 12 --test 24 --eval_every 3 "
-         "--words_steps 8 --reading_batch 12 --device cpu").split()
+         "--words_steps 8 --device cpu").split()
 
 
 @pytest.fixture(scope="module")
