@@ -174,6 +174,14 @@ class Expert:
             room += len(self.cue_after_thought()) + self.max_new
         return room
 
+    def room_for_a_run(self, writes):
+        """The same for all that a run makes of a prompt. writes: whether the run needs the expert's text."""
+        if self.think:
+            return self.room(THOUGHTS)
+        if writes or self.reads_own_answer:
+            return self.room(TEXTS)
+        return self.room(STATES)
+
     def tokenize(self, texts, room=0):
         """Token ids of each text, a list of lists.
 

@@ -597,12 +597,16 @@ def ask_experts(problems, policy, experts, args):
     The datasets of the three splits find them there. So each expert is loaded only once for each kind of
     result (thoughts, texts, states), and not once more for each split.
     """
-    # Experts may need hours. So first check that the longest prompts fit into the policy's window. (A Dataset
-    # checks all prompts, later.)
+    # Experts may need hours. So first check that the longest prompts fit into all windows, the policy's and
+    # theirs. (All prompts are checked later.)
+    longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
     if not shows_texts(args.router):
-        longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
         _, ids = policy_prompts(longest, policy, args.answer_format)
         check_window(ids, 0, policy, args)
+    for expert in experts:
+        asked = needs_texts(args) and expert.writes
+        if asked or reads_states(args.router):
+            expert.tokenize([expert.prompt(problem) for problem in longest], expert.room_for_a_run(asked))
 
     # Ask them.
     prompts = expert_prompts(problems, experts)

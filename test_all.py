@@ -2912,6 +2912,15 @@ def test_thoughts_are_kept_when_the_cue_changes(tmp_path, own_cache, monkeypatch
     experts.thought_ids(two, TEXTS, progress=False)
 
 
+def test_a_window_that_is_too_short_is_found_before_an_expert_reads(quick, tmp_path, monkeypatch):
+    """The last expert has room for six tokens; the others, which have more, are not asked in vain."""
+    args, policy, pool, _, dataset = built(tmp_path, *quick)
+    short = make_expert(tmp_path / "short", max_position_embeddings=8)
+    monkeypatch.setattr(experts, "compute_rows", None)
+    with pytest.raises(ValueError, match="for short, which has room for 1 to 6: use shorter problems"):
+        rlvr.ask_experts(dataset.problems, policy, [*pool, Expert(short, max_new=2)], args)
+
+
 def test_a_thought_needs_room_in_the_window(tmp_path, own_cache):
     expert = Expert(make_expert(tmp_path / "m", max_position_embeddings=64), max_new=2, cue="w7 w8", think=30)
     fits = " ".join(["w1"] * 30)  # 30 + 30 + 2 + 2 = 64
