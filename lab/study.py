@@ -91,7 +91,7 @@ TASKS = {
 
     # An expert that reasons in up to 200 tokens before it answers; the policy answers at once.
     "gsm8k": "--preset small --task gsm8k --think 200 --write 8 --max_new 8 --val 64 --test 512 "
-             "--stage0_problems 1536 --steps 40",
+             "--stage0_problems 1024 --steps 40",
 }
 TASKS["real pool and Qwen"] = TASKS["real pool"]
 
