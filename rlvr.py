@@ -22,20 +22,20 @@ How this differs from the textbook:
    half while it sees another expert. WITHIN a half, rewards teach the policy how to answer: that is GRPO.
    BETWEEN the halves, rewards teach the router whom to believe. A step of `train.main`:
 
-       attention of B problems, with all experts visible                      (B, heads, L, N)
+       attention of B problems, with all experts visible, no gradient         (B, heads, L, N)
        draw_pair            two experts for each problem                      (B, 2)
        Batch.with_experts   each problem twice, with one expert visible       2 B problems
-       rollout              G / 2 answers to each, and their rewards          (2 B, G / 2)
+       rollout              G / 2 answers to each, their rewards, no gradient (2 B, G / 2)
        advantages           mean and std are those of the half                (2 B, G / 2)
        grpo_loss            trains LoRA and, through the context, how the router reads
        pair_probabilities   how the attention divides between the two (the
                             router runs again, now with gradient)             (B, 2)
        choice_loss          moves it to the expert whose half earned more: trains trust
 
-   The GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
+   Here the GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
    cancels in the softmax. (In a run with stage 0, encoders stay visible beside every expert, see
-   `visible_alone`; with them, trust moves a little.) All that the attention depends on, such as queries and
-   keys, also gets the gradient of the choice loss, but their learning rate is far lower than that of trust.
+   `visible_alone`; with them, trust moves a little.) The choice loss has a gradient for all that the
+   attention depends on, also for queries and keys, but their learning rate is far lower than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. After stage 0 there is no KL term (--beta must be 0). It would pull the policy back to the frozen policy,
@@ -92,8 +92,8 @@ from rewards import expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
-READING_BATCH = 16     # problems in a step of reading
-WORDS_BATCH = 128      # problems in a step of words, which runs no policy
+READING_BATCH = 16     # draws of a problem and an expert in a step of reading, of all ranks together
+WORDS_BATCH = 128      # the same in a step of words, which needs no forward pass of the policy
 ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
 
@@ -287,11 +287,12 @@ def learn_words(policy, router, dataset, args):
     """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
     The target is the last token of the prompt, followed by what the one visible expert would say, cut to L
-    tokens together. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7". Why begin with "="? A
-    language model tends to repeat: when a token appears again, it writes what followed this token the first
-    time (induction heads, 2209.11895). The policy meets "=" in the context, followed by 7, and at the end of
-    the prompt a second time, where it tends to continue with 7. The stop token belongs to the expert's text.
-    Context tokens behind it have no target: reading and GRPO decide what they become.
+    tokens together. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7 <stop>". Context tokens
+    after the stop token have no target: reading and GRPO decide what they become.
+
+    Why begin with "="? A language model tends to repeat: when a token appears again, it writes what followed
+    this token the first time (induction heads, 2209.11895). The policy meets "=" in the context, followed by
+    7, and at the end of the prompt a second time, where it tends to continue with 7.
 
     Yields the loss per token of each step.
     """
@@ -336,14 +337,18 @@ def learn_to_read(policy, router, dataset, args):
 
 
 def reading_gradients(policy, router, dataset, args, step):
-    """Add up the gradients of one step of `learn_to_read`. Returns this rank's part of the loss per token."""
+    """Add up the gradients of one step of `learn_to_read` in the parameters' .grad.
+
+    Returns this rank's summed loss, divided by the tokens of all ranks: the sum of it over the ranks is the
+    loss per token.
+    """
     # Draw problems, and for each of them one expert that is visible. What would this expert say?
     seed = args.seed * 1_000_003 + args.words_steps + step
     indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, READING_BATCH, seed)
     targets = [dataset.targets[e][i] for i, e in zip(indices, experts)]
     n_tokens = all_reduce_sum(sum(len(ids) for ids in targets))
 
-    # How likely is it? A gradient pass has at most --micro_batch prompts, as in GRPO: that bounds memory.
+    # How likely are these texts? A gradient pass has at most --micro_batch prompts: that bounds memory.
     total = 0.0
     for start in range(0, len(indices), args.micro_batch):
         rows = slice(start, start + args.micro_batch)
@@ -357,7 +362,11 @@ def reading_gradients(policy, router, dataset, args, step):
 
 
 def words_and_reading(args):
-    """(steps of words, steps of reading) of stage 0. Words need a router that reads states."""
+    """(steps of words, steps of reading) of stage 0.
+
+    Words need a router that reads states, and a policy that then learns to read: without steps of reading
+    there is no stage 0 at all.
+    """
     has_words = args.reading_steps and reads_states(args.router)
     return (args.words_steps if has_words else 0), args.reading_steps
 
@@ -373,10 +382,10 @@ def stage0_parts(problems):
     that are new to the router. GRPO takes the problems in order from the first one on; a long run also
     reaches the others.
 
-    A dataset with fewer questions than its share of the problems repeats them. Then every question comes in
-    the first half already, and none would be new in the part of words. So the questions of such a dataset are
-    divided without regard to their places: a third of them for reading, the others for words. (A single
-    question serves for both.)
+    A dataset with fewer questions than its share of the problems repeats them, so that a question of the part
+    for reading may come again in the part for words: then it would not be new to the router. So the questions
+    of such a dataset are divided without regard to their places: a third of them for reading, the others for
+    words. (A single question serves for both.)
     """
     # Where does each question come first?
     first_places = {}
@@ -598,7 +607,8 @@ def ask_experts(problems, policy, experts, args):
     result (thoughts, texts, states), and not once more for each split.
     """
     # Experts may need hours. So first check that the longest prompts fit into all windows, the policy's and
-    # theirs. (All prompts are checked later.)
+    # theirs: `check_window` and `tokenize` raise ValueError if not. (All prompts are checked later. With
+    # --router text the policy's prompts hold texts that are not written yet.)
     longest = sorted(problems, key=lambda problem: len(problem.question))[-32:]
     if not shows_texts(args.router):
         _, ids = policy_prompts(longest, policy, args.answer_format)
@@ -1040,7 +1050,7 @@ def check_models(folder, args, fingerprints):
 
 
 def open_run(folder, device="auto", stage0=False, policy=None, experts=None):
-    """(args, policy, experts, router) of a finished run, or of its state after stage 0.
+    """(args, policy, experts, router) of a run at its newest checkpoint, or of its state after stage 0.
 
     policy, experts: where the same models lie now, if they have moved. Raises ValueError for a folder that
     holds no run or no checkpoint, or whose models have changed.

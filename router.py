@@ -21,7 +21,8 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
 The latents are added in the last line, so the L context tokens differ from each other even where all latents
 read the same single state, as they do when one expert with one state is visible. (Left out here: the clamp
 after scaling, norms, the embedding of each state, the output projection of the attention, and the residual
-sum around the mlp. 8 h / dim is the usual 1 / sqrt(dim / h) where a head has 64 numbers.)
+sum around the mlp. The factor 8 h / dim is the usual 1 / sqrt(dim / h) where a head has 64 numbers, as
+sqrt(64) = 8, and twice as much where it has 16.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
 state n, and the shares of one expert's states add up to the share of that expert. No label says which expert
@@ -117,9 +118,10 @@ class Router(StateReader):
         if dim % 16:
             raise ValueError(f"--router_dim {dim} must be a multiple of 16")
 
-        # Take 8 heads, as the paper does; fewer in a narrow router, so that none is narrower than 16. Scores
-        # are divided by the width of a head (muP, 2203.03466, section 4), with a factor that makes them
-        # the usual Q K' / sqrt(width) where a head has 64 numbers.
+        # Take 8 heads, as the paper does; fewer in a narrow router, so that none is narrower than 16.
+        #
+        # Divide scores by the width of a head and not by its square root: once queries and keys have learned
+        # to agree, their products grow with the width (muP, 2203.03466, section 4). 8 is sqrt(64).
         self.heads = min(8, dim // 16)
         self.scale = 8 * self.heads / dim
         N, D = self.mean.shape
@@ -156,8 +158,9 @@ class Router(StateReader):
         multiplies it by their standard deviation, and adds their mean or zero.
 
         visible    (N,) or (B, N): False hides a state; its attention is 0, and it has no influence and no
-                   gradient. At least one state of each problem must stay visible.
-        attention  broadcast to (B, h, L, N): used as it is, in place of the router's own.
+                   gradient. All states of an expert must be hidden together, and one expert stay visible.
+        attention  broadcast to (B, h, L, N): used as it is, in place of the router's own. It must be 0 where
+                   a state is hidden.
         """
         # Project the states of all experts at once.
         x = self.standardize(H, visible)
@@ -213,9 +216,10 @@ class Router(StateReader):
 # the loop never asks which one it has.
 
 class MixedRouter(Router):
-    """The same attention, but experts are never compared: it learns from the loss of GRPO, as in the paper.
+    """The same attention, but GRPO never compares experts: it shows all of them at once, as in the paper.
 
-    All experts are visible in each answer, so the reward belongs to their mixture (rlvr.py: Why compare?).
+    The reward then belongs to their mixture, and its loss alone trains the attention, and trust, too, if
+    --trust_lr is above 0 (rlvr.py: Why compare?).
     """
 
     compares = False
@@ -267,7 +271,7 @@ class LinearRouter(StateReader):
 class ConstantPrefix(nn.Module):
     """L learned vectors that are the same for every problem (2104.08691).
 
-    Training these vectors alone also raises the reward. This part of a gain does not come from the experts.
+    Training these vectors alone can raise the reward, too. Such a gain does not come from the experts.
     """
 
     def __init__(self, widths, expert_of_state, d_policy, latents=8, dim=512, init_scale=0.5):

@@ -49,12 +49,13 @@ from model import bucket, pick_dtype
 from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
                      official_files_to_fetch, render_prompt)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WORLD, Dataset, advantages,
-                  all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates, check_models, check_names, choice_loss,
-                  clip_gradients, draw_pair, drop_records, grpo_loss, import_extension, informative,
-                  kl_estimate, learn_to_read, learn_words, load_newest, load_problems, reading_gradients,
-                  words_step, make_optimizer, my_part, n_training_problems, one_process, out_of_memory,
-                  pair_probabilities, parameters_of, prompt_format_of, ranks, read_config, rollout, run_cli,
-                  save_checkpoint, words_and_reading, words_vocabulary, write_config)
+                  all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates,
+                  check_models, check_names, choice_loss, clip_gradients, draw_pair, drop_records, grpo_loss,
+                  import_extension, informative, kl_estimate, learn_to_read, learn_words, load_newest,
+                  load_problems, reading_gradients, words_step, make_optimizer, my_part, n_training_problems,
+                  one_process, out_of_memory, pair_probabilities, parameters_of, prompt_format_of, ranks,
+                  read_config, rollout, run_cli, save_checkpoint, words_and_reading, words_vocabulary,
+                  write_config)
 from router import ROUTERS, NoRouter, by_expert, compares, has_context, reads_states, shows_texts
 
 
@@ -987,8 +988,8 @@ def check(args):
     refuse_if(min(args.batch, args.val, args.test) < WORLD,
               f"{WORLD} ranks need a problem each: raise --batch, --val or --test")
     refuse_if(args.reading_steps and WORLD > READING_BATCH,
-              f"a step of stage 0 has {READING_BATCH} problems, too few for {WORLD} ranks: use fewer ranks, or "
-              "--reading_steps 0")
+              f"a step of stage 0 has {READING_BATCH} problems, too few for {WORLD} ranks: use fewer ranks, "
+              "or --reading_steps 0")
     refuse_if(args.reading_steps and args.beta,
               "after stage 0 the KL to the frozen policy would undo what was learned: use --beta 0, or "
               "--reading_steps 0")
