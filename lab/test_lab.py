@@ -3,6 +3,7 @@ What must stay true of the study, its claims and its controls. On the CPU, witho
 
     python -m pytest -q lab/test_lab.py
 """
+import dataclasses
 import json
 import os
 import re
@@ -455,6 +456,23 @@ def test_points_of_a_curve_are_means():
     first, second = study.condense(metrics, 2)
     assert first == dict(step=4, reward=2.3333, kl=None, val=0.25, attention={"a": 0.3125})
     assert second["reward"] == 6.5
+
+
+def test_no_text_names_an_option_that_does_not_exist():
+    """In README, PAPER.md and SCALE.md, and in the docstrings and messages of the programs."""
+    known = {f"--{field.name}" for field in dataclasses.fields(train.Args)}
+    programs = [path for path in (*HERE.glob("*.py"), *HERE.glob("lab/*.py")) if "test_" not in path.name]
+    for path in programs:
+        known |= set(re.findall(r'add_argument\("(--\w+)"', path.read_text()))
+
+    # Options of torchrun, pip and git, and one that every program has.
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--index", "--short",
+              "--porcelain", "--help"}
+    pages = [HERE / "README.md", HERE / "lab/README.md"]
+    pages += [claims.RESULTS / "PAPER.md", claims.RESULTS / "SCALE.md"]
+    for path in (*programs, *pages):
+        named = set(re.findall(r"(?<![\w-])--[a-z]\w*", path.read_text()))
+        assert named <= known, path
 
 
 def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
