@@ -492,7 +492,7 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
     cells = [("mix", way) for way in ("soft", "single", "prefix", "soft shuffled", "soft noise",
                                       "soft untrained", "soft without comparing", "soft without stage 0",
                                       "linear", "text")]
-    cells += [("real family", "soft"), ("real copies", "soft"), ("real terms", "soft")]
+    cells += [(task, "soft") for task in ("real family", "real copies", "real terms", "real pool")]
     for task, way in cells:
         after = [row["after"] for row in claims.runs_of(rows, task, way)]
         if after:
