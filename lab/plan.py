@@ -140,7 +140,7 @@ def print_rows():
         needed.append((row["gpu"], size))
         experts = ", ".join(short(name) for name in args.experts)
         print(f"| {row['gpu']} GB | {short(args.policy)} | {experts} | {args.micro_batch} | "
-              f"{size / 1e9:.0f} GB |")
+              f"{size / 1e9:.1f} GB |")
     return needed
 
 

@@ -16,7 +16,7 @@ import torch
 
 import rlvr
 import train
-from lab import bench, claims, controls, figures, study
+from lab import bench, claims, controls, figures, plan, study
 from rewards import Problem
 from rlvr import Dataset
 
@@ -497,6 +497,11 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
         after = [row["after"] for row in claims.runs_of(rows, task, way)]
         if after:
             assert f"{claims.mean_and_std(after)} ({len(after)})" in readme, (task, way)
+
+
+def test_the_readmes_table_of_gpus_is_that_of_the_program():
+    sizes = [f"{size / 1e9:.1f}" for _, size in plan.print_rows()]
+    assert f"| must be free, GB | {' | '.join(sizes)} |" in (HERE / "README.md").read_text()
 
 
 def test_speed_is_the_report_of_its_figures():
