@@ -33,9 +33,10 @@ How this differs from the textbook:
        choice_loss          moves it to the expert whose half earned more: trains trust
 
    Here the GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
-   cancels in the softmax. (In a run with stage 0, encoders stay visible beside every expert, see
-   `visible_alone`; with them, trust moves a little.) The choice loss has a gradient for all that the
-   attention depends on, also for queries and keys, but their learning rate is far lower than that of trust.
+   cancels in the softmax. (In a run with stage 0, encoders, which give states but write no text, stay visible
+   beside every expert, see `visible_alone`; with them, trust moves a little.) The choice loss has a gradient
+   for all that the attention depends on, also for queries and keys, but their learning rate is far lower
+   than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
    it first learns, without any reward, to say what the experts would say: `learn_words`, `learn_to_read`.
 5. After stage 0 there is no KL term (--beta must be 0). It would pull the policy back to the frozen policy,
@@ -382,8 +383,8 @@ def stage0_parts(problems):
     that are new to the router. GRPO takes the problems in order from the first one on; a long run also
     reaches the others.
 
-    A dataset with fewer questions than its share of the problems repeats them, so that a question of the part
-    for reading may come again in the part for words: then it would not be new to the router. So the questions
+    A dataset that must supply more problems than it has different questions repeats them. A question of the
+    part for reading may then come again in the part for words, and is not new to the router. So the questions
     of such a dataset are divided without regard to their places: a third of them for reading, the others for
     words. (A single question serves for both.)
     """
