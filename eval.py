@@ -567,14 +567,19 @@ def draw_matrix(panel, rows, top, style, title):
 
     rows: {dataset: {expert: value}}. top: the value that is darkest. style: how a value is written.
     """
+    # Draw the colours.
     names = list(next(iter(rows.values())))
     values = []
     for row in rows.values():
         values.append([or_nan(value) for value in row.values()])
     panel.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+
+    # Name rows and columns.
     panel.set_yticks(range(len(rows)), list(rows))
     panel.set_xticks(range(len(names)), names, rotation=20, ha="right")
     panel.set_title(title)
+
+    # Write the values, white where the ground is dark.
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             color = "white" if value > 0.6 * top else "black"

@@ -90,7 +90,7 @@ from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick
                      write_texts)
 from model import Policy, bucket, pick_dtype
 from rewards import expand_home, get_problems, render_prompt, verify
-from router import ROUTERS, by_expert, reads_states, shows_texts
+from router import ROUTERS, by_expert, compares, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
 READING_BATCH = 16     # draws of a problem and an expert in a step of reading, of all ranks together
@@ -205,13 +205,13 @@ def kl_estimate(logp, reference_logp):
 EXPLORE = 0.2  # the part of the first draw that ignores the router's attention
 
 
-def candidates(router, dataset, args):
+def candidates(dataset, args):
     """The experts that can be compared, as a list of indices; [] when there is nothing to compare.
 
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
     them. The router must have an attention that comparing can train.
     """
-    if not getattr(router, "compares", False):
+    if not compares(args.router):
         return []
     experts = dataset.writers
     if not args.reading_steps:

@@ -889,17 +889,15 @@ def test_two_halves_equal_two_separate_rollouts(finished):
 def test_who_can_be_compared(quick, tmp_path):
     """Experts that write; all of them without stage 0; nobody where there are fewer than two, or the router
     has no attention that comparing could train."""
-    args, _, _, router, dataset = built(tmp_path, *quick)
-    assert rlvr.candidates(router, dataset, args) == [0, 1]
+    args, _, _, _, dataset = built(tmp_path, *quick)
+    assert rlvr.candidates(dataset, args) == [0, 1]
     assert dataset.visible_alone.tolist() == [[True, False, True], [False, True, True], [False, False, True]]
 
-    without_stage0 = types.SimpleNamespace(reading_steps=0)
-    assert rlvr.candidates(router, dataset, without_stage0) == [0, 1, 2]
+    assert rlvr.candidates(dataset, replace(args, reading_steps=0)) == [0, 1, 2]
     for name in ("mixed", "hard", "linear", "constant", "none"):
-        other = ROUTERS[name]([8, 8], [0, 1], 32)
-        assert rlvr.candidates(other, dataset, args) == []
+        assert rlvr.candidates(dataset, replace(args, router=name)) == []
     dataset.writers = [1]
-    assert rlvr.candidates(router, dataset, args) == []
+    assert rlvr.candidates(dataset, args) == []
 
 
 def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
@@ -1526,7 +1524,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     assert expected in capsys.readouterr().out
 
     # Without stage 0 and comparing a step shows 4 problems once: 1.5 minutes.
-    args.reading_steps, dataset.writers, router.compares = 0, [], False
+    args.reading_steps, dataset.writers, args.router = 0, [], "mixed"
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
     assert "about 17.8 minutes: words 0.0, reading 0.0, GRPO 15.0, tests 2.8" in capsys.readouterr().out
 

@@ -251,7 +251,7 @@ def main(args):
     stop_at_next_step()
     optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
     parameters = parameters_of(optimizer)
-    candidate_experts = candidates(router, train_set, args)  # the experts that are compared; [] for none
+    candidate_experts = candidates(train_set, args)  # the experts that are compared; [] for none
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
         # 1. Take the next problems (there are enough for all steps), and see which experts get the attention.
@@ -558,7 +558,7 @@ def introduce(args, policy, router, experts, datasets, progress):
     if reading:
         done = ", done" if progress["stage0"] else ""
         print(f"  stage 0    {words} steps of words, {reading} steps of reading{done}")
-    compared = " (two experts are compared)" if candidates(router, train, args) else ""
+    compared = " (two experts are compared)" if candidates(train, args) else ""
     done = f", {progress['step']} are done" if progress["step"] else ""
     print(f"  GRPO       {args.steps} steps of {args.batch} problems x {args.group} answers{compared}, each "
           f"of at most {args.max_new} tokens{done}")
@@ -622,7 +622,7 @@ def rehearse(policy, router, experts, datasets, args):
 def gradient_pass_seconds(policy, router, dataset, args):
     """Seconds of a full-size gradient pass. args.micro_batch is halved until such a pass fits into memory."""
     longest = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))[-args.micro_batch:]
-    compared = candidates(router, dataset, args)
+    compared = candidates(dataset, args)
     group = args.group // 2 if compared else args.group
     while True:
         batch = dataset.batch(longest[-args.micro_batch:])
@@ -672,7 +672,7 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     """Print how long the run will take, from one rollout, one gradient pass and a few answers."""
     train = datasets["train"]
     part = my_part(range(args.batch))
-    compared = candidates(router, train, args)
+    compared = candidates(train, args)
     shown = train.batch([i for i in part for _ in range(2 if compared else 1)])
     group = args.group * len(part) // len(shown)
     rollout_seconds = timed(lambda: rollout(policy, router, shown, args, group, args.temperature))
@@ -982,7 +982,7 @@ def check(args):
     refuse_if(args.control not in CONTROLS,
               f"--control {args.control} is unknown: choose {', '.join(CONTROLS)}, or import the file that "
               "adds it with --extension FILE")
-    refuse_if(args.router in ROUTERS and compares(args.router) and args.group % 2,
+    refuse_if(compares(args.router) and args.group % 2,
               f"--group {args.group} cannot be divided between two experts: use an even number, or "
               "--router mixed")
     refuse_if(min(args.batch, args.val, args.test) < WORLD,
@@ -1128,12 +1128,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     """
     dtype = frozen_dtype(args, policy)
     S = prompt_tokens + args.latents * has_context(args.router)
-    B = math.ceil(args.batch / WORLD)
-
-    # Comparing shows every problem twice, each time with half of the answers.
-    rows, group = B, args.group
-    if compares(args.router) and len(experts) > 1:
-        rows, group = 2 * B, args.group // 2
+    rows, group = rows_and_group(args, len(experts))
     micro = min(args.micro_batch, rows)
 
     # LoRA has two thin matrices at each of the seven matrices of a layer.
@@ -1166,6 +1161,17 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     if words_and_reading(args)[0]:
         table["stage 0, words"] = words_memory(args, policy, experts)
     return table
+
+
+def rows_and_group(args, n_experts):
+    """How many prompts a step has on this rank, and how many answers to each of them.
+
+    Comparing shows every problem twice, each time with half of the answers.
+    """
+    rows = math.ceil(args.batch / WORLD)
+    if compares(args.router) and n_experts > 1:
+        return 2 * rows, args.group // 2
+    return rows, args.group
 
 
 def words_memory(args, policy, experts):

@@ -17,17 +17,16 @@ counted. CUDA's fused norms and attention were replaced by functions that keep t
 all layers, a gradient pass is within 4 percent of the estimate. No GPU has confirmed it.
 """
 import argparse
-import math
 import sys
 
 import torch
 import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from rlvr import WORLD, run_cli
-from router import compares, has_context
+from rlvr import run_cli
+from router import has_context
 from train import (GAPS, GPU_ROWS, PRESETS, Args, estimate_of, frozen_dtype, longest_prompt, model_size,
-                   parse_args, peak_memory, print_plan)
+                   parse_args, peak_memory, print_plan, rows_and_group)
 
 # Beside the products a layer does what costs as much as so many additions: of its hidden states for a token
 # of the rollout, of hidden states and of attention scores in a gradient pass. Fitted to the steps of
@@ -78,10 +77,7 @@ def step_seconds(args, policy, S, T, gpu=None):
 
     policy: a ModelSize. gpu: (TFLOP/s, GB/s) of one that is not here; None: this machine is measured.
     """
-    # Comparing shows every problem twice, each time with half of the answers.
-    rows, group = math.ceil(args.batch / WORLD), args.group
-    if compares(args.router) and len(args.experts) > 1:
-        rows, group = 2 * rows, group // 2
+    rows, group = rows_and_group(args, len(args.experts))
     answers = rows * group
 
     # A gradient costs one more pass, as the weights are frozen, and the reference another one.
