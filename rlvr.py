@@ -172,6 +172,18 @@ def informative(advantage, beta):
     return rows if len(rows) else torch.tensor([0])
 
 
+def micro_batches(lengths, size):
+    """Divide prompts among gradient passes of at most `size` prompts. Returns the indices of each pass.
+
+    lengths: the number of tokens of each prompt, a tensor. Prompts of similar length share a pass, so that
+    little is padded: with lengths 9, 60, 8, 62 and a size of 2 the passes are [2, 0] and [1, 3]. What fits
+    into one pass keeps its order.
+    """
+    if len(lengths) <= size:
+        return [torch.arange(len(lengths))]
+    return lengths.cpu().argsort(stable=True).split(size)
+
+
 def grpo_loss(logp, reference_logp, advantage, mask, beta):
     """The loss, summed over the tokens of a micro-batch. The caller divides by the tokens of the whole step.
 
@@ -350,13 +362,13 @@ def reading_gradients(policy, router, dataset, args, step):
     n_tokens = all_reduce_sum(sum(len(ids) for ids in targets))
 
     # How likely are these texts? A gradient pass has at most --micro_batch prompts: that bounds memory.
+    lengths = torch.tensor([len(dataset.ids[i]) for i in indices])
     total = 0.0
-    for start in range(0, len(indices), args.micro_batch):
-        rows = slice(start, start + args.micro_batch)
-        batch = dataset.batch(indices[rows])
-        batch.visible = dataset.visible_alone[experts[rows]].to(dataset.device)
+    for rows in micro_batches(lengths, args.micro_batch):
+        batch = dataset.batch([indices[row] for row in rows])
+        batch.visible = dataset.visible_alone[[experts[row] for row in rows]].to(dataset.device)
         context, _ = router(batch.H, batch.visible)
-        loss = reading_loss(policy, batch, context, targets[rows]) / n_tokens
+        loss = reading_loss(policy, batch, context, [targets[row] for row in rows]) / n_tokens
         loss.backward()
         total += loss.item()
     return total
@@ -588,11 +600,12 @@ class Batch:
         return len(self.problems)
 
     def __getitem__(self, rows):
-        """Some of the problems: rows is a tensor of indices."""
+        """Some of the problems: rows is a tensor of indices. Padding that none of them needs is cut off."""
         problems = [self.problems[i] for i in rows.tolist()]
         rows = rows.to(self.H.device)
-        return Batch(problems, self.tokens[rows], self.lengths[rows], self.H[rows], self.visible[rows],
-                     self.visible_alone)
+        lengths = self.lengths[rows]
+        tokens = self.tokens[rows, :bucket(lengths.max().item())]
+        return Batch(problems, tokens, lengths, self.H[rows], self.visible[rows], self.visible_alone)
 
     def with_experts(self, pair):
         """Each problem twice, with the one and with the other expert of its pair (B, 2): 2 B problems."""

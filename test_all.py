@@ -534,6 +534,23 @@ def test_groups_of_equal_rewards_are_left_out_of_the_gradient():
     assert rlvr.informative(torch.zeros(3, 2), beta=0.0).tolist() == [0]
 
 
+def test_prompts_of_similar_length_share_a_gradient_pass():
+    lengths = torch.tensor([9, 60, 8, 62, 30])
+    passes = [rows.tolist() for rows in rlvr.micro_batches(lengths, 2)]
+    assert passes == [[2, 0], [4, 1], [3]]
+    assert [rows.tolist() for rows in rlvr.micro_batches(lengths, 5)] == [[0, 1, 2, 3, 4]]  # the order stays
+
+
+def test_a_part_of_a_batch_has_no_more_padding_than_it_needs(finished):
+    _, _, dataset, _ = loaded(finished)
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
+    shortest, longest = order[0], order[-1]
+    batch = dataset.batch([longest, shortest])
+    part, alone = batch[torch.tensor([1])], dataset.batch([shortest])
+    assert part.tokens.shape[1] < batch.tokens.shape[1]
+    assert torch.equal(part.tokens, alone.tokens) and torch.equal(part.lengths, alone.lengths)
+
+
 def test_grpo_loss_by_hand():
     """Value and gradient, KL and mask, number by number."""
     logp = torch.tensor([-1.0, -2.0, -0.5, -3.0, -1.5, 9.0]).view(1, 2, 3).requires_grad_()

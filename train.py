@@ -52,10 +52,10 @@ from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WOR
                   all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates,
                   check_models, check_names, choice_loss, clip_gradients, draw_pair, drop_records, grpo_loss,
                   import_extension, informative, kl_estimate, learn_to_read, learn_words, load_newest,
-                  load_problems, reading_gradients, words_step, make_optimizer, my_part, n_training_problems,
-                  one_process, out_of_memory, pair_probabilities, parameters_of, prompt_format_of, ranks,
-                  read_config, rollout, run_cli, save_checkpoint, words_and_reading, words_vocabulary,
-                  write_config)
+                  load_problems, make_optimizer, micro_batches, my_part, n_training_problems, one_process,
+                  out_of_memory, pair_probabilities, parameters_of, prompt_format_of, ranks, read_config,
+                  reading_gradients, rollout, run_cli, save_checkpoint, words_and_reading, words_step,
+                  words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, compares, has_context, reads_states, shows_texts
 
 
@@ -285,7 +285,8 @@ def main(args):
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
         rows_that_teach = informative(advantage, args.beta)  # where an advantage is not 0; all if beta > 0
-        for rows in rows_that_teach.split(args.micro_batch):
+        for part in micro_batches(shown.lengths[rows_that_teach], args.micro_batch):
+            rows = rows_that_teach[part]
             micro, tokens, mask = shown[rows], sampled.tokens[rows], sampled.mask[rows]
             context, _ = router(micro.H, micro.visible)
             logp, entropy = policy.score(micro, context, tokens, mask, args.temperature)
