@@ -1525,6 +1525,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     """A rollout, a step of words and one of reading take a minute each, a gradient pass half a minute, and an
     answer 3 seconds."""
     policy, router, dataset, args = loaded(finished)
+    dataset.ids = [[1] * 20 for _ in dataset.ids]
     settings = dict(steps=10, batch=4, group=8, micro_batch=4, eval_every=5, words_steps=30, reading_steps=15)
     args = types.SimpleNamespace(**vars(args) | settings)
     datasets = dict(train=dataset, val=dataset, test=dataset)  # 8 problems each
@@ -1544,6 +1545,13 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     args.reading_steps, dataset.writers, args.router = 0, [], "mixed"
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
     assert "about 17.8 minutes: words 0.0, reading 0.0, GRPO 15.0, tests 2.8" in capsys.readouterr().out
+
+    # The timed pass had prompts of 20 tokens, 52 with 8 answers of 4 tokens. If those of the step have only 7,
+    # 39 with their answers, a pass takes three quarters of the time, 22.5 seconds.
+    args.max_new = 4
+    dataset.ids = [[1] * 7] * 4 + [[1] * 20] * 4
+    train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
+    assert "GRPO 13.8," in capsys.readouterr().out
 
 
 def test_what_will_be_fetched_is_said_first(monkeypatch, capsys):

@@ -677,7 +677,16 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     shown = train.batch([i for i in part for _ in range(2 if compared else 1)])
     group = args.group * len(part) // len(shown)
     rollout_seconds = timed(lambda: rollout(policy, router, shown, args, group, args.temperature))
-    step_seconds = rollout_seconds + pass_seconds * len(shown) / min(args.micro_batch, len(shown))
+
+    # The gradient pass that was timed had the longest prompts of all. How many such passes is a step, whose
+    # passes have shorter prompts, padding included?
+    longest = max(len(ids) for ids in train.ids)
+    passes = 0
+    for rows in micro_batches(shown.lengths, args.micro_batch):
+        width = shown.lengths[rows].max().item()
+        passes += len(rows) * (width + group * args.max_new)
+    passes /= min(args.micro_batch, len(shown)) * (longest + group * args.max_new)
+    step_seconds = rollout_seconds + pass_seconds * passes
 
     words, reading = words_and_reading(args)
     words_seconds = reading_seconds = 0
