@@ -1546,8 +1546,8 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
     assert "about 17.8 minutes: words 0.0, reading 0.0, GRPO 15.0, tests 2.8" in capsys.readouterr().out
 
-    # The timed pass had prompts of 20 tokens, 52 with 8 answers of 4 tokens. If those of the step have only 7,
-    # 39 with their answers, a pass takes three quarters of the time, 22.5 seconds.
+    # The timed pass had prompts of 20 tokens, 52 with 8 answers of 4 tokens. If those of the step have only
+    # 7, 39 with their answers, a pass takes three quarters of the time, 22.5 seconds.
     args.max_new = 4
     dataset.ids = [[1] * 7] * 4 + [[1] * 20] * 4
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
