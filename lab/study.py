@@ -84,7 +84,7 @@ TASKS = {
                   "--stage0_problems 4000",
 
     # A specialist for each family. Nobody can finish the lists of number_sorting within 20 tokens. There are
-    # 411 test problems. Stage 0 is twice as long as in the preset: with less, a fifth of the texts is misread.
+    # 411 test problems. Stage 0 is twice that of the preset: with less, a fifth of the texts is misread.
     "real pool": "--preset small --task arithmetic+logic+algorithmic --level easy --test 288 --val 112 "
                  "--write 20 --max_new 20 --states answer:14 --latents 16 --stage0_problems 4000 "
                  "--words_steps 800 --reading_steps 120 --steps 24 --batch 16 --micro_batch 4 --trust_lr 1.0 "
