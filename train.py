@@ -2,7 +2,7 @@
 n-Musketeers, end to end: a policy learns by reinforcement to use the hidden states of frozen experts.
 
 $ python train.py                                    # three tiny experts in this repository; no network
-$ python train.py --task gsm8k                       # the paper's setting, on one GPU
+$ python train.py --task gsm8k                       # experts that reason before they answer, on one GPU
 $ python train.py --router none                      # the same policy without experts: the first control
 $ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
 
@@ -191,6 +191,23 @@ PRESETS = {
         steps=233, batch=32, micro_batch=4, max_new=128, lr=1e-4, router_lr=1e-4, trust_lr=0.0,
         beta=0.04, eval_every=25),
 }
+
+# What preset small changes for --task gsm8k: the expert reasons before it answers, and the policy, which
+# reads the states of this answer, answers at once. To reason takes most of the time, so one expert does it.
+THINKING = dict(experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "BAAI/bge-base-en-v1.5"],
+                think=320, cue="Final answer, only a number:", write=8, max_new=8,
+                stage0_problems=1024, steps=40, micro_batch=4)
+
+
+def preset_settings(preset, task):
+    """The settings of a preset for a task; without a task, for the preset's own."""
+    settings = dict(PRESETS[preset])
+    task = task or settings.get("task", Args().task)
+    if task == "gsm8k":
+        settings["level"] = "default"  # its problems are given, not generated
+        if preset == "small":
+            settings |= THINKING
+    return settings
 
 
 def main(args):
@@ -913,11 +930,9 @@ def fresh(given):
     fits_a_gpu = "task" in given and has_gpu(given)
     if "policy" in given and not given.get("preset") and not fits_a_gpu:
         # --policy alone: preset small without its experts
-        given = dict(experts=[], cue="") | given | dict(preset="small")
+        given = dict(experts=[], cue="", think=0) | given | dict(preset="small")
     chosen = choose_preset(given)
-    args = Args(**(PRESETS[chosen["preset"]] | chosen | given))
-    if args.task == "gsm8k" and "level" not in given:  # its problems are given, not generated
-        args.level = "default"
+    args = Args(**(preset_settings(chosen["preset"], given.get("task")) | chosen | given))
 
     # Without experts in the context, stage 0 has to be asked for.
     if args.router in ("none", "text") and "reading_steps" not in given:
@@ -1072,6 +1087,8 @@ class ModelSize:
 
 
 KNOWN_MODELS = {  # those that a preset or a row below names, so that nothing is fetched to judge a machine
+    "Qwen/Qwen2.5-7B-Instruct": ModelSize(7_615_616_512, 28, 3584, 28, 4, 128, 18944, 152064),
+    "Qwen/Qwen2.5-Math-7B-Instruct": ModelSize(7_615_616_512, 28, 3584, 28, 4, 128, 18944, 152064),
     "Qwen/Qwen2.5-3B-Instruct": ModelSize(3_085_938_688, 36, 2048, 16, 2, 128, 11008, 151936),
     "Qwen/Qwen2.5-1.5B-Instruct": ModelSize(1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151936),
     "Qwen/Qwen2.5-Math-1.5B-Instruct": ModelSize(1_543_714_304, 28, 1536, 12, 2, 128, 8960, 151936),
@@ -1087,18 +1104,36 @@ KNOWN_MODELS = {  # those that a preset or a row below names, so that nothing is
     "BAAI/bge-base-en-v1.5": ModelSize(109_482_240, 12, 768, 12, 12, 64, 3072, 30522),
 }
 
-GPU_PRESET = "paper"  # what --task alone runs on a GPU
-GPU_ROWS = [  # the largest first. gpu: gigabytes of the card that a row is meant for; the rest are settings
+GPU_PRESET = "small"  # what --task alone runs on a GPU
+
+# The models for a GPU, by preset and task, the largest first. gpu: gigabytes of the card that a row is meant
+# for; the others are settings.
+#
+# Why a small policy and larger experts? An expert reads and writes once, before training. The policy is
+# sampled and trained again and again. So a card has room for experts that know more than any policy that
+# could be trained on it.
+MATH_1B, CODER_1B = "Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct"
+SMOL_1B, SMOL_360M = "HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct"
+MATH_7B, QWEN_7B = "Qwen/Qwen2.5-Math-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"
+QWEN_1B, QWEN_500M = "Qwen/Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"
+
+GPU_ROWS = [
+    dict(gpu=48, preset="small", task="gsm8k", batch=32, micro_batch=16, policy=QWEN_1B,
+         experts=[MATH_7B, QWEN_7B, SMOL_1B]),
+    dict(gpu=24, preset="small", task="gsm8k", batch=32, micro_batch=16, policy=QWEN_500M,
+         experts=[MATH_1B, CODER_1B, SMOL_1B]),
+    dict(gpu=12, preset="small", task="gsm8k", batch=32, micro_batch=16, policy=QWEN_500M,
+         experts=[MATH_1B, CODER_1B, SMOL_360M]),
+    dict(gpu=8, preset="small", task="gsm8k", batch=32, micro_batch=8,
+         policy="HuggingFaceTB/SmolLM2-135M-Instruct",
+         experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", QWEN_500M, SMOL_360M]),
+
     dict(gpu=80, preset="paper", micro_batch=8),
     dict(gpu=48, preset="paper", micro_batch=4),
     dict(gpu=24, preset="paper", micro_batch=2),
-    dict(gpu=16, preset="paper", micro_batch=2, policy="Qwen/Qwen2.5-1.5B-Instruct"),
-    dict(gpu=12, preset="paper", micro_batch=1, policy="Qwen/Qwen2.5-1.5B-Instruct",
-         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-                  "HuggingFaceTB/SmolLM2-360M-Instruct"]),
-    dict(gpu=8, preset="paper", micro_batch=2, policy="Qwen/Qwen2.5-0.5B-Instruct",
-         experts=["Qwen/Qwen2.5-Math-1.5B-Instruct", "Qwen/Qwen2.5-Coder-1.5B-Instruct",
-                  "HuggingFaceTB/SmolLM2-360M-Instruct"]),
+    dict(gpu=16, preset="paper", micro_batch=2, policy=QWEN_1B),
+    dict(gpu=12, preset="paper", micro_batch=1, policy=QWEN_1B, experts=[MATH_1B, CODER_1B, SMOL_360M]),
+    dict(gpu=8, preset="paper", micro_batch=2, policy=QWEN_500M, experts=[MATH_1B, CODER_1B, SMOL_360M]),
 ]
 GAPS = 1.1  # PyTorch's allocator cannot use every byte: a tenth more than what is counted must be free
 
@@ -1395,7 +1430,7 @@ def choose_preset(given):
     given: the settings of the command line. Raises ValueError where nothing fits. Nothing is fetched.
     """
     preset = given.get("preset") or GPU_PRESET
-    rows = [row for row in GPU_ROWS if row["preset"] == preset]
+    rows = rows_for(preset, given.get("task"))
     if has_gpu(given) and rows and ("task" in given or "preset" in given):
         chosen = choose_row(rows, given)
         if chosen:
@@ -1406,7 +1441,15 @@ def choose_preset(given):
     tasks = [known_task(task.strip()) for task in given.get("task", Args().task).split("+")]
     if set(tasks) <= {"arithmetic", "logic", "algorithmic"}:
         return dict(preset="tiny")
+    if has_gpu(given) and not rows:
+        return dict(preset=preset)  # its own models are small enough
     raise ValueError(what_runs_here(given))
+
+
+def rows_for(preset, task):
+    """The rows of GPU_ROWS for a preset and a task (None: the preset's own)."""
+    task = task or PRESETS[preset].get("task", Args().task)
+    return [row for row in GPU_ROWS if row["preset"] == preset and row.get("task", task) == task]
 
 
 def choose_row(rows, given):
@@ -1422,7 +1465,8 @@ def choose_row(rows, given):
     for row in rows:
         # How much would this row need?
         settings = {name: value for name, value in row.items() if name != "gpu"}
-        args = Args(**(PRESETS[row["preset"]] | settings | given | dict(device=device)))
+        args = Args(**(preset_settings(row["preset"], given.get("task")) | settings | given
+                       | dict(device=device)))
         needed = GAPS * peak_memory(estimate_of(args))
 
         # Say what is chosen, and what would have been better.
@@ -1470,21 +1514,20 @@ def what_runs_here(given):
         where = f"a GPU that --device {given['device']} leaves unused"
 
     # The time of the two runs.
-    tiny, small = Args(), Args(**(PRESETS["small"] | dict(task=task)))
+    tiny, small = Args(), Args(**(preset_settings("small", task) | dict(task=task)))
     small.data, small.level = given.get("data", ""), given.get("level", small.level)
     tiny.device = pick_device("cpu")
     small.device = pick_device("cpu" if has_gpu(given) else given.get("device", "auto"))
     device = " --device cpu" if has_gpu(given) else ""
-    smallest = GPU_ROWS[-1]
+    rows = rows_for(GPU_PRESET, task)
     run_here = f"python train.py{device}"
     asked = f"python train.py --task {shlex.quote(task)}"
     return (f"{task} needs more than the tiny models of this repository, and this machine has {has} and "
             f"{where}: "
             f"`{run_here}` takes {duration(run_seconds(tiny))} here, "
             f"`{run_here} --preset small --task {shlex.quote(task)}` {duration(run_seconds(small))} "
-            f"(from a short measurement), and `{asked}` needs a CUDA GPU of "
-            f"{smallest['gpu']} GB (for {Path(smallest['policy']).name}) or more (24 GB for "
-            f"{Path(PRESETS['paper']['policy']).name})")
+            f"(from a short measurement), and `{asked}` needs a CUDA GPU"
+            + (f" of {rows[-1]['gpu']} GB or more, and takes larger models the more it has" if rows else ""))
 
 
 def duration(seconds):

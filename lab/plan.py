@@ -25,8 +25,8 @@ from torch.utils.benchmark import Timer
 
 from rlvr import run_cli
 from router import has_context
-from train import (GAPS, GPU_ROWS, PRESETS, Args, estimate_of, frozen_dtype, longest_prompt, model_size,
-                   parse_args, peak_memory, print_plan, rows_and_group)
+from train import (GAPS, GPU_ROWS, Args, estimate_of, frozen_dtype, longest_prompt, model_size, parse_args,
+                   peak_memory, preset_settings, print_plan, rows_and_group)
 
 # Beside the products a layer does what costs as much as so many additions: of its hidden states for a token
 # of the rollout, of hidden states and of attention scores in a gradient pass. Fitted to the steps of
@@ -125,18 +125,19 @@ def plan(args, length=None, gpu=None):
 
 
 def print_rows():
-    """Print the README's table of GPUs. Returns [(gigabytes of the card, bytes that must be free)]."""
+    """Print the models for each GPU. Returns [(preset, gigabytes of the card, bytes that must be free)]."""
     needed = []
-    print("| GPU | policy | experts | prompts in a gradient pass | must be free, about |")
-    print("|---|---|---|---|---|")
+    print("| GPU | preset | policy | experts | prompts in a gradient pass | must be free, about |")
+    print("|---|---|---|---|---|---|")
     for row in GPU_ROWS:
         settings = {name: value for name, value in row.items() if name != "gpu"}
-        args = Args(**(PRESETS[row["preset"]] | settings | dict(device="cuda", dtype="bfloat16")))
+        preset = preset_settings(row["preset"], row.get("task"))
+        args = Args(**(preset | settings | dict(device="cuda", dtype="bfloat16")))
         size = GAPS * peak_memory(estimate_of(args))
-        needed.append((row["gpu"], size))
+        needed.append((row["preset"], row["gpu"], size))
         experts = ", ".join(short(name) for name in args.experts)
-        print(f"| {row['gpu']} GB | {short(args.policy)} | {experts} | {args.micro_batch} | "
-              f"{size / 1e9:.1f} GB |")
+        print(f"| {row['gpu']} GB | {row['preset']} | {short(args.policy)} | {experts} | "
+              f"{args.micro_batch} | {size / 1e9:.1f} GB |")
     return needed
 
 
