@@ -1851,6 +1851,11 @@ def test_times_come_from_operations_and_a_short_measurement():
     tiny = Args(device="cpu")
     more = dataclasses.replace(tiny, steps=2 * tiny.steps)
     assert run_operations(tiny) < run_operations(more) < 2 * run_operations(tiny)
+
+    # A thought costs more than a prompt of the same length.
+    thinks = dataclasses.replace(tiny, think=100, cue="So:")
+    writes = dataclasses.replace(tiny, write=tiny.write + 100)
+    assert run_operations(thinks) > run_operations(writes) > run_operations(tiny)
     assert train.duration(20) == "about 1 minute" and train.duration(3 * 3600) == "about 3 hours"
     assert train.duration(200 * 3600) == "about 8 days"
 

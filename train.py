@@ -1542,6 +1542,9 @@ def duration(seconds):
 SLOWER = 2.3  # a run takes so many times as long as its products alone (measured on two cores of a Xeon)
 
 
+WRITTEN = 4  # to write a token of a thought takes as long as to read 4 (Qwen2.5-Coder-0.5B on one core)
+
+
 def run_seconds(args):
     """Roughly how long a whole run takes here if nothing else runs: 10 s to start, then its operations."""
     rate = product_rate(frozen_dtype(args, model_size(args.policy)), args.device)
@@ -1554,12 +1557,11 @@ def run_operations(args):
     n_train = n_training_problems(args)
     n_problems = n_train + args.val + args.test
 
-    # Experts read every problem once, and once more where they also write. A token costs 2 operations for
-    # each parameter.
+    # Experts read every problem once, and once more where they also write; before that, they may write a
+    # thought. A token costs 2 operations for each parameter.
     passes = 2 if args.reading_steps else 1
-    read = 0
-    for source in args.experts:
-        read += 2 * model_size(source).params * n_problems * (passes * (P + args.write) + args.think)
+    tokens = passes * (P + args.think + args.write) + WRITTEN * args.think
+    read = sum(2 * model_size(source).params * n_problems * tokens for source in args.experts)
 
     # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
     # weights are frozen, and so does the reference.
