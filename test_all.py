@@ -1529,7 +1529,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     settings = dict(steps=10, batch=4, group=8, micro_batch=4, eval_every=5, words_steps=30, reading_steps=15)
     args = types.SimpleNamespace(**vars(args) | settings)
     datasets = dict(train=dataset, val=dataset, test=dataset)  # 8 problems each
-    monkeypatch.setattr(train, "timed", lambda function: 60.0)
+    monkeypatch.setattr(train, "timed", lambda function, on_all_ranks=False: 60.0)
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
 
     # A step shows 4 problems twice: a rollout and two gradient passes, 2 minutes.

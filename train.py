@@ -202,7 +202,7 @@ THINKING = dict(experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "BAAI/bge-base-en-v
 def preset_settings(preset, task):
     """The settings of a preset for a task; without a task, for the preset's own."""
     settings = dict(PRESETS[preset])
-    task = task or settings.get("task", Args().task)
+    task = (task or settings.get("task", Args().task)).strip()
     if task == "gsm8k":
         settings["level"] = "default"  # its problems are given, not generated
         if preset == "small":
@@ -666,13 +666,17 @@ def gradient_pass_seconds(policy, router, dataset, args):
     return seconds * (1.5 if args.beta else 1)
 
 
-def timed(function):
+def timed(function, on_all_ranks=False):
     """Seconds of a call.
 
     The first call prepares much that is used again. So a second one is timed, unless the first was so short
     that nobody cares (below half a second), or so long that it would be a waste.
     """
     seconds = seconds_of(function)
+
+    # A function that waits for the other ranks must be called equally often by all of them.
+    if on_all_ranks:
+        seconds = max(all_gather(seconds))
     if 0.5 < seconds < 20:
         seconds = seconds_of(function)
     return seconds
@@ -702,7 +706,7 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     for rows in micro_batches(shown.lengths, args.micro_batch):
         width = shown.lengths[rows].max().item()
         passes += len(rows) * (width + group * args.max_new)
-    passes /= min(args.micro_batch, len(shown)) * (longest + group * args.max_new)
+    passes /= min(args.micro_batch, len(train)) * (longest + group * args.max_new)
     step_seconds = rollout_seconds + pass_seconds * passes
 
     words, reading = words_and_reading(args)
@@ -710,10 +714,10 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     if words:
         vocabulary = words_vocabulary(train)
         words_seconds = words * timed(
-            lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward())
+            lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward(), on_all_ranks=True)
     if reading:
         reading_seconds = reading * timed(
-            lambda: reading_gradients(policy, router, train, args, 0))
+            lambda: reading_gradients(policy, router, train, args, 0), on_all_ranks=True)
     clear_gradients(policy, router)
 
     grpo_seconds = args.steps * step_seconds
@@ -1448,7 +1452,7 @@ def choose_preset(given):
 
 def rows_for(preset, task):
     """The rows of GPU_ROWS for a preset and a task (None: the preset's own)."""
-    task = task or PRESETS[preset].get("task", Args().task)
+    task = (task or PRESETS[preset].get("task", Args().task)).strip()
     return [row for row in GPU_ROWS if row["preset"] == preset and row.get("task", task) == task]
 
 
@@ -1470,7 +1474,8 @@ def choose_row(rows, given):
         needed = GAPS * peak_memory(estimate_of(args))
 
         # Say what is chosen, and what would have been better.
-        what = f"{Path(args.policy).name}, {args.micro_batch} prompts in a gradient pass"
+        names = ", ".join(Path(source).name for source in args.experts)
+        what = f"{Path(args.policy).name} with {names}, {args.micro_batch} prompts in a gradient pass"
         choice = (f"  machine    {free / 1e9:.1f} GB are free on {card}: preset {row['preset']}, {what}, "
                   f"needs about {needed / 1e9:.1f} GB")
         if needed <= free:
@@ -1518,7 +1523,7 @@ def what_runs_here(given):
     small.data, small.level = given.get("data", ""), given.get("level", small.level)
     tiny.device = pick_device("cpu")
     small.device = pick_device("cpu" if has_gpu(given) else given.get("device", "auto"))
-    device = " --device cpu" if has_gpu(given) else ""
+    device = " --device cpu" if torch.cuda.is_available() else ""
     rows = rows_for(GPU_PRESET, task)
     run_here = f"python train.py{device}"
     asked = f"python train.py --task {shlex.quote(task)}"
