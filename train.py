@@ -200,14 +200,18 @@ THINKING = dict(experts=["Qwen/Qwen2.5-Coder-0.5B-Instruct", "BAAI/bge-base-en-v
 
 
 def preset_settings(preset, task):
-    """The settings of a preset for a task; without a task, for the preset's own."""
+    """The settings of a preset for a task; None: the preset's own."""
     settings = dict(PRESETS[preset])
-    task = (task or settings.get("task", Args().task)).strip()
-    if task == "gsm8k":
+    if task_of(preset, task) == "gsm8k":
         settings["level"] = "default"  # its problems are given, not generated
         if preset == "small":
             settings |= THINKING
     return settings
+
+
+def task_of(preset, task):
+    """The task, without spaces around it; None: the preset's own."""
+    return (task or PRESETS[preset].get("task", Args().task)).strip()
 
 
 def main(args):
@@ -1452,8 +1456,19 @@ def choose_preset(given):
 
 def rows_for(preset, task):
     """The rows of GPU_ROWS for a preset and a task (None: the preset's own)."""
-    task = (task or PRESETS[preset].get("task", Args().task)).strip()
+    task = task_of(preset, task)
     return [row for row in GPU_ROWS if row["preset"] == preset and row.get("task", task) == task]
+
+
+def args_of_row(row, changes):
+    """The Args of a row of GPU_ROWS, changed by some settings."""
+    settings = settings_of_row(row) | changes
+    return Args(**(preset_settings(row["preset"], settings.get("task")) | settings))
+
+
+def settings_of_row(row):
+    """The settings in a row: all but the size of its card."""
+    return {name: value for name, value in row.items() if name != "gpu"}
 
 
 def choose_row(rows, given):
@@ -1468,9 +1483,7 @@ def choose_row(rows, given):
     too_large = ""  # about the last row that did not fit
     for row in rows:
         # How much would this row need?
-        settings = {name: value for name, value in row.items() if name != "gpu"}
-        args = Args(**(preset_settings(row["preset"], given.get("task")) | settings | given
-                       | dict(device=device)))
+        args = args_of_row(row, given | dict(device=device))
         needed = GAPS * peak_memory(estimate_of(args))
 
         # Say what is chosen, and what would have been better.
@@ -1480,13 +1493,13 @@ def choose_row(rows, given):
                   f"needs about {needed / 1e9:.1f} GB")
         if needed <= free:
             print(choice + too_large, flush=True)
-            return settings
+            return settings_of_row(row)
         too_large = f"; the next larger choice, {what}, would need {needed / 1e9:.1f} GB"
 
     # No row fits. Settings that were given are tried all the same, with the smallest row.
     if not given.keys().isdisjoint({"policy", "experts", "micro_batch"}):
         print(choice, flush=True)
-        return settings
+        return settings_of_row(row)
     return None
 
 
@@ -1545,8 +1558,6 @@ def duration(seconds):
 
 
 SLOWER = 2.3  # a run takes so many times as long as its products alone (measured on two cores of a Xeon)
-
-
 WRITTEN = 4  # to write a token of a thought takes as long as to read 4 (Qwen2.5-Coder-0.5B on one core)
 
 

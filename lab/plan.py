@@ -25,8 +25,8 @@ from torch.utils.benchmark import Timer
 
 from rlvr import run_cli
 from router import has_context
-from train import (GAPS, GPU_ROWS, Args, estimate_of, frozen_dtype, longest_prompt, model_size, parse_args,
-                   peak_memory, preset_settings, print_plan, rows_and_group)
+from train import (GAPS, GPU_ROWS, args_of_row, estimate_of, frozen_dtype, longest_prompt, model_size,
+                   parse_args, peak_memory, print_plan, rows_and_group)
 
 # Beside the products a layer does what costs as much as so many additions: of its hidden states for a token
 # of the rollout, of hidden states and of attention scores in a gradient pass. Fitted to the steps of
@@ -130,9 +130,7 @@ def print_rows():
     print("| GPU | preset | policy | experts | prompts in a gradient pass | must be free, about |")
     print("|---|---|---|---|---|---|")
     for row in GPU_ROWS:
-        settings = {name: value for name, value in row.items() if name != "gpu"}
-        preset = preset_settings(row["preset"], row.get("task"))
-        args = Args(**(preset | settings | dict(device="cuda", dtype="bfloat16")))
+        args = args_of_row(row, dict(device="cuda", dtype="bfloat16"))
         size = GAPS * peak_memory(estimate_of(args))
         needed.append((row["preset"], row["gpu"], size))
         experts = ", ".join(short(name) for name in args.experts)

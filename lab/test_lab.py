@@ -489,8 +489,9 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
 
     # The README's table.
     readme = (HERE / "README.md").read_text()
-    cells = [("mix", way) for way in ("soft", "single", "prefix", "soft shuffled", "soft untrained",
-                                      "soft without comparing", "soft without stage 0", "linear", "text")]
+    cells = [("mix", way) for way in ("soft", "single", "prefix", "soft shuffled", "soft noise",
+                                      "soft untrained", "soft without comparing", "soft without stage 0",
+                                      "linear", "text")]
     cells += [(task, "soft") for task in ("real family", "real copies", "real terms", "real pool", "gsm8k")]
     for task, way in cells:
         after = [row["after"] for row in claims.runs_of(rows, task, way)]
