@@ -29,6 +29,7 @@ import math
 import multiprocessing
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -1613,7 +1614,7 @@ def test_the_help_says_what_a_setting_is_its_default_and_its_range(capsys):
 
 
 def test_the_preset_without_a_gpu(monkeypatch):
-    """tiny for what the embedded pool knows; --policy alone: small, without its experts."""
+    """tiny for what the embedded pool knows; --policy: small, without its experts if none are named."""
     def preset(*argv):
         args = parse_args([*argv, "--device", "cpu"])
         return args.preset, args.task, args.policy, args.experts
@@ -1622,6 +1623,9 @@ def test_the_preset_without_a_gpu(monkeypatch):
     assert preset() == ("tiny", "arithmetic+logic+algorithmic", "tiny/policy", embedded)
     assert preset("--task", "logic") == ("tiny", "logic", "tiny/policy", embedded)
     assert preset("--policy", "X", "--router", "none") == ("small", "chain_sum", "X", [])
+    named = ["--policy", "X", "--experts", "A", "--task", "gsm8k"]
+    assert preset(*named) == ("small", "gsm8k", "X", ["A"])
+    assert parse_args([*named, "--device", "cpu"]).think == train.THINKING["think"]
     assert preset("--router", "none") == ("tiny", "arithmetic+logic+algorithmic", "tiny/policy", [])
     assert preset("--preset", "paper", "--router", "none")[:2] == ("paper", "gsm8k")
     assert parse_args(["--preset", "small", "--device", "cpu"]).level == "easy"
@@ -1794,7 +1798,8 @@ def test_a_micro_batch_is_lowered_until_it_fits(monkeypatch):
     assert args.micro_batch == 2
 
 
-@pytest.mark.parametrize("argv", [GSM8K, ["--task", "chain_sum"]])
+@pytest.mark.parametrize("argv", [GSM8K, ["--task", "chain_sum"],
+                                  ["--task", "chain_sum", "--level", "min_terms=2,max_terms=3"]])
 def test_without_a_gpu_one_sentence_says_what_runs_here(monkeypatch, argv):
     fetches_known(monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -1804,8 +1809,9 @@ def test_without_a_gpu_one_sentence_says_what_runs_here(monkeypatch, argv):
         parse_args(argv)
     sentence = str(error.value)
     assert "\n" not in sentence and "6 GB of memory" in sentence
-    for command in ("`python train.py`", f"`python train.py --preset small --task {argv[1]}`",
-                    f"`python train.py --task {argv[1]}`"):
+    options = shlex.join(argv)  # the user's own, to be copied
+    for command in ("`python train.py`", f"`python train.py --preset small {options}`",
+                    f"`python train.py {options}`"):
         assert command in sentence
     assert sentence.count("about") == 2  # a time for each of the two that run here
     assert ("GPU of 8 GB or more" in sentence) == (argv == GSM8K)

@@ -727,7 +727,8 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     grpo_seconds = args.steps * step_seconds
     n_answers = len(datasets["val"]) * math.ceil(args.steps / args.eval_every)
     n_answers += len(datasets["test"]) * (2 + n_experts)
-    n_answers += 2 * min(64, len(datasets["val"])) * len(train.writers)
+    if reading:
+        n_answers += 2 * min(64, len(datasets["val"])) * len(train.writers)  # read_back
     test_seconds = n_answers * answer_seconds
     total = words_seconds + reading_seconds + grpo_seconds + test_seconds
     minutes = dict(words=words_seconds, reading=reading_seconds, GRPO=grpo_seconds, tests=test_seconds)
@@ -937,8 +938,10 @@ def fresh(given):
     """The settings of a new run."""
     fits_a_gpu = "task" in given and has_gpu(given)
     if "policy" in given and not given.get("preset") and not fits_a_gpu:
-        # --policy alone: preset small without its experts
-        given = dict(experts=[], cue="", think=0) | given | dict(preset="small")
+        # --policy: preset small, without its experts if none are named
+        if "experts" not in given:
+            given = dict(experts=[], cue="", think=0) | given
+        given = given | dict(preset="small")
     chosen = choose_preset(given)
     args = Args(**(preset_settings(chosen["preset"], given.get("task")) | chosen | given))
 
@@ -1527,7 +1530,8 @@ def what_runs_here(given):
     has = f"{memory / 2**30:.0f} GB of memory" if memory else "an unknown amount of memory"
     where = "no CUDA GPU"
     if has_gpu(given):
-        where = f"a GPU with only {free_memory(pick_device('cuda')) / 1e9:.1f} GB free"
+        free = free_memory(pick_device(given.get("device", "auto")))
+        where = f"a GPU with only {free / 1e9:.1f} GB free"
     elif torch.cuda.is_available():
         where = f"a GPU that --device {given['device']} leaves unused"
 
@@ -1539,11 +1543,13 @@ def what_runs_here(given):
     device = " --device cpu" if torch.cuda.is_available() else ""
     rows = rows_for(GPU_PRESET, task)
     run_here = f"python train.py{device}"
-    asked = f"python train.py --task {shlex.quote(task)}"
+    problems = "".join(f" --{name} {shlex.quote(given[name])}" for name in ("task", "level", "data")
+                       if given.get(name))
+    asked = f"python train.py{problems}"
     return (f"{task} needs more than the tiny models of this repository, and this machine has {has} and "
             f"{where}: "
             f"`{run_here}` takes {duration(run_seconds(tiny))} here, "
-            f"`{run_here} --preset small --task {shlex.quote(task)}` {duration(run_seconds(small))} "
+            f"`{run_here} --preset small{problems}` {duration(run_seconds(small))} "
             f"(from a short measurement), and `{asked}` needs a CUDA GPU"
             + (f" of {rows[-1]['gpu']} GB or more, and takes larger models the more it has" if rows else ""))
 

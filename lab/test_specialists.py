@@ -65,17 +65,18 @@ def test_two_steps_lower_the_loss(expert, monkeypatch):
 
     with torch.no_grad():
         after = specialists.answer_loss(model, expert, lessons).item()
+    after /= sum(len(specialists.answer_ids(expert, problem)) for problem in lessons)
     assert losses[0] > losses[1] > after
 
 
 def test_the_loss_is_that_of_each_answer_alone(expert, monkeypatch):
-    """Padding changes nothing, and the loss is the mean over the tokens of answers, with the stop token."""
+    """Padding changes nothing, and the loss is a sum over the tokens of answers, with the stop token."""
     monkeypatch.setattr(specialists, "computes_in_bfloat16", lambda device: False)  # for exact numbers
     expert.dtype = torch.float32
     model = expert.load(TEXTS)
     problems = [Problem("1 + 2 =", "3"), Problem("1 + 2 + 3 + 4 =", "1 0"), Problem("7 - 9 =", "-2")]
 
-    total, n_tokens = 0.0, 0
+    total = 0.0
     for problem in problems:
         prompt = expert.tokenize([expert.prompt(problem)])[0]
         answer = specialists.answer_ids(expert, problem)
@@ -84,11 +85,27 @@ def test_the_loss_is_that_of_each_answer_alone(expert, monkeypatch):
             logits = model(torch.tensor([prompt + answer])).logits[0]
         for place, token in enumerate(answer, start=len(prompt)):
             total -= logits[place - 1].log_softmax(-1)[token].item()
-            n_tokens += 1
 
     with torch.no_grad():
         loss = specialists.answer_loss(model, expert, problems).item()
-    assert loss == pytest.approx(total / n_tokens, rel=1e-5)
+    assert loss == pytest.approx(total, rel=1e-5)
+
+
+def test_several_gradient_passes_equal_one(expert, monkeypatch):
+    monkeypatch.setattr(specialists, "computes_in_bfloat16", lambda device: False)  # for exact numbers
+    expert.dtype = torch.float32
+    model = expert.load(TEXTS)
+    lessons, _ = specialists.lessons_of(expert, "arithmetic", "tiny", 6)
+
+    losses, gradients = [], []
+    for size in (6, 2):
+        monkeypatch.setattr(specialists, "PASS", size)
+        losses.append(specialists.add_gradients(model, expert, lessons))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+        model.zero_grad()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
 
 
 def test_only_training_questions_are_taught(expert):
