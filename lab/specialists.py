@@ -388,8 +388,8 @@ def parse(argv):
     what.add_argument("--task", nargs="+",
                       help="Make one specialist for each of these tasks, which are named as for train.py.")
     parser.add_argument("--level", help="Level of the problems, as for train.py. Default: easy.")
-    parser.add_argument("--steps", type=int, default=100,
-                        help=f"Training steps for each specialist, of {BATCH} problems each. Default: 100.")
+    parser.add_argument("--steps", type=int, default=200,
+                        help=f"Training steps for each specialist, of {BATCH} problems each. Default: 200.")
     parser.add_argument("--write", type=int, default=20,
                         help="The most tokens of an answer. Give train.py the same. Default: 20.")
     parser.add_argument("--device", default="auto",

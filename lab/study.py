@@ -195,7 +195,7 @@ REAL_EXPERTS = {
     "real copies": [QWEN, QWEN],
     "real terms": [QWEN, "smollm2-sums"],  # SmolLM2 that was taught chain_sum of 2 to 4 terms
 
-    # Those of lab.specialists, all made from SmolLM2: 100 steps each, 160 for algorithmic.
+    # Those of lab.specialists, all made from SmolLM2 in 200 steps each.
     # MiniLM is not among them: it has room for 512 tokens, and the longest problem needs 578.
     "real pool": SPECIALISTS,
     "real pool and Qwen": [*SPECIALISTS, QWEN],
