@@ -73,16 +73,15 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         indices = range(len(dataset))
     mine = list(my_part(indices))
 
-    # Take prompts of similar length together, so that little is padded.
-    order = sorted(range(len(mine)), key=lambda i: len(dataset.ids[mine[i]]))
-
-    # A rollout of training has batch * group answers at once. Take no more, so that memory is enough.
-    size = min(EVAL_ROWS, args.batch * args.group)
+    # Take prompts of similar length together, so that little is padded. A rollout of training has
+    # batch * group answers at once. Take no more, so that memory is enough.
+    lengths = [len(dataset.ids[i]) for i in mine]
+    parts = parts_of_similar_length(lengths, min(EVAL_ROWS, args.batch * args.group))
     hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
 
     verdicts, texts, attention = [], [], []
-    for start in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=hide_bar):
-        part = [mine[i] for i in order[start:start + size]]
+    for rows in tqdm(parts, desc="answers", leave=False, disable=hide_bar):
+        part = [mine[row] for row in rows]
         batch = dataset.batch(part)
 
         # Replace what the router reads, or what it can see.
@@ -100,6 +99,7 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
             attention.append(by_expert(answered.attention, dataset.expert_of_state).cpu())
 
     # Undo the sorting, and put the parts of all ranks together.
+    order = [row for rows in parts for row in rows]
     back = sorted(range(len(order)), key=order.__getitem__)
     verdicts = joined([verdicts[i] for i in back])
     texts = joined([texts[i] for i in back])
@@ -107,6 +107,21 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     if not attention:
         return verdicts, texts, None
     return verdicts, texts, torch.cat(attention)
+
+
+def parts_of_similar_length(lengths, size):
+    """Divide prompts among parts of at most `size`. Returns the indices of each part, sorted by length.
+
+    lengths: the number of tokens of each prompt. Where a prompt has more than 128 tokens, it is at most twice
+    as long as the shortest one of its part: a few long prompts would otherwise pad all others to their own
+    length. With lengths 300, 20, 90, 700 and a size of 64 the parts are [1, 2], [0], [3].
+    """
+    parts = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not parts or len(parts[-1]) == size or lengths[i] > 2 * max(64, lengths[parts[-1][0]]):
+            parts.append([])
+        parts[-1].append(i)
+    return parts
 
 
 def joined(items):

@@ -542,6 +542,18 @@ def test_prompts_of_similar_length_share_a_gradient_pass():
     assert [rows.tolist() for rows in rlvr.micro_batches(lengths, 5)] == [[0, 1, 2, 3, 4]]  # the order stays
 
 
+def test_long_prompts_are_answered_apart_from_short_ones():
+    assert evaluation.parts_of_similar_length([300, 20, 90, 700], 64) == [[1, 2], [0], [3]]
+    assert evaluation.parts_of_similar_length([9, 5, 7], 2) == [[1, 2], [0]]
+
+    lengths = [1 + 4 * i * i % 797 for i in range(200)]
+    parts = evaluation.parts_of_similar_length(lengths, 16)
+    assert sorted(i for part in parts for i in part) == list(range(200))
+    for part in parts:
+        longest, shortest = max(lengths[i] for i in part), min(lengths[i] for i in part)
+        assert len(part) <= 16 and (longest <= 128 or longest <= 2 * shortest)
+
+
 def test_a_part_of_a_batch_has_no_more_padding_than_it_needs(finished):
     _, _, dataset, _ = loaded(finished)
     order = sorted(range(len(dataset)), key=lambda i: len(dataset.ids[i]))
