@@ -50,7 +50,7 @@ from tqdm import tqdm
 from experts import read_tensors, write_atomic
 from rewards import MAX_PROBLEMS, Problem, extract, next_in_dataset
 from rlvr import (RANK, Dataset, all_gather, checkpoints, import_extension, load_problems, my_part, open_run,
-                  read_config, read_records, rollout, run_cli, without_nan)
+                  parts_of_similar_length, read_config, read_records, rollout, run_cli, without_nan)
 from router import NoRouter, WithoutExpert, by_expert
 
 
@@ -107,21 +107,6 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
     if not attention:
         return verdicts, texts, None
     return verdicts, texts, torch.cat(attention)
-
-
-def parts_of_similar_length(lengths, size):
-    """Divide prompts among parts of at most `size`. Returns the indices of each part, sorted by length.
-
-    lengths: the number of tokens of each prompt. Where a prompt has more than 128 tokens, it is at most twice
-    as long as the shortest one of its part: a few long prompts would otherwise pad all others to their own
-    length. With lengths 300, 20, 90, 700 and a size of 64 the parts are [1, 2], [0], [3].
-    """
-    parts = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not parts or len(parts[-1]) == size or lengths[i] > 2 * max(64, lengths[parts[-1][0]]):
-            parts.append([])
-        parts[-1].append(i)
-    return parts
 
 
 def joined(items):

@@ -119,12 +119,9 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
     """Sample `group` answers to every problem of the batch, and verify each of them."""
     start = time.perf_counter()
 
-    # Read: the router turns states into context tokens, and the policy reads context and prompt once.
+    # Read: the router turns states into context tokens. Write: the policy samples the answers.
     context, attention = router(batch.H, batch.visible)
-    prefill = policy.prefill(batch.tokens, batch.lengths, context)
-
-    # Write: sample the whole group from this one reading.
-    tokens, mask = policy.generate(prefill, group, args.max_new, temperature, generator)
+    tokens, mask = sample(policy, batch, context, group, args.max_new, temperature, generator)
     is_stop = policy.ends[tokens] & mask  # policy.ends: True for the stop tokens of the vocabulary
     truncated = ~is_stop.any(-1)  # (B, G)
     tokens_cpu = tokens.cpu()
@@ -146,6 +143,50 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
     rewards = torch.tensor([[verdict.reward for verdict in row] for row in verdicts], device=tokens.device)
     return Rollout(problems=batch.problems, tokens=tokens, mask=mask, texts=texts, verdicts=verdicts,
                    rewards=rewards, truncated=truncated, attention=attention, seconds=seconds)
+
+
+def sample(policy, batch, context, group, max_new, temperature, generator):
+    """Answers of the policy after context (B, L, d) or None and prompt: tokens and mask (B, G, T).
+
+    The policy reads context and prompt of a problem once, and samples the whole group from this one reading.
+    A CPU takes long prompts apart from short ones, to save the time of padding. A GPU takes all prompts at
+    once, as its time hardly depends on how many there are.
+    """
+    B = len(batch)
+    parts = [list(range(B))]
+    if batch.tokens.device.type == "cpu":
+        parts = parts_of_similar_length(batch.lengths.tolist(), B)
+
+    # Sample part by part. What comes after an answer is filled with a stop token, as by `Policy.generate`.
+    tokens = torch.full((B, group, max_new), policy.config.stop[0], device=batch.tokens.device)
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    longest = 0
+    for rows in parts:
+        part = batch[torch.tensor(rows)]
+        part_context = None if context is None else context[rows]
+        prefill = policy.prefill(part.tokens, part.lengths, part_context)
+        part_tokens, part_mask = policy.generate(prefill, group, max_new, temperature, generator)
+        T = part_tokens.shape[-1]
+        tokens[rows, :, :T], mask[rows, :, :T] = part_tokens, part_mask
+        longest = max(longest, T)
+    return tokens[..., :longest], mask[..., :longest]
+
+
+def parts_of_similar_length(lengths, size):
+    """Divide prompts among parts of at most `size`. Returns the indices of each part.
+
+    lengths: the number of tokens of each prompt. Where a prompt has more than 128 tokens, it is at most twice
+    as long as the shortest one of its part: a few long prompts would otherwise pad all others to their own
+    length. With lengths 300, 20, 90, 700 and a size of 64 the parts are [1, 2], [0], [3].
+    """
+    parts = []
+    shortest = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not parts or len(parts[-1]) == size or lengths[i] > 2 * max(64, shortest):
+            parts.append([])
+            shortest = lengths[i]
+        parts[-1].append(i)
+    return [sorted(part) for part in parts]
 
 
 def advantages(rewards):

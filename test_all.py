@@ -542,12 +542,24 @@ def test_prompts_of_similar_length_share_a_gradient_pass():
     assert [rows.tolist() for rows in rlvr.micro_batches(lengths, 5)] == [[0, 1, 2, 3, 4]]  # the order stays
 
 
+def test_prompts_answered_in_parts_have_the_answers_that_they_have_together(finished, monkeypatch):
+    policy, router, dataset, args = loaded(finished)
+    batch = dataset.batch(range(4))
+    together = rlvr.rollout(policy, router, batch, args, group=2, temperature=0)
+
+    monkeypatch.setattr(rlvr, "parts_of_similar_length", lambda lengths, size: [[3, 1], [0], [2]])
+    in_parts = rlvr.rollout(policy, router, batch, args, group=2, temperature=0)
+    assert in_parts.texts == together.texts
+    assert torch.equal(in_parts.mask, together.mask)
+    assert torch.equal(in_parts.tokens[together.mask], together.tokens[together.mask])
+
+
 def test_long_prompts_are_answered_apart_from_short_ones():
-    assert evaluation.parts_of_similar_length([300, 20, 90, 700], 64) == [[1, 2], [0], [3]]
-    assert evaluation.parts_of_similar_length([9, 5, 7], 2) == [[1, 2], [0]]
+    assert rlvr.parts_of_similar_length([300, 20, 90, 700], 64) == [[1, 2], [0], [3]]
+    assert rlvr.parts_of_similar_length([9, 5, 7], 2) == [[1, 2], [0]]
 
     lengths = [1 + 4 * i * i % 797 for i in range(200)]
-    parts = evaluation.parts_of_similar_length(lengths, 16)
+    parts = rlvr.parts_of_similar_length(lengths, 16)
     assert sorted(i for part in parts for i in part) == list(range(200))
     for part in parts:
         longest, shortest = max(lengths[i] for i in part), min(lengths[i] for i in part)

@@ -11,9 +11,9 @@ A specialist is the model in FOLDER after more training. It reads a problem as a
     prompt of the problem, The answer is:   ->   492240 <stop>
 
 Only questions of the training split are taught, so validation and test problems stay new to it. All weights
-are trained with AdamW, in float32 under bfloat16 autocast, with a rate that falls to 0. The loss is the cross-entropy of the tokens of the
-answer and of the stop token. An answer of more than --write tokens is not taught, because an expert that may
-write no more than that could never finish it.
+are trained with AdamW, in float32 under bfloat16 autocast, with a rate that falls to 0. The loss is the
+cross-entropy of the tokens of the answer and of the stop token. An answer of more than --write tokens is not
+taught, because an expert that may write no more than that could never finish it.
 
 Each specialist becomes an ordinary Hugging Face folder in bfloat16, such as DIR/arithmetic, with the policy's
 own tokenizer. At the end a table tells what each specialist in DIR knows, and the policy as it is beside
