@@ -757,7 +757,7 @@ def word_tokenizer(words, special=()):
     return tokenizer
 
 
-def test_special_tokens_of_an_answer_are_read():
+def test_special_tokens_of_an_answer_are_read(monkeypatch):
     """<answer> is a special token of some tokenizers; only the stop token is taken off."""
     tokenizer = word_tokenizer(["7", "8", "?"], special=["<end>", "<answer>", "</answer>", "<think>"])
     answers = ["<answer> 7 </answer> <end> <end>", "<think> <answer> 7 </answer> <end>",
@@ -769,11 +769,9 @@ def test_special_tokens_of_an_answer_are_read():
 
     policy = types.SimpleNamespace(
         tokenizer=tokenizer,
-        ends=torch.arange(len(tokenizer)) == tokenizer.convert_tokens_to_ids("<end>"),
-        prefill=lambda *rest: None,
-        generate=lambda *rest: (tokens, mask))
-    batch = types.SimpleNamespace(problems=[Problem("3 + 4 =", "7")], tokens=None, lengths=None, H=None,
-                                  visible=None)
+        ends=torch.arange(len(tokenizer)) == tokenizer.convert_tokens_to_ids("<end>"))
+    batch = types.SimpleNamespace(problems=[Problem("3 + 4 =", "7")], H=None, visible=None)
+    monkeypatch.setattr(rlvr, "sample", lambda *rest: (tokens, mask))
     args = types.SimpleNamespace(max_new=5, answer_format="tagged")
     sampled = rollout(policy, NoRouter([], [], 0), batch, args, 3, 1.0)
     assert [verdict.reason for verdict in sampled.verdicts[0]] == ["right", "no_answer", "wrong"]
