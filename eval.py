@@ -50,7 +50,7 @@ from tqdm import tqdm
 from experts import read_tensors, write_atomic
 from rewards import MAX_PROBLEMS, Problem, extract, next_in_dataset
 from rlvr import (RANK, Dataset, all_gather, checkpoints, import_extension, load_problems, my_part, open_run,
-                  parts_of_similar_length, read_config, read_records, rollout, run_cli, without_nan)
+                  read_config, read_records, rollout, run_cli, without_nan)
 from router import NoRouter, WithoutExpert, by_expert
 
 
@@ -73,15 +73,16 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
         indices = range(len(dataset))
     mine = list(my_part(indices))
 
-    # Take prompts of similar length together, so that little is padded. A rollout of training has
-    # batch * group answers at once. Take no more, so that memory is enough.
-    lengths = [len(dataset.ids[i]) for i in mine]
-    parts = parts_of_similar_length(lengths, min(EVAL_ROWS, args.batch * args.group))
+    # Take prompts of similar length together, so that little is padded.
+    order = sorted(range(len(mine)), key=lambda i: len(dataset.ids[mine[i]]))
+
+    # A rollout of training has batch * group answers at once. Take no more, so that memory is enough.
+    size = min(EVAL_ROWS, args.batch * args.group)
     hide_bar = True if RANK else None  # None: tqdm shows it on a terminal, and not in a file
 
     verdicts, texts, attention = [], [], []
-    for rows in tqdm(parts, desc="answers", leave=False, disable=hide_bar):
-        part = [mine[row] for row in rows]
+    for start in tqdm(range(0, len(mine), size), desc="answers", leave=False, disable=hide_bar):
+        part = [mine[i] for i in order[start:start + size]]
         batch = dataset.batch(part)
 
         # Replace what the router reads, or what it can see.
@@ -99,7 +100,6 @@ def evaluate(policy, router, dataset, args, indices=None, H=None, visible=None):
             attention.append(by_expert(answered.attention, dataset.expert_of_state).cpu())
 
     # Undo the sorting, and put the parts of all ranks together.
-    order = [row for rows in parts for row in rows]
     back = sorted(range(len(order)), key=order.__getitem__)
     verdicts = joined([verdicts[i] for i in back])
     texts = joined([texts[i] for i in back])

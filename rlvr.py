@@ -155,7 +155,7 @@ def sample(policy, batch, context, group, max_new, temperature, generator):
     B = len(batch)
     parts = [list(range(B))]
     if batch.tokens.device.type == "cpu":
-        parts = parts_of_similar_length(batch.lengths.tolist(), B)
+        parts = parts_of_similar_length(batch.lengths.tolist())
 
     # Sample part by part. What comes after an answer is filled with a stop token, as by `Policy.generate`.
     tokens = torch.full((B, group, max_new), policy.config.stop[0], device=batch.tokens.device)
@@ -172,17 +172,18 @@ def sample(policy, batch, context, group, max_new, temperature, generator):
     return tokens[..., :longest], mask[..., :longest]
 
 
-def parts_of_similar_length(lengths, size):
-    """Divide prompts among parts of at most `size`. Returns the indices of each part.
+def parts_of_similar_length(lengths):
+    """Divide prompts among parts of similar length. Returns the indices of each part.
 
     lengths: the number of tokens of each prompt. Where a prompt has more than 128 tokens, it is at most twice
     as long as the shortest one of its part: a few long prompts would otherwise pad all others to their own
-    length. With lengths 300, 20, 90, 700 and a size of 64 the parts are [1, 2], [0], [3].
+    length. With lengths 300, 20, 90 and 700 the parts are [1, 2], [0], [3]. (`micro_batches` divides for
+    memory: its passes have a size, and are filled up to it.)
     """
     parts = []
     shortest = 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not parts or len(parts[-1]) == size or lengths[i] > 2 * max(64, shortest):
+        if not parts or lengths[i] > 2 * max(64, shortest):
             parts.append([])
             shortest = lengths[i]
         parts[-1].append(i)

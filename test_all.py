@@ -547,7 +547,7 @@ def test_prompts_answered_in_parts_have_the_answers_that_they_have_together(fini
     batch = dataset.batch(range(4))
     together = rlvr.rollout(policy, router, batch, args, group=2, temperature=0)
 
-    monkeypatch.setattr(rlvr, "parts_of_similar_length", lambda lengths, size: [[3, 1], [0], [2]])
+    monkeypatch.setattr(rlvr, "parts_of_similar_length", lambda lengths: [[3, 1], [0], [2]])
     in_parts = rlvr.rollout(policy, router, batch, args, group=2, temperature=0)
     assert in_parts.texts == together.texts
     assert torch.equal(in_parts.mask, together.mask)
@@ -555,15 +555,15 @@ def test_prompts_answered_in_parts_have_the_answers_that_they_have_together(fini
 
 
 def test_long_prompts_are_answered_apart_from_short_ones():
-    assert rlvr.parts_of_similar_length([300, 20, 90, 700], 64) == [[1, 2], [0], [3]]
-    assert rlvr.parts_of_similar_length([9, 5, 7], 2) == [[1, 2], [0]]
+    assert rlvr.parts_of_similar_length([300, 20, 90, 700]) == [[1, 2], [0], [3]]
+    assert rlvr.parts_of_similar_length([128, 5, 70]) == [[0, 1, 2]]  # short prompts stay as they are
 
     lengths = [1 + 4 * i * i % 797 for i in range(200)]
-    parts = rlvr.parts_of_similar_length(lengths, 16)
+    parts = rlvr.parts_of_similar_length(lengths)
     assert sorted(i for part in parts for i in part) == list(range(200))
     for part in parts:
         longest, shortest = max(lengths[i] for i in part), min(lengths[i] for i in part)
-        assert len(part) <= 16 and (longest <= 128 or longest <= 2 * shortest)
+        assert longest <= 128 or longest <= 2 * shortest
 
 
 def test_a_part_of_a_batch_has_no_more_padding_than_it_needs(finished):

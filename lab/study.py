@@ -97,7 +97,7 @@ TASKS = {
 TASKS["real pool and Qwen"] = TASKS["real pool"]
 
 # The rates and steps with which routers learned before experts were compared. They suit ways that compare
-# nothing, for which the few steps and low rates of the presets would be too little.
+# nothing, for which the few steps and low rates of the presets would be too little. By preset, or by task.
 LONGER = {"tiny": "--steps 80 --lr 1e-3 --router_lr 2e-3",
           "small": "--steps 40 --lr 4e-4 --router_lr 4e-5",
           "real pool": "--steps 60 --lr 4e-4 --router_lr 4e-5"}  # as many steps as soft
