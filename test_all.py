@@ -941,11 +941,12 @@ def test_who_can_be_compared(quick, tmp_path):
 
 
 def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
-    """With a writer and an encoder the run is the one without comparing, to the bit."""
+    """With a writer and an encoder the run is the one without comparing and without trust, to the bit."""
     writer, encoder = quick[-2:]
     settings = [*quick, "--experts", writer, encoder, "--task algorithmic --words_steps 1 --reading_steps 1 "
                 "--steps 2 --val 2 --test 2 --router"]
-    a, b = trained(tmp_path / "a", *settings, "attention"), trained(tmp_path / "b", *settings, "mixed")
+    a = trained(tmp_path / "a", *settings, "attention")
+    b = trained(tmp_path / "b", *settings, "mixed --trust_lr 0")
     for one, other in zip(records(a), records(b), strict=True):
         assert without_times(one) == without_times(other)
         assert "reward_by_expert" not in one
@@ -954,6 +955,7 @@ def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
     for name in one:
         if name != "progress":
             assert torch.equal(one[name], other[name]), name
+    assert not one["router.trust"].any()
 
 
 # -- rlvr.py: stage 0

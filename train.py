@@ -167,7 +167,8 @@ class Args:
     lr: float = option(1e-4, "Learning rate of LoRA.", above=0)
     router_lr: float = option(1e-4, "Learning rate of the router.", above=0)
     trust_lr: float = option(0.2,
-        "Learning rate of trust, which says how much each expert is believed; 0: no trust.", minimum=0)
+        "Learning rate of trust, which says how much each expert is believed; 0: no trust. Ignored by "
+        "--router attention if fewer than two experts can be compared.", minimum=0)
     micro_batch: int = option(72,
         "Prompts in one gradient pass; with comparing, each problem is two prompts. It bounds memory and "
         "changes nothing that is learned. It is halved until a pass fits into memory.", minimum=1)
@@ -270,9 +271,12 @@ def main(args):
 
     # GRPO. From here on a run can be stopped at any step and continued.
     stop_at_next_step()
-    optimizer = make_optimizer(policy, router, args.lr, args.router_lr, args.trust_lr, moments)
-    parameters = parameters_of(optimizer)
     candidate_experts = candidates(train_set, args)  # the experts that are compared; [] for none
+    trust_lr = args.trust_lr
+    if compares(args.router) and not candidate_experts:
+        trust_lr = 0.0  # nobody to compare: the noise of the rewards alone would move trust, up and down
+    optimizer = make_optimizer(policy, router, args.lr, args.router_lr, trust_lr, moments)
+    parameters = parameters_of(optimizer)
     skipped_in_a_row = 0
     for step in bar(range(progress["step"] + 1, args.steps + 1), "GRPO", progress["step"], args.steps):
         # 1. Take the next problems (there are enough for all steps), and see which experts get the attention.

@@ -505,14 +505,14 @@ def names_of_experts(report, args):
 def count_trained(out, args):
     """The number of trained parameters, counted in the newest checkpoint.
 
-    The router's statistics of the states are not trained, and neither is its trust at rate 0.
+    The router's statistics of the states are not trained, and neither is trust that is still zero everywhere:
+    at rate 0, or because no two experts could be compared.
     """
     fixed = ["router.mean", "router.inv_std"]
-    if not args["trust_lr"]:
-        fixed += ["router.trust", "router.trust_bias"]
     n_trained = 0
     for name, tensor in load_file(checkpoints(out)[0]).items():
-        if name.startswith(("policy.", "router.")) and name not in fixed:
+        is_untouched_trust = name.startswith("router.trust") and not tensor.any()
+        if name.startswith(("policy.", "router.")) and name not in fixed and not is_untouched_trust:
             n_trained += tensor.numel()
     return n_trained
 
