@@ -263,7 +263,8 @@ def candidates(dataset, args):
     """The experts that can be compared, as a list of indices; [] when there is nothing to compare.
 
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
-    them. The router must have an attention that comparing can train.
+    them. The router must have an attention that comparing can train. With nothing to compare trust is not
+    trained (train.py): what rewards say of one expert alone is noise to it.
     """
     if not compares(args.router):
         return []
@@ -576,9 +577,10 @@ def reading_loss(policy, batch, context, targets):
 def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
     """AdamW over LoRA, the router and the router's trust, each with a learning rate of its own.
 
-    Trust has a rate of 0 in stage 0 and in the paper's method; it then stays as it is. The betas are 0.9 and
-    0.98: a memory shorter than the usual 0.999 suits runs of few hundred steps. moments: those of a
-    checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}.
+    Trust has a rate of 0 in stage 0, in the paper's method, and where no two experts can be compared; it then
+    stays as it is. The betas are 0.9 and 0.98: a memory shorter than the usual 0.999 suits runs of few
+    hundred steps. moments: those of a checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ...,
+    "step": ...}}.
     """
     trust, others = [], []
     for name, parameter in router.named_parameters():
