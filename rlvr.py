@@ -579,8 +579,8 @@ def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
 
     Trust has a rate of 0 in stage 0, in the paper's method, and where no two experts can be compared; it then
     stays as it is. The betas are 0.9 and 0.98: a memory shorter than the usual 0.999 suits runs of few
-    hundred steps. moments: those of a checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ...,
-    "step": ...}}.
+    hundred steps.
+    moments: those of a checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}
     """
     trust, others = [], []
     for name, parameter in router.named_parameters():
