@@ -264,7 +264,7 @@ def candidates(dataset, args):
 
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
     them. The router must have an attention that comparing can train. With nothing to compare trust is not
-    trained (train.py): what rewards say of one expert alone is noise to it.
+    trained (train.py): rewards then say nothing about whom to believe.
     """
     if not compares(args.router):
         return []

@@ -470,7 +470,7 @@ def collect(run):
     seconds = sum(record["rollout_seconds"] + record["train_seconds"] for record in metrics)
     row |= dict(steps=len(metrics), before=report["before"]["strict"], after=report["after"]["strict"],
                 n=report["n"], lenient=report["after"]["lenient"], val=val[-1] if val else None,
-                trainable=count_trained(out, args), seconds=round(seconds))
+                trainable=count_trained(out), seconds=round(seconds))
 
     # The curve: everything else.
     curve = dict(id=run.id, task=run.task, way=run.way, seed=run.seed,
@@ -502,7 +502,7 @@ def names_of_experts(report, args):
     return [Path(source.partition("@")[0]).name for source in args["experts"]]
 
 
-def count_trained(out, args):
+def count_trained(out):
     """The number of trained parameters, counted in the newest checkpoint.
 
     The router's statistics of the states are not trained, and neither is trust that is still zero everywhere:
