@@ -1886,6 +1886,11 @@ def test_times_come_from_operations_and_a_short_measurement():
     thinks = dataclasses.replace(tiny, think=100, cue="So:")
     writes = dataclasses.replace(tiny, write=tiny.write + 100)
     assert run_operations(thinks) > run_operations(writes) > run_operations(tiny)
+
+    # An encoder reads, but neither thinks nor writes.
+    encoder = dataclasses.replace(tiny, experts=["BAAI/bge-base-en-v1.5"])
+    patient_encoder = dataclasses.replace(encoder, think=100, cue="So:")
+    assert run_operations(patient_encoder) == run_operations(encoder)
     assert train.duration(20) == "about 1 minute" and train.duration(3 * 3600) == "about 3 hours"
     assert train.duration(200 * 3600) == "about 8 days"
 

@@ -1088,6 +1088,7 @@ class ModelSize:
     head_dim: int
     ff: int         # width inside the MLP
     vocab: int
+    writes: bool = True  # False for an encoder, which only reads
 
     @property
     def kv(self):
@@ -1116,7 +1117,8 @@ KNOWN_MODELS = {  # those that a preset or a row below names, so that nothing is
     "allenai/OLMo-2-0425-1B-Instruct": ModelSize(1_484_916_736, 16, 2048, 16, 16, 128, 8192, 100352),
     "microsoft/phi-1_5": ModelSize(1_418_270_720, 24, 2048, 32, 32, 64, 8192, 51200),
     "EleutherAI/pythia-410m": ModelSize(405_334_016, 24, 1024, 16, 16, 64, 4096, 50304),
-    "BAAI/bge-base-en-v1.5": ModelSize(109_482_240, 12, 768, 12, 12, 64, 3072, 30522),
+    "BAAI/bge-base-en-v1.5": ModelSize(109_482_240, 12, 768, 12, 12, 64, 3072, 30522,
+                                       writes=False),
 }
 
 GPU_PRESET = "small"  # what --task alone runs on a GPU
@@ -1178,7 +1180,7 @@ def model_size(source):
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     ff = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     return ModelSize(params, text.num_hidden_layers, text.hidden_size, heads, kv_heads, head_dim, ff,
-                     text.vocab_size)
+                     text.vocab_size, writes)
 
 
 def memory_estimate(args, policy, experts, prompt_tokens):
@@ -1583,11 +1585,16 @@ def run_operations(args):
     n_train = n_training_problems(args)
     n_problems = n_train + args.val + args.test
 
-    # Experts read every problem once, and once more where they also write; before that, they may write a
-    # thought. A token costs 2 operations for each parameter.
-    passes = 2 if args.reading_steps else 1
-    tokens = passes * (P + args.think + args.write) + WRITTEN * args.think
-    read = sum(2 * model_size(source).params * n_problems * tokens for source in args.experts)
+    # Every expert reads every problem. One that writes reads it once more to write its text for stage 0, and
+    # before that it may write a thought. A token costs 2 operations for each parameter.
+    read = 0
+    for source in args.experts:
+        expert = model_size(source)
+        tokens = P
+        if expert.writes:
+            passes = 2 if args.reading_steps else 1
+            tokens = passes * (P + args.think + args.write) + WRITTEN * args.think
+        read += 2 * expert.params * n_problems * tokens
 
     # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
     # weights are frozen, and so does the reference.
