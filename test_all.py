@@ -1891,6 +1891,7 @@ def test_times_come_from_operations_and_a_short_measurement():
     encoder = dataclasses.replace(tiny, experts=["BAAI/bge-base-en-v1.5"])
     patient_encoder = dataclasses.replace(encoder, think=100, cue="So:")
     assert run_operations(patient_encoder) == run_operations(encoder)
+
     assert train.duration(20) == "about 1 minute" and train.duration(3 * 3600) == "about 3 hours"
     assert train.duration(200 * 3600) == "about 8 days"
 

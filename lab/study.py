@@ -57,7 +57,7 @@ TASKS = {
     "primes": f"--preset tiny --task algorithmic --batch 12 --steps 20 {UNSEEN}",
 
     # All words are in all vocabularies. The arithmetic expert was taught 4 terms, and knows 44% of these.
-    # After 40 steps the policy says what this expert says; with more steps it learns to correct it.
+    # After 40 steps the policy mostly says what this expert says; with more steps it learns to correct it.
     "sums hard": f"--preset tiny --task chain_sum {SUMS_OF.format(4, 6, 1)} --steps 240 --lr 3e-4 "
                  f"--eval_every 20 {UNSEEN}",
 
@@ -81,7 +81,7 @@ TASKS = {
                    "--stage0_problems 4000",
 
     # Two experts that are each right about a part of one dataset. To tell them apart takes more problems than
-    # to tell experts of different datasets. At this rate LoRA also learns to be right where both are wrong.
+    # to tell experts of different datasets. Steps and rates had the highest accuracy on validation.
     "real terms": f"--preset small --task chain_sum {SUMS_OF.format(2, 4, 2)} {REAL} --steps 60 --batch 32 "
                   "--lr 1e-4 --router_lr 1e-5 --stage0_problems 4000",
 
