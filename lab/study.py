@@ -171,7 +171,7 @@ RATED = rated_ways()
 EMBEDDED = {  # block: [(tasks, ways, seeds)]
     "mix": [(["mix"], ["soft"], range(10))],
     "controls": [(["mix"], CONTROLS_OF_MIX, range(5))],
-    "comparing": [(["mix"], WITHOUT, range(5)), (["sums"], ["soft wrong without comparing"], range(3))],
+    "comparing": [(["mix"], WITHOUT, range(5)), (["sums"], ["soft wrong without comparing"], range(5))],
     "sums": [(["sums"], [*HEADLINE, "soft wrong", "soft wide"], range(5))],
     "others": [(["family", "primes", "sums hard"], HEADLINE, range(5))],
     "rates": [(["rates"], list(RATED), [100])],
