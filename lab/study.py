@@ -75,8 +75,8 @@ TASKS = {
                 "--extension lab/controls.py --control last_partly_wrong",
 
     # One expert twice. Each copy answers another problem on one of the two datasets. 4,000 problems for stage
-    # 0, as the router learns 2,000 by heart: 98% of their words, and 86% of those of new problems. At this
-    # rate of LoRA, with 32 problems a step, rewards also teach what the right copy does not know.
+    # 0, as the router learns 2,000 by heart: 98% of their words, and 86% of those of new problems. Steps
+    # of 32 problems and this rate of LoRA had the highest accuracy on validation.
     "real copies": f"--preset small --task chain_sum+basic_arithmetic {SUMS_OF.format(2, 2, 2)} {REAL} "
                    "--extension lab/controls.py --control each_knows_one --steps 40 --batch 32 --lr 3e-4 "
                    "--router_lr 1e-5 --trust_lr 1.0 --stage0_problems 4000",
