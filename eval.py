@@ -8,7 +8,8 @@ $ python eval.py runs/NAME --ask "State the final answer to the following arithm
 
 What is measured. All answers are greedy: at every token the policy takes the likeliest one.
 
-1. Before and after. "Before" is the policy alone: LoRA is off and there is no context.
+1. Before and after. "Before" is the policy alone: LoRA is off and there is no context. (With --router text
+   the experts' answers stand in its prompt, before and after. Then "before" is called the untrained policy.)
 2. Attention. How much does the router attend to each expert, for each kind of problem? A large share is no
    proof that the expert matters, because the policy may ignore what is read from it. Hence two more tests.
 3. Masking. The test is repeated with one expert hidden: its attention is exactly 0. The accuracy that is then
@@ -42,16 +43,17 @@ import json
 import math
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from experts import read_tensors, write_atomic
-from rewards import MAX_PROBLEMS, Problem, extract, next_in_dataset
-from rlvr import (RANK, Dataset, all_gather, checkpoints, import_extension, load_problems, my_part, open_run,
-                  read_config, read_records, rollout, run_cli, without_nan)
-from router import NoRouter, WithoutExpert, by_expert
+from rewards import MAX_PROBLEMS, Problem, extract, grade, next_in_dataset
+from rlvr import (DRAWN_FOR_ALL, RANK, Dataset, all_gather, checkpoints, import_extension, load_problems,
+                  my_part, open_run, read_config, read_records, rollout, run_cli, without_nan)
+from router import NoRouter, WithoutExpert, by_expert, shows_texts
 
 
 # -- What is measured
@@ -234,7 +236,8 @@ def swap_test(policy, router, dataset, args):
         strict   the fraction of all answers that are still right for their own question i
         n        the number of questions for which `expected` differs from the gold answer of i; only these
                  can show whom the policy follows
-        follows  the fraction of these n that are answered with `expected`
+        follows  the fraction of these n that are answered with `expected`, letter by letter or with the same
+                 number
 
     If the expert says nothing to j, the question does not count in n. If the router has no attention, or the
     experts were not asked for texts, `expected` is the gold answer of j. A question that is alone in its
@@ -254,10 +257,11 @@ def swap_test(policy, router, dataset, args):
             most_attended = int(attention[row].mean((0, 1)).argmax())
             expected = dataset.texts[most_attended][j]
 
-        # Count only where that differs from the right answer.
-        if expected and expected != dataset.problems[i].answer:
+        # Count only where that differs from the right answer. "1,000" and "1000" do not differ.
+        if expected and grade(expected, dataset.problems[i], words_may_follow=True) != "right":
             given, _ = extract(texts[row], args.answer_format, truncated=False)
-            follows.append(given.strip() == expected.strip())
+            as_gold = replace(dataset.problems[j], answer=expected)
+            follows.append(given.strip() == expected.strip() or grade(given, as_gold, True) == "right")
 
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
@@ -280,11 +284,16 @@ def stage_name(report):
     return f"after {report['step']} steps of GRPO"
 
 
+def before_name(report):
+    """What the accuracy before is called: with --router text the policy reads words, and is not alone."""
+    return "untrained policy" if shows_texts(report["router"]) else "policy alone"
+
+
 def show_report(report, path):
     """Print a report, and write it to `path` as JSON."""
     # Accuracy, with 95% intervals.
     print(f"\n{report['n']} test problems, greedy answers [95% interval]")
-    for when, name in (("before", "policy alone"), ("after", stage_name(report))):
+    for when, name in (("before", before_name(report)), ("after", stage_name(report))):
         numbers = report[when]
         low, high = numbers["ci95"]
         line = f"  {name:26} {numbers['strict']:6.1%} [{low:.1%}, {high:.1%}]"
@@ -301,7 +310,7 @@ def show_report(report, path):
     # The same for each dataset, and below it the attention to each expert.
     attention = report.get("attention_by_dataset", {})
     masked = report["masked"]
-    title = "by dataset: policy alone -> now"
+    title = f"by dataset: {before_name(report)} -> now"
     if attention:
         title += "; attention to each expert"
     if masked:
@@ -505,7 +514,7 @@ def draw_learning(panel, records, report):
     panel.plot(validated_steps, accuracies, "o-", label="validation, greedy", color="#0072B2")
 
     # Draw the accuracy before training as a line.
-    panel.axhline(report["before"]["strict"], ls="--", color="0.3", label="policy alone, greedy")
+    panel.axhline(report["before"]["strict"], ls="--", color="0.3", label=f"{before_name(report)}, greedy")
 
     # Show all rewards: a reward of one's own may be below 0 or above 1.
     lowest = min([0, *rewards])
@@ -538,7 +547,7 @@ def draw_attention_over_time(panel, records, attention):
 def draw_accuracy(panel, report):
     """Two bars for each dataset: the policy alone, and the policy that is tested."""
     datasets = list(report["by_dataset"])
-    for shift, when, name, color in ((-0.2, "before", "policy alone", "0.6"),
+    for shift, when, name, color in ((-0.2, "before", before_name(report), "0.6"),
                                      (0.2, "after", "after stage 0", "#0072B2")):
         places = [i + shift for i in range(len(datasets))]
         heights = [or_nan(report["by_dataset"][dataset][when]) for dataset in datasets]
@@ -618,7 +627,7 @@ def run(argv=None):
         stage = "GRPO"
         step = newest_step(options.run)
     report = test_report(policy, router, dataset, args, experts, stage, step)
-    if can_swap(dataset):
+    if can_swap(dataset) and args.control not in DRAWN_FOR_ALL:  # there the states say nothing to begin with
         report["swap"] = swap_test(policy, router, dataset, args)
 
     # Show it.

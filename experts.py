@@ -22,7 +22,8 @@ What is easy to get wrong:
 - A state must not depend on the other texts in its batch. We pad texts on the right when we read them: a
   causal model does not look to the right, and an encoder's attention mask hides the padding.
 - Matrix products of different shapes round differently. All batches of one length have the same shape, so
-  the cache holds the same bits, whichever texts were read together.
+  the cache holds the same bits, whichever texts were read together. (Thoughts are an exception, see
+  `batches`: there the first one that is stored counts.)
 - Nothing is cut. A text that is longer than the model's window is refused.
 - A model's folder holds data, not programs. Only safetensors are read, and no code in the folder is run.
 """
@@ -360,10 +361,11 @@ class Expert:
 
         # Load the weights from the files of `weight_files`, whatever else is in the folder.
         config = copy.deepcopy(self.config)
+        files = weight_files(self.folder)
         has_index = (self.folder / INDEX).is_file()
-        if not has_index and len(weight_files(self.folder)) > 1:
+        if not has_index and len(files) > 1:
             raise ValueError(f"{self.source} has several weight files but no {INDEX}: fetch that file too")
-        config.transformers_weights = INDEX if has_index else "model.safetensors"
+        config.transformers_weights = INDEX if has_index else files[0].name
         if kind == STATES:
             config.get_text_config().use_cache = False  # a text is read once: keep no keys and values
         with loading("model", self.source):
@@ -501,8 +503,9 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
               themselves are written
     answers   for "answer" states: n lists of token ids that follow the thoughts; else None
 
-    A row is stored under its prompt alone, even if it depends on a thought or an answer: an expert with this
-    fingerprint always writes the same ones to the same prompt.
+    A row is stored under its prompt alone, even if it depends on a thought or an answer: these are in the
+    cache, too, and are not written a second time. Whoever deletes the folder "thoughts" must delete "texts"
+    and "states" with it.
     """
     folder = cache_dir() / kind / expert.fingerprint(kind)
 
@@ -637,7 +640,10 @@ def stored_rows(folder):
     for path in sorted(folder.glob("*.safetensors")):
         try:
             shard = read_tensors(path)
-        except (ValueError, OSError) as error:
+        except OSError as error:  # it cannot be read now, for example from a network disk: keep it
+            warnings.warn(f"{path} cannot be read ({error}); its texts are read again", stacklevel=2)
+            continue
+        except ValueError as error:  # its content does not match its checksum
             warnings.warn(f"{error}; its texts are read again", stacklevel=2)
             path.unlink(missing_ok=True)
             continue
@@ -721,7 +727,7 @@ HUB_FILES = [*META_FILES, "model*.safetensors", "README.md"]
 
 WEIGHT_DTYPES = ("F32", "BF16", "F16")  # float32, bfloat16 and float16, as safetensors call them
 BUFFERS = ("position_ids", "token_type_ids", "attn.bias", "attention.bias", "masked_bias", "causal_mask",
-           "inv_freq", "num_batches_tracked")  # no weights: they may have any dtype
+           "inv_freq", "num_batches_tracked")  # no parameters: they may have any dtype
 SCALES = ("scale", "scales", "scale_inv")  # of quantized weights, as in q_proj.weight_scale_inv
 
 # `Expert.load` checks the report of loading, so transformers need not print it, nor a bar for each model. But
@@ -826,8 +832,9 @@ def weight_files(folder):
         files = list(folder.glob("model.safetensors")) or sorted(folder.glob("model-*-of-*.safetensors"))
 
     if not files:
-        raise ValueError(f"{folder} has no safetensors weights: name a model that has model.safetensors "
-                         "(other formats can run code and are never loaded)")
+        raise ValueError(f"{folder} has no safetensors weights: if it is a model of the hub, fetch all of it "
+                         "once with a network; else name a model that has model.safetensors (other formats "
+                         "can run code and are never loaded)")
     return files
 
 
@@ -849,7 +856,9 @@ def check_weight_headers(files):
                                  f"{path.name}: delete the file that does not belong to the model")
             file_of_tensor[name] = path.name
 
-            if tensor.dtype not in WEIGHT_DTYPES and not name.endswith(BUFFERS):
+            if name.endswith(BUFFERS):  # a mask or a table of positions, no parameters
+                continue
+            if tensor.dtype not in WEIGHT_DTYPES:
                 raise ValueError(f"{path.parent} stores {name} as {tensor.dtype}, but weights must be "
                                  "float32, bfloat16 or float16: name a version of it that is not quantized")
             n_parameters += tensor.parameter_count
@@ -901,6 +910,8 @@ def loading(part, source):
     """Turn whatever a library raises in this block into a ValueError of one sentence."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of a GPU: the files are in order, and rlvr.run_cli says what to lower
+        raise
     except Exception as error:  # the same mistake comes as an OSError, KeyError, RuntimeError, ...
         raise ValueError(f"the {part} of {source} cannot be loaded: fetch it again or name another model "
                          f"({first_line(error)})") from error

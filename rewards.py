@@ -286,13 +286,14 @@ DECORATIONS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"
 for sign in ("\\$", "$", "€", "\\%", "%"):
     DECORATIONS += [(sign, ""), ("", sign)]
 
-# Up to three words may follow a number ("18 apples per day"), but none of those that would change it
+# Up to three words may follow a number ("18 apples per day"), but none of those that often change it
 # ("18 thousand", "18 or nineteen").
 NOT_UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
     "millions? billions? trillions? dozens? half halves thirds? quarter fourths? fifths? sixths? eighths? "
-    "tenths? hundredths? thousandths? k or to not plus minus times over point squared cubed e x")
+    "tenths? hundredths? thousandths? k mn mil bn lakhs? crores? or to not plus minus times divided over "
+    "point squared cubed sqrt e x pi")
 UNITS = re.compile(rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b)[A-Za-z]+){{1,3}}\Z")
 
 
@@ -918,9 +919,13 @@ def read_gsm8k_file(path):
         try:
             question, answer = read_gsm8k_line(line)
         except Exception as error:  # no JSON, JSON of another shape, or an answer without a number
-            raise ValueError(f'{path}, line {i}: it needs a "question", and an "answer" '
-                             'ending in #### 18') from error
-        rows.setdefault(question, answer)
+            raise ValueError(f'{path}, line {i}: it needs a "question", and an "answer" that is a text which '
+                             'ends in #### and one number, such as "#### 18"') from error
+
+        # The same line twice is one problem. But one question cannot have two answers.
+        if number(rows.setdefault(question, answer)) != number(answer):
+            raise ValueError(f"{path}, line {i}: a line above has the same question with another answer: "
+                             "leave one of them out")
     return rows
 
 
@@ -930,9 +935,12 @@ def read_gsm8k_line(line):
     question = row["question"].strip()
     question.encode()  # half of a surrogate pair is no text: a UnicodeEncodeError, which is a ValueError
     _, answer = row["answer"].rsplit("####", 1)
-    if not question or number(answer) is None:
+
+    # Keep the number alone: "18 apples" is 18. The policy may have to answer without any words.
+    answer = UNITS.sub("", answer.strip().removesuffix("."))
+    if not question or number(answer, units=False) is None:
         raise ValueError("an empty question, or no number")
-    return question, answer.strip().replace(",", "")
+    return question, answer.replace(",", "")
 
 
 def official_files_to_fetch():

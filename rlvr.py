@@ -125,14 +125,18 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
     is_stop = policy.ends[tokens] & mask  # policy.ends: True for the stop tokens of the vocabulary
     truncated = ~is_stop.any(-1)  # (B, G)
     tokens_cpu = tokens.cpu()
-    kept_cpu = (mask & ~is_stop).cpu()
+    own_stops = torch.tensor(policy.config.stop, device=tokens.device)
+    kept_cpu = (mask & ~torch.isin(tokens, own_stops)).cpu()
     seconds = time.perf_counter() - start
 
-    # Decode every answer without its stop token. Other special tokens stay: <answer> may be one.
+    # Decode every answer without the model's own stop token. Other special tokens stay: <answer> may be one.
+    # In the plain format a token like "]\n" ends the answer, and its "]" belongs to the answer.
     texts, verdicts = [], []
     for b, problem in enumerate(batch.problems):
         ids = [tokens_cpu[b, g][kept_cpu[b, g]].tolist() for g in range(group)]
         answers = policy.tokenizer.batch_decode(ids, skip_special_tokens=False)
+        if args.answer_format == "plain":
+            answers = [answer.partition("\n")[0] for answer in answers]
         texts.append(answers)
 
         # Let the verifier compare every answer with the gold answer of its problem.
@@ -263,8 +267,8 @@ def candidates(dataset, args):
     """The experts that can be compared, as a list of indices; [] when there is nothing to compare.
 
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
-    them. The router must have an attention that comparing can train. With nothing to compare trust is not
-    trained (train.py): rewards then say nothing about whom to believe.
+    them. The router must have an attention that comparing can train. With --router attention and nothing to
+    compare, trust is not trained (train.py): rewards then say nothing about whom to believe.
     """
     if not compares(args.router):
         return []
@@ -577,9 +581,9 @@ def reading_loss(policy, batch, context, targets):
 def make_optimizer(policy, router, lr, router_lr, trust_lr=0.0, moments=None):
     """AdamW over LoRA, the router and the router's trust, each with a learning rate of its own.
 
-    Trust has a rate of 0 in stage 0, in the paper's method, and where no two experts can be compared; it then
-    stays as it is. The betas are 0.9 and 0.98: a memory shorter than the usual 0.999 suits runs of few
-    hundred steps.
+    Trust has a rate of 0 in stage 0, in preset *paper* (--trust_lr 0), and where --router attention has no
+    two experts to compare; it then stays as it is. With --router mixed the GRPO loss trains it. The betas are
+    0.9 and 0.98: a memory shorter than the usual 0.999 suits runs of few hundred steps.
     moments: those of a checkpoint, {index of the parameter: {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}
     """
     trust, others = [], []
@@ -1123,6 +1127,8 @@ def open_run(folder, device="auto", stage0=False, policy=None, experts=None):
         check_models(folder, args, config["models"])
         policy, experts, router = build(args)
     except (AttributeError, TypeError) as error:
+        if getattr(args, "extension", ""):
+            raise  # a mistake in the extension is more likely: show where
         raise bad_config(folder, error) from error
 
     if stage0:
@@ -1240,14 +1246,23 @@ def load_checkpoint(path, policy, router, generator=None):
 
     for name, tensor in current.items():
         tensor.copy_(saved[name])
+    progress = json.loads(bytes(saved["progress"].tolist()))
     if generator:
-        generator.set_state(saved[f"generator.{RANK}"])
+        set_generator(generator, saved[f"generator.{RANK}"], progress)
     moments = {}
     for name in saved:
         if name.startswith("optimizer."):
             _, i, moment = name.split(".")
             moments.setdefault(int(i), {})[moment] = saved[name]
-    return json.loads(bytes(saved["progress"].tolist())), moments
+    return progress, moments
+
+
+def set_generator(generator, state, progress):
+    """Let a generator go on from a saved state; from a new seed if the state is of another kind of device."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+    else:
+        generator.manual_seed(generator.initial_seed() + 1 + progress["step"])
 
 
 def checkpoints(out):
@@ -1283,9 +1298,12 @@ def run_cli(program, run):
         run()
         return 0
     except KeyboardInterrupt:
-        print(f"\n{program}: stopped; what the experts have read is kept, and so is the last checkpoint, if "
-              "there is one; continue with train.py --resume, or, if the experts were still reading, with "
-              "the same command", file=sys.stderr)
+        how_to_continue = ""
+        if program == "train.py":
+            how_to_continue = ("; what the experts have read is kept, and so is the last checkpoint, if "
+                               "there is one; continue with train.py --resume, or, if the experts were "
+                               "still reading, with the same command")
+        print(f"\n{program}: stopped{how_to_continue}", file=sys.stderr)
         return 130
     except SystemExit as error:  # argparse has already said what is wrong
         return error.code
@@ -1296,9 +1314,11 @@ def run_cli(program, run):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), smaller "
-                   "models, or a lower --batch, --group, --max_new, --think, "
-                   "--router_dim or --lora_rank")
+        message = "out of memory: use a device with more memory, such as --device cpu"
+        if program == "train.py":
+            message = ("out of memory: choose a lower --micro_batch (it may be changed with --resume), "
+                       "smaller models, or a lower --batch, --group, --max_new, --think, --router_dim or "
+                       "--lora_rank")
     print(f"{program}: {message}", file=sys.stderr)
     return 2
 

@@ -223,7 +223,8 @@ def records(out, name="metrics.jsonl"):
 
 def command(*argv, program=train.run):
     """The exit code of a command line, as the last line of a program gives it to sys.exit."""
-    return rlvr.run_cli("program", lambda: program([*map(str, argv)]))
+    name = "train.py" if program == train.run else "program"
+    return rlvr.run_cli(name, lambda: program([*map(str, argv)]))
 
 
 def refused(capsys, *argv, program=train.run):
@@ -767,9 +768,7 @@ def test_special_tokens_of_an_answer_are_read(monkeypatch):
     is_stop = tokens == tokenizer.convert_tokens_to_ids("<end>")
     mask = is_stop.cumsum(-1) - is_stop.long() == 0
 
-    policy = types.SimpleNamespace(
-        tokenizer=tokenizer,
-        ends=torch.arange(len(tokenizer)) == tokenizer.convert_tokens_to_ids("<end>"))
+    policy = policy_that_stops_at(tokenizer, ["<end>"], own=["<end>"])
     batch = types.SimpleNamespace(problems=[Problem("3 + 4 =", "7")], H=None, visible=None)
     monkeypatch.setattr(rlvr, "sample", lambda *rest: (tokens, mask))
     args = types.SimpleNamespace(max_new=5, answer_format="tagged")
@@ -777,6 +776,31 @@ def test_special_tokens_of_an_answer_are_read(monkeypatch):
     assert [verdict.reason for verdict in sampled.verdicts[0]] == ["right", "no_answer", "wrong"]
     assert sampled.rewards.tolist() == [[1.0, 0.0, 0.0]]
     assert not sampled.truncated.any()
+
+
+def policy_that_stops_at(tokenizer, ends, own):
+    """What `rollout` needs of a policy. own: those of the ends that are the model's own stop tokens."""
+    is_end = torch.zeros(len(tokenizer), dtype=torch.bool)
+    is_end[tokenizer.convert_tokens_to_ids(ends)] = True
+    config = types.SimpleNamespace(stop=tokenizer.convert_tokens_to_ids(own))
+    return types.SimpleNamespace(tokenizer=tokenizer, ends=is_end, config=config)
+
+
+def test_a_mark_in_the_token_that_ends_a_line_belongs_to_the_answer(monkeypatch):
+    """In Qwen's vocabulary "]\\n" is one token. It ends a plain answer, and its "]" is a part of it."""
+    tokenizer = word_tokenizer(["[", "1", ",", "2", "]", "]\n", "\n"], special=["<end>"])
+    answers = ["[", "1", ",", "2", "]\n"], ["[", "1", ",", "2", "]"], ["[", "1", "\n", "<end>", "<end>"]
+    tokens = torch.tensor([tokenizer.convert_tokens_to_ids(answer) for answer in answers])[None]
+    policy = policy_that_stops_at(tokenizer, ["]\n", "\n", "<end>"], own=["<end>"])
+    is_end = policy.ends[tokens]
+    mask = is_end.cumsum(-1) - is_end.long() == 0
+    batch = types.SimpleNamespace(problems=[Problem("Sort.", "[1, 2]", dataset="number_sorting")], H=None,
+                                  visible=None)
+    monkeypatch.setattr(rlvr, "sample", lambda *rest: (tokens, mask))
+    args = types.SimpleNamespace(max_new=5, answer_format="plain")
+    sampled = rollout(policy, NoRouter([], [], 0), batch, args, 3, 1.0)
+    assert [text.replace(" ", "") for text in sampled.texts[0]] == ["[1,2]", "[1,2]", "[1"]
+    assert [verdict.reason for verdict in sampled.verdicts[0]] == ["right", "truncated", "wrong"]
 
 
 def test_the_reference_is_the_frozen_policy_without_its_prefix(quick, tmp_path):
@@ -1565,6 +1589,10 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     tests = n_answers * 3 / 60
     expected = f"about {30 + 15 + grpo + tests:.1f} minutes: words 30.0, reading 15.0, GRPO 20.0, tests 4.4"
     assert expected in capsys.readouterr().out
+
+    # A stage 0 that is done takes no time.
+    train.forecast(policy, router, datasets, args, 3, 30.0, 3.0, stage0_is_done=True)
+    assert "words 0.0, reading 0.0, GRPO 20.0, tests 2.8" in capsys.readouterr().out
 
     # Without stage 0 and comparing a step shows 4 problems once: 1.5 minutes.
     args.reading_steps, dataset.writers, args.router = 0, [], "mixed"
@@ -3309,6 +3337,18 @@ def test_swap_counts_who_follows_the_states(finished, monkeypatch):
         assert swap["strict"] == 0
         assert swap["n"] >= len(dataset) - 1
 
+    # "1,000" is what an expert says that writes "1000", and a swap counts only where that is no right answer.
+    dataset.texts = [["1000"] * len(dataset) for _ in dataset.texts]
+    verdicts = [rewards.verify("x", problem, "plain") for problem in dataset.problems]
+    attention = torch.full((len(dataset), 2, 8, 3), 1 / 3)
+    monkeypatch.setattr(evaluation, "evaluate",
+                        lambda *rest, **more: (verdicts, [" 1,000"] * len(dataset), attention))
+    numbers = [replace(problem, answer="5") for problem in dataset.problems]
+    dataset.problems[:] = numbers
+    assert evaluation.swap_test(policy, router, dataset, args)["follows"] == 1
+    dataset.problems[:] = [replace(problem, answer="1000.0") for problem in numbers]
+    assert evaluation.swap_test(policy, router, dataset, args)["n"] == 0
+
     # A question that is alone in its dataset is left out: there is nothing to swap it with.
     assert evaluation.can_swap(dataset)
     dataset.problems[0] = replace(dataset.problems[0], dataset="alone")
@@ -3575,6 +3615,8 @@ def test_ctrl_c_while_the_experts_read(tmp_path, capsys):
 
     assert rlvr.run_cli("train.py", interrupted) == 130
     assert "continue with train.py --resume" in capsys.readouterr().err
+    assert rlvr.run_cli("eval.py", interrupted) == 130
+    assert capsys.readouterr().err == "\neval.py: stopped\n"
     with rlvr.one_process(tmp_path / "run"):
         pass
     assert "start the same command again" in refused(capsys, "--resume", tmp_path / "run")
@@ -3691,6 +3733,18 @@ def test_every_bit_of_a_checkpoint_counts(finished, tmp_path):
         rlvr.load_checkpoint(path, policy, router)
     for a, b in zip(before, parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_generator_of_another_kind_of_device_gets_a_new_seed():
+    """The state of a CUDA generator has 16 bytes, that of a CPU generator 5,056."""
+    saved, generator = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    torch.rand(5, generator=saved)
+    rlvr.set_generator(generator, saved.get_state(), dict(step=10))
+    assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=saved))
+
+    rlvr.set_generator(generator, torch.zeros(16, dtype=torch.uint8), dict(step=10))
+    numbers = torch.rand(4, generator=generator)
+    assert not torch.equal(numbers, torch.rand(4, generator=torch.Generator().manual_seed(3)))
 
 
 def test_a_torn_last_record_is_skipped(tmp_path):
@@ -3871,6 +3925,10 @@ def test_too_little_memory_is_one_sentence(quick, tmp_path, monkeypatch, capsys)
         assert "out of memory" in sentence
         assert "--micro_batch" in sentence
         shutil.rmtree(tmp_path / "another")
+
+    # A policy that does not fit onto a GPU is not called damaged.
+    with pytest.raises(torch.OutOfMemoryError), experts.loading("model", "a policy"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(train, "rehearse", lambda *arguments: [][0])
     with pytest.raises(IndexError):
         command(*quick, "--out", tmp_path / "bug", "--reading_steps", "0")
@@ -3925,6 +3983,8 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     ("--think 8", "--cue"),
     ("--think 8 --cue A: --states first", "--think"),
     # names
+    ("--preset smal", "choose tiny, small, paper"),
+    ("--dtype fp16", "choose auto, float32"),
     ("--router louder", "louder.*attention.*--extension"),
     ("--control wrong", "wrong.*shuffled.*--extension"),
     ("--states second", "last, first, mean"),
@@ -4019,6 +4079,13 @@ def test_a_wrong_line_of_a_file_is_named(tmp_path):
         mine.write_text(f"{good}\n\n{wrong}")
         with pytest.raises(ValueError, match="mine.jsonl, line 3"):
             get_problems("gsm8k", "train", 1, mine)
+
+    # One question has one answer. A unit is no part of it: a plain answer may be the number alone.
+    mine.write_text('{"question": "q", "answer": "#### 1 apple."}\n{"question": "q", "answer": "#### 1.0"}')
+    assert rewards.read_gsm8k_file(mine) == {"q": "1"}
+    mine.write_text('{"question": "q", "answer": "#### 1"}\n{"question": "q", "answer": "#### 2"}')
+    with pytest.raises(ValueError, match="line 2: a line above has the same question"):
+        get_problems("gsm8k", "train", 1, mine)
 
     mine.write_bytes(b"\xff\xfe{\x00")
     with pytest.raises(ValueError, match="cannot read .*mine.jsonl"):
@@ -4145,6 +4212,21 @@ def test_a_damaged_shard_is_read_again(tmp_path, own_cache):
     assert torch.equal(read_all(expert), first)  # and no warning: pytest would show it
 
 
+def test_a_shard_that_cannot_be_read_now_is_kept(tmp_path, own_cache, monkeypatch):
+    """Too many open files or a network disk: that is no damage."""
+    def fails(path):
+        raise OSError("too many open files")
+
+    expert = Expert(make_expert(tmp_path / "m"))
+    first = read_all(expert)
+    shards = list(own_cache.glob("states/*/*.safetensors"))
+    with monkeypatch.context() as patch:
+        patch.setattr(experts, "read_tensors", fails)
+        with pytest.warns(UserWarning, match="cannot be read .too many open files.*read again"):
+            assert torch.equal(read_all(expert), first)
+    assert all(path.exists() for path in shards)
+
+
 def test_with_a_full_disk_nothing_is_cached_and_the_states_are_the_same(tmp_path, own_cache, monkeypatch):
     expert = Expert(make_expert(tmp_path / "m"))
     with monkeypatch.context() as patch:
@@ -4221,9 +4303,12 @@ def test_scales_that_the_model_does_not_use_are_refused_and_masks_are_not(tmp_pa
     buffers = {"model.layers.0.attention.bias": torch.ones(4, 4, dtype=torch.uint8),
                "model.position_ids": torch.arange(4)}
     folder = make_expert(tmp_path / "m")
-    H = read_all(Expert(folder))
+    before = Expert(folder)
+    H = read_all(before)
     edit_weights(folder, lambda w: w | buffers)
-    assert torch.equal(read_all(Expert(folder)), H)
+    expert = Expert(folder)
+    assert torch.equal(read_all(expert), H)
+    assert expert.params == before.params
 
     for scale in ("weight_scale_inv", "weight_scale", "scales"):
         name = f"model.layers.0.mlp.up_proj.{scale}"
@@ -4275,11 +4360,18 @@ def test_the_files_of_the_index_and_no_others_are_read(tmp_path, own_cache):
     assert experts.weight_files(Path(folder)) == [Path(folder, "model.safetensors")]
 
 
-def test_without_an_index_a_tensor_in_two_files_is_refused(tmp_path):
+def test_without_an_index_a_tensor_in_two_files_is_refused(tmp_path, own_cache):
     folder = make_expert(tmp_path / "m")
     split_weights(folder, with_index=False)
     files = experts.weight_files(Path(folder))
-    assert experts.check_weight_headers(files) == Expert(make_expert(tmp_path / "whole")).params
+    whole = Expert(make_expert(tmp_path / "whole"))
+    assert experts.check_weight_headers(files) == whole.params
+
+    # One file needs no index, whatever number it has.
+    H = read_all(whole)
+    weights = Path(whole.folder, "model.safetensors")
+    weights.rename(weights.with_name("model-00001-of-00001.safetensors"))
+    assert torch.equal(read_all(Expert(str(whole.folder))), H)
 
     shutil.copy(files[0], Path(folder, "model-00009-of-00009.safetensors"))
     with pytest.raises(ValueError, match="lm_head.weight in both model-00001.* and model-00009"):

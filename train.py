@@ -4,7 +4,7 @@ n-Musketeers, end to end: a policy learns by reinforcement to use the hidden sta
 $ python train.py                                    # three tiny experts in this repository; no network
 $ python train.py --task gsm8k                       # experts that reason before they answer, on one GPU
 $ python train.py --router none                      # the same policy without experts: the first control
-$ torchrun --nproc_per_node=8 train.py --task gsm8k  # the same on eight GPUs
+$ torchrun --nproc_per_node=8 train.py --task gsm8k  # the second line on eight GPUs
 
 Read `Args` and `main`: the whole method, in the order in which things happen. The functions of the method
 that `main` calls are in rlvr.py. What comes after "What a run prints and records" can be skipped.
@@ -46,8 +46,8 @@ from experts import (BATCH_TOKENS, REPOSITORY, SMALL, THOUGHT_BATCH_TOKENS, batc
                      computes_in_bfloat16, generates_text, loading, local_folder, pick_device, to_fetch,
                      which_states, write_texts)
 from model import bucket, pick_dtype
-from rewards import (SPLITS, check_answer_format, expand_home, get_problems, known_task,
-                     official_files_to_fetch, render_prompt)
+from rewards import (SPLITS, TINY_LEVEL, check_answer_format, expand_home, get_problems, known_task,
+                     next_in_dataset, official_files_to_fetch, render_prompt)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WORLD, Dataset, advantages,
                   all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates,
                   check_models, check_names, choice_loss, clip_gradients, draw_pair, drop_records, grpo_loss,
@@ -244,7 +244,7 @@ def main(args):
     # Before anything is trained: time a gradient pass, halve args.micro_batch if memory is short, and check
     # whether the experts know more than the policy.
     if progress["step"] == 0:
-        rehearse(policy, router, experts, datasets, args)
+        rehearse(policy, router, experts, datasets, args, progress["stage0"])
 
     # Stage 0, without any reward: the router learns to write words, the policy learns to read them.
     # `learn_words` and `learn_to_read` are generators: each turn of a loop makes one training step, backward
@@ -305,8 +305,9 @@ def main(args):
         #    The loss is a sum over tokens. Divide it by all sampled tokens of the step: then the size of
         #    micro-batches and the number of ranks (processes, one for each GPU) change nothing.
         #
-        #    When experts are compared, this loss cannot teach whom to believe: the one visible expert has all
-        #    of the attention, whatever the router learns. Step 6 teaches that.
+        #    When experts are compared, this loss hardly teaches whom to believe: among experts that write,
+        #    the visible one has all of the attention, whatever the router learns. (Encoders stay visible, see
+        #    rlvr.Dataset.) Step 6 teaches whom to believe.
         n_tokens = all_reduce_sum(sampled.mask.sum().item())
         sums = Counter()
         rows_that_teach = informative(advantage, args.beta)  # where an advantage is not 0; all if beta > 0
@@ -609,8 +610,10 @@ def log_stage0(out, part, step, loss):
 def read_back(out, policy, router, dataset, args, experts, n=64):
     """Judge stage 0 on new problems: how often does the policy, shown one expert, say what this expert says?
 
-    The same is counted with the states of another problem: so much can be guessed from the question alone.
+    The same is counted with the states of another problem of the same dataset: so much can be guessed from
+    the question alone.
     """
+    of_other_problems = dataset.H[next_in_dataset(dataset.problems)]
     for e in dataset.writers:
         indices = [i for i, text in enumerate(dataset.texts[e][:n]) if text]
         if not indices:
@@ -618,7 +621,7 @@ def read_back(out, policy, router, dataset, args, experts, n=64):
         expected = [policy.tokenizer.decode(dataset.targets[e][i][:-1]).strip() for i in indices]
         visible = dataset.visible_alone[e]
         record = dict(expert=experts[e].name, n=len(indices))
-        for name, H in (("read_back", dataset.H), ("shuffled", dataset.H.roll(1, 0))):
+        for name, H in (("read_back", dataset.H), ("shuffled", of_other_problems)):
             _, texts, _ = evaluate(policy, router, dataset, args, indices, H, visible)
             same = [text.strip() == wanted for text, wanted in zip(texts, expected)]
             record[name] = sum(same) / len(same)
@@ -628,7 +631,7 @@ def read_back(out, policy, router, dataset, args, experts, n=64):
                    f"{record['shuffled']:.0%}")
 
 
-def rehearse(policy, router, experts, datasets, args):
+def rehearse(policy, router, experts, datasets, args, stage0_is_done):
     """Before the first step: find a micro-batch that fits into memory, say how long the run will take, and
     check that there is something to learn from the experts."""
     seconds = gradient_pass_seconds(policy, router, datasets["train"], args)
@@ -641,7 +644,7 @@ def rehearse(policy, router, experts, datasets, args):
     with policy.lora("off"):
         verdicts, _, _ = evaluate(policy, NoRouter([], [], 0), val, args, few)
     answer_seconds = (time.perf_counter() - start) / len(few)
-    forecast(policy, router, datasets, args, len(experts), seconds, answer_seconds)
+    forecast(policy, router, datasets, args, len(experts), seconds, answer_seconds, stage0_is_done)
     compare_with_experts(experts, val, args, few, verdicts)
 
 
@@ -698,7 +701,7 @@ def seconds_of(function):
     return time.perf_counter() - start
 
 
-def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_seconds):
+def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_seconds, stage0_is_done=False):
     """Print how long the run will take, from one rollout, one gradient pass and a few answers."""
     train = datasets["train"]
     part = my_part(range(args.batch))
@@ -717,7 +720,7 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     passes /= min(args.micro_batch, len(train)) * (longest + group * args.max_new)
     step_seconds = rollout_seconds + pass_seconds * passes
 
-    words, reading = words_and_reading(args)
+    words, reading = (0, 0) if stage0_is_done else words_and_reading(args)
     words_seconds = reading_seconds = 0
     if words:
         vocabulary = words_vocabulary(train)
@@ -755,7 +758,10 @@ def compare_with_experts(experts, dataset, args, indices, verdicts_alone):
     problems = [dataset.problems[i] for i in indices]
     dataset_names = [problem.dataset for problem in problems]
     alone = by_dataset(dataset_names, right_of(verdicts_alone))
-    print(f"  alone      the policy is right in {percents(alone)}")
+    if shows_texts(args.router):
+        print(f"  untrained  the policy, which reads the experts' words, is right in {percents(alone)}")
+    else:
+        print(f"  alone      the policy is right in {percents(alone)}")
     if not experts:
         return
 
@@ -919,6 +925,13 @@ def parse_args(argv=None):
     given = vars(make_parser().parse_args(argv))
     if given.get("extension"):
         import_extension(given["extension"])
+
+    # Check what is given before anything is chosen by it.
+    for field in dataclasses.fields(Args):
+        if field.name in given:
+            check_value(field, given[field.name])
+    check_router(given.get("router", Args().router))
+
     if given.get("resume"):
         args = resumed(given)
     else:
@@ -1010,15 +1023,13 @@ def check(args):
     """Raises ValueError for settings that no run can have, given by a user or by a damaged config.json."""
     for field in dataclasses.fields(Args):
         check_value(field, getattr(args, field.name))
-    reads = reads_states(args.router) if args.router in ROUTERS else True
+    check_router(args.router)
+    reads = reads_states(args.router)
 
     def refuse_if(wrong, message):
         if wrong:
             raise ValueError(message)
 
-    refuse_if(args.router not in ROUTERS,
-              f"--router {args.router} is unknown: choose {', '.join(ROUTERS)}, or import the file that adds "
-              "it with --extension FILE")
     refuse_if(args.control not in CONTROLS,
               f"--control {args.control} is unknown: choose {', '.join(CONTROLS)}, or import the file that "
               "adds it with --extension FILE")
@@ -1048,6 +1059,13 @@ def check(args):
               "--states last")
     refuse_if(args.think and not args.cue,
               "--think needs words that lead from the thought to the answer: add --cue 'The answer is:'")
+
+
+def check_router(name):
+    """Raises ValueError for a router that there is not."""
+    if name not in ROUTERS:
+        raise ValueError(f"--router {name} is unknown: choose {', '.join(ROUTERS)}, or import the file that "
+                         "adds it with --extension FILE")
 
 
 def check_value(field, value):
@@ -1552,8 +1570,14 @@ def what_runs_here(given):
     problems = "".join(f" --{name} {shlex.quote(given[name])}" for name in ("task", "level", "data")
                        if given.get(name))
     asked = f"python train.py{problems}"
-    return (f"{task} needs more than the tiny models of this repository, and this machine has {has} and "
-            f"{where}: "
+
+    # The tiny models know three datasets, but only at level tiny.
+    known = {dataset for datasets in TINY_LEVEL.values() for dataset in datasets}
+    if {name.strip() for name in task.split("+")} <= known:
+        needs = f"{task} is given to larger models (to the tiny ones with --preset tiny)"
+    else:
+        needs = f"{task} needs more than the tiny models of this repository"
+    return (f"{needs}, and this machine has {has} and {where}: "
             f"`{run_here}` takes {duration(run_seconds(tiny))} here, "
             f"`{run_here} --preset small{problems}` {duration(run_seconds(small))} "
             f"(from a short measurement), and `{asked}` needs a CUDA GPU"
