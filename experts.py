@@ -15,16 +15,19 @@ some sentences of reasoning, and then the answer:
 
     prompt -> thought -> cue ("The answer is:") -> answer
 
+In this file a *text* is the answer that an expert writes. An *input* is what it reads: the prompt, and behind
+it perhaps its thought, the cue and its own answer.
+
 The weights of an expert and the prompt of a problem never change, so its state never changes either. We
 compute it once and store it on disk. While the policy trains, no expert is in memory.
 
 What is easy to get wrong:
-- A state must not depend on the other texts in its batch. We pad texts on the right when we read them: a
+- A state must not depend on the other inputs in its batch. We pad inputs on the right when we read them: a
   causal model does not look to the right, and an encoder's attention mask hides the padding.
 - Matrix products of different shapes round differently. All batches of one length have the same shape, so
-  the cache holds the same bits, whichever texts were read together. (Thoughts are an exception, see
+  the cache holds the same bits, whichever inputs were read together. (Thoughts are an exception, see
   `batches`: there the first one that is stored counts.)
-- Nothing is cut. A text that is longer than the model's window is refused.
+- Nothing is cut. An input that is longer than the model's window is refused.
 - A model's folder holds data, not programs. Only safetensors are read, and no code in the folder is run.
 """
 import contextlib
@@ -76,18 +79,18 @@ class Expert:
     layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
                  the final norm
     max_new      the most tokens of an answer that it may write
-    cue          text that stands before the answer, such as "The answer is:"
+    cue          words that stand before the answer, on a line of their own, such as "The answer is:"
     think        the most tokens of a thought that it writes before cue and answer; 0: it does not think. The
                  cue then follows the thought, and "the prompt's last token" above means the cue's.
     untrained    the same architecture with random weights, the same ones every time (a control experiment)
 
-    One text gives K = `states_per_text` states of `width` numbers each. Example: layers=(1, -1) and
+    One problem gives K = `states_per_problem` states of `width` numbers each. Example: layers=(1, -1) and
     states="last:3" give K = 6 states in this order: layer 1 at the last, second last and third last token,
     then layer -1.
 
     For an expert of your own, make a subclass, and set rlvr.Expert to it (README.md, Fork it). It may choose
     states in another way (override `choose_tokens`, which is called once for each layer; set
-    `states_per_text` in __init__ if their number changes). Or override `states_of` and `texts_of`, whose
+    `states_per_problem` in __init__ if their number changes). Or override `states_of` and `texts_of`, whose
     model comes from `load`. Then extend `fingerprint`, too (super().fingerprint(kind) + "-mine"), or the
     cache returns what was computed in the old way. A changed `prompt` needs nothing: the cache looks results
     up by the text of the prompt.
@@ -98,7 +101,7 @@ class Expert:
     def __init__(self, source, states="last", layers=(-1,), max_new=16, cue="", think=0, device="cpu",
                  untrained=False):
         self.source = source
-        self.where, self.positions = which_states(states)
+        self.where, self.n_tokens = which_states(states)
         self.max_new = max_new
         self.cue = cue
         self.device = torch.device(device)
@@ -128,7 +131,7 @@ class Expert:
                 raise ValueError(f"{self.name} has layers 0 to {self.n_layers} (-1 is the last one), but not "
                                  f"{layer}: choose other --layers")
         self.layers = [layer % (self.n_layers + 1) for layer in layers]
-        self.states_per_text = len(self.layers) * self.positions
+        self.states_per_problem = len(self.layers) * self.n_tokens
 
         # Load the tokenizer. Config and tokenizer both name a window; the smaller one counts, because
         # RoBERTa's config has two positions too many.
@@ -149,7 +152,10 @@ class Expert:
         An expert that thinks is asked to reason. The cue then comes later, after the thought.
         """
         if not self.think:
-            return render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False) + self.cue
+            prompt = render_prompt(problem, self.prompt_format, self.tokenizer, instruct=False)
+            if self.cue and not prompt.endswith("\n"):
+                prompt += "\n"
+            return prompt + self.cue
 
         question = f"{problem.question.strip()}\n{THINK}"
         if self.prompt_format == "plain":
@@ -183,17 +189,17 @@ class Expert:
             return self.room(TEXTS)
         return self.room(STATES)
 
-    def tokenize(self, texts, room=0):
-        """Token ids of each text, a list of lists.
+    def tokenize(self, prompts, room=0):
+        """Token ids of each prompt, a list of lists.
 
-        Raises ValueError for a text that is empty, or that leaves less than `room` tokens of the window free.
+        Raises ValueError for a prompt that is empty, or that leaves less than `room` of the window free.
         """
-        ids = prompt_ids(self.tokenizer, texts, self.prompt_format, self.stop_ids)
+        ids = prompt_ids(self.tokenizer, prompts, self.prompt_format, self.stop_ids)
         self.check_room(ids, room)
         return ids
 
     def check_room(self, ids, room):
-        """Raises ValueError for a text without tokens, or that leaves less than `room` of the window free."""
+        """Raises ValueError for an input without tokens, or that leaves less than `room` tokens free."""
         for row in ids:
             if not 1 <= len(row) <= self.window - room:
                 write_less = ""
@@ -204,11 +210,11 @@ class Expert:
                                  f"{write_less}, or another expert")
 
     @torch.no_grad()
-    def states_of(self, model, ids, length, prompt_lengths):
-        """Read B texts, given as lists of token ids. Returns their states (B, K, width).
+    def states_of(self, model, ids, length, before_answer):
+        """Read B inputs, given as lists of token ids. Returns their states (B, K, width).
 
-        length: the number of tokens T to which every text is padded. prompt_lengths: B numbers, how many
-        tokens of each text are its prompt; the others, if there are any, are the expert's answer. Raises
+        length: the number of tokens T to which every input is padded. before_answer: B numbers, how many
+        tokens of each input come before the expert's own answer (prompt, thought and cue). Raises
         ValueError for a model whose output has another shape than its config says, or is not finite.
         """
         B = len(ids)
@@ -229,17 +235,17 @@ class Expert:
         states = []
         for layer in self.layers:
             hidden = self.hidden_states(output, layer, B, length)  # (B, T, width)
-            states += self.choose_tokens(hidden, mask, prompt_lengths)
+            states += self.choose_tokens(hidden, mask, before_answer)
 
         states = torch.stack(states, dim=1).to(self.dtype)
         if not states.isfinite().all():
             raise ValueError(f"{self.name} gives states that are not finite: leave this expert out")
         return states
 
-    def choose_tokens(self, hidden, mask, prompt_lengths):
+    def choose_tokens(self, hidden, mask, before_answer):
         """The states that are used of hidden (B, T, width): a list of tensors (B, width).
 
-        mask (B, T) is False where there is padding; prompt_lengths: see `states_of`.
+        mask (B, T) is False where there is padding; before_answer: see `states_of`.
         """
         lengths = mask.sum(1)  # (B,)
         if self.where == "mean":
@@ -248,13 +254,13 @@ class Expert:
         if self.where == "first":
             return [hidden[:, 0]]
 
-        # Start at the last token of the prompt. Go back, or go forward into the expert's own answer. Where a
-        # text is too short, stay at its first or last token.
-        last_of_prompt = torch.tensor(prompt_lengths) - 1  # (B,)
+        # Start at the last token before the answer. Go back, or go forward into the answer. Where an input is
+        # too short, stay at its first or last token.
+        start = torch.tensor(before_answer) - 1  # (B,)
         direction = 1 if self.reads_own_answer else -1
         chosen = []
-        for k in range(self.positions):
-            position = (last_of_prompt + k * direction).clamp(min=0).minimum(lengths - 1)
+        for k in range(self.n_tokens):
+            position = (start + k * direction).clamp(min=0).minimum(lengths - 1)
             chosen.append(hidden[torch.arange(len(hidden)), position])
         return chosen
 
@@ -271,24 +277,24 @@ class Expert:
 
     @torch.no_grad()
     def texts_of(self, model, ids, length, kind=TEXTS):
-        """Continue B texts, given as lists of token ids. Returns the new ids (B, max_new), -1 after the end.
+        """Continue B inputs, given as lists of token ids. Returns the new ids (B, n_new), -1 after the end.
 
         The model stops at a stop token or at the end of a line. The stop token is left out, and so is a token
         that is only a line end. A token like "]\\n" stays, because its "]" is part of the answer. The tokens
         returned here are those that `write_texts` decodes and that the expert reads for its "answer" states.
-        length: the number of tokens to which every text is padded. kind: "texts", or "thoughts", which may
-        have several lines and `think` tokens.
+        length: the number of tokens to which every input is padded. kind: "texts", with n_new = max_new, or
+        "thoughts", with n_new = think, which may have several lines.
         """
-        max_new = self.new_tokens(kind)
+        n_new = self.new_tokens(kind)
         ends = {*self.stop_ids}
         if kind == TEXTS:
             ends |= {*line_ends(self.tokenizer)}
 
-        # Padding has to be some token; which one does not matter. The mask hides padding before a text, and
+        # Padding has to be some token; which one does not matter. The mask hides padding before an input, and
         # what follows an end is dropped. Take one that every model has.
         padding = min(ends)
 
-        # Pad on the left, so that all texts go on at the same position. The mask is 1 where a real token is.
+        # Pad on the left, so that all inputs go on at the same position. The mask is 1 where a real token is.
         tokens = torch.full((len(ids), length), padding)
         mask = torch.zeros(len(ids), length, dtype=torch.long)
         for b, row in enumerate(ids):
@@ -296,7 +302,7 @@ class Expert:
             mask[b, length - len(row):] = 1
 
         # Always take the most likely token. The model's own settings may contain penalties: replace them.
-        greedy = transformers.GenerationConfig(max_new_tokens=max_new, do_sample=False,
+        greedy = transformers.GenerationConfig(max_new_tokens=n_new, do_sample=False,
                                                eos_token_id=sorted(ends), pad_token_id=padding)
         model.generation_config = greedy
         output = model.generate(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device),
@@ -304,7 +310,7 @@ class Expert:
         new_tokens = output[:, length:].tolist()
 
         # Keep the tokens before the end, and the token at the end if it holds a part of the answer.
-        written = torch.full((len(ids), max_new), -1, dtype=torch.int32)
+        written = torch.full((len(ids), n_new), -1, dtype=torch.int32)
         for b, row in enumerate(new_tokens):
             n = 0
             while n < len(row) and row[n] not in ends:
@@ -325,22 +331,22 @@ class Expert:
     def reads_padding(self, model):
         """True for a model that reads padding on the left although the mask hides it, as RWKV does.
 
-        We run the same text twice, after padding of two different tokens. A model that obeys the mask gives
+        We run the same input twice, after padding of two different tokens. A model that obeys the mask gives
         the same logits to the last bit. A model that does not has to write its texts one by one. (The RWKV of
         transformers 5.23 needs that for a second reason: it mixes the rows of a batch when it generates.)
         """
-        text, n_padding = [2, 3, 4], 13  # any tokens, and any number
+        ids, n_padding = [2, 3, 4], 13  # any tokens, and any number
 
         # Choose two tokens as padding.
         vocab_size = self.config.get_text_config().vocab_size
         one = self.stop_ids[0]
         another = (one + 1) % vocab_size
 
-        # Run the text after each of them, with the same mask.
-        mask = torch.tensor([[0] * n_padding + [1] * len(text)]).to(self.device)
+        # Run the input after each of them, with the same mask.
+        mask = torch.tensor([[0] * n_padding + [1] * len(ids)]).to(self.device)
         logits = []
         for padding in (one, another):
-            tokens = torch.tensor([[padding] * n_padding + text]).to(self.device)
+            tokens = torch.tensor([[padding] * n_padding + ids]).to(self.device)
             output = model(input_ids=tokens, attention_mask=mask)
             logits.append(output.logits[0, -1])
         return not torch.equal(logits[0], logits[1])
@@ -367,7 +373,7 @@ class Expert:
             raise ValueError(f"{self.source} has several weight files but no {INDEX}: fetch that file too")
         config.transformers_weights = INDEX if has_index else files[0].name
         if kind == STATES:
-            config.get_text_config().use_cache = False  # a text is read once: keep no keys and values
+            config.get_text_config().use_cache = False  # an input is read once: keep no keys and values
         with loading("model", self.source):
             model, report = auto.from_pretrained(self.folder, config=config, dtype=self.dtype,
                                                  use_safetensors=True, trust_remote_code=False,
@@ -387,10 +393,10 @@ class Expert:
         return model.to(self.device).eval()
 
     def fingerprint(self, kind):
-        """sha256 (hex) of all that decides a result, except the text. It names the folder in the cache."""
+        """sha256 (hex) of all that decides a result, except the prompt. It names the folder in the cache."""
         settings = []
         if kind == STATES:
-            settings += [self.where, self.layers, self.positions]
+            settings += [self.where, self.layers, self.n_tokens]
         if kind == TEXTS or (kind == STATES and self.reads_own_answer):
             settings += [self.max_new]
         if self.think:
@@ -410,7 +416,7 @@ class Expert:
 
 
 def which_states(states):
-    """Where states are read, and how many of each text: "last:4" -> ("last", 4), "mean" -> ("mean", 1).
+    """Where states are read, and how many for each problem: "last:4" -> ("last", 4), "mean" -> ("mean", 1).
 
     Raises ValueError for what `Expert` does not know.
     """
@@ -491,8 +497,8 @@ def thought_ids(expert, prompts, progress=True):
 
 
 # -- The cache on disk. Its files, the shards, are <cache_dir>/<kind>/<fingerprint>/<checksum>.safetensors. A
-# shard holds `keys` (n, 32) uint8, the sha256 of n texts, and `rows`, one result for each. Several processes
-# may use the cache at once: at worst a text is read twice.
+# shard holds `keys` (n, 32) uint8, the sha256 of n prompts, and `rows`, one result for each. Several
+# processes may use the cache at once: at worst a prompt is read twice.
 
 def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=True):
     """The result ("row") of each prompt, stacked: from the cache, or computed now and stored.
@@ -527,13 +533,13 @@ def cached_rows(expert, kind, prompts, thoughts=None, answers=None, progress=Tru
         # Append thoughts and answers.
         if thoughts is not None:
             ids = [row + thoughts[i] for row, i in zip(ids, indices)]
-        prompt_lengths = [len(row) for row in ids]  # thoughts included
+        before_answer = [len(row) for row in ids]
         if answers is not None:
             ids = [row + answers[i] for row, i in zip(ids, indices)]
 
         # Check the room once more: cached thoughts may come from a run with a shorter cue.
         expert.check_room(ids, expert.room(kind))
-        rows |= compute_rows(expert, kind, list(missing), ids, prompt_lengths, folder, progress)
+        rows |= compute_rows(expert, kind, list(missing), ids, before_answer, folder, progress)
         torch.cuda.empty_cache()  # give back the memory of the weights; does nothing without a GPU
 
     return torch.stack([rows[key] for key in keys])
@@ -544,10 +550,10 @@ def text_key(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True):
+def compute_rows(expert, kind, keys, ids, before_answer, folder, progress=True):
     """{key: row} for n lists of token ids, one for each key. Only here are an expert's weights in memory.
 
-    prompt_lengths: how many of the tokens are prompt and thought; those after them are the expert's answer.
+    before_answer: how many of the tokens come before the expert's answer, see `states_of`.
     Rows are stored every 20 seconds, at the end, and when something interrupts the work.
     """
     with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
@@ -567,12 +573,12 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
         try:
             for indices, length, size in batches(expert, kind, ids, one_by_one):
                 # All batches of a length must have one shape: fill up the last one with copies of its first
-                # text.
+                # input.
                 copies = [indices[0]] * (size - len(indices))
                 batch = [ids[i] for i in indices + copies]
                 if kind == STATES:
                     results = expert.states_of(model, batch, length,
-                                               [prompt_lengths[i] for i in indices + copies])
+                                               [before_answer[i] for i in indices + copies])
                 else:
                     results = expert.texts_of(model, batch, length, kind)
 
@@ -596,12 +602,12 @@ def compute_rows(expert, kind, keys, ids, prompt_lengths, folder, progress=True)
 def batches(expert, kind, ids, one_by_one=False):
     """Yield (indices into ids, padded length, number of rows) for each batch.
 
-    Lengths are rounded up to a multiple of 16, so that texts of similar length share a batch. The longest
-    texts come first: if there is too little memory for them, that shows at once. A thought is written token
+    Lengths are rounded up to a multiple of 16, so that inputs of similar length share a batch. The longest
+    come first: if there is too little memory for them, that shows at once. A thought is written token
     by token, which is fast only with many rows: such a batch is larger, and its lengths are rounded more
     coarsely. To fill up the last batch with copies would take minutes there, so it has fewer rows; rounding
     may then make another thought of the same prompt, until the cache holds it.
-    one_by_one: every text is a batch of its own, without padding.
+    one_by_one: every input is a batch of its own, without padding.
     """
     if one_by_one:
         for index, row in enumerate(ids):

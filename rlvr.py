@@ -371,7 +371,7 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
-    indices, experts = draw_stage0(dataset.words_groups, dataset.writers, WORDS_BATCH, seed)
+    indices, experts = draw_stage0(dataset.words_by_text, dataset.writers, WORDS_BATCH, seed)
     visible = dataset.visible_alone[experts].to(dataset.device)
     context, _ = router(dataset.states(indices), visible)
 
@@ -404,7 +404,7 @@ def reading_gradients(policy, router, dataset, args, step):
     """
     # Draw problems, and for each of them one expert that is visible. What would this expert say?
     seed = args.seed * 1_000_003 + args.words_steps + step
-    indices, experts = draw_stage0(dataset.reading_groups, dataset.writers, READING_BATCH, seed)
+    indices, experts = draw_stage0(dataset.reading_by_text, dataset.writers, READING_BATCH, seed)
     targets = [dataset.targets[e][i] for i, e in zip(indices, experts)]
     n_tokens = all_reduce_sum(sum(len(ids) for ids in targets))
 
@@ -483,26 +483,27 @@ def group_by_text(texts, indices):
     return list(groups.values())
 
 
-def draw_stage0(groups, writers, size, seed):
+def draw_stage0(by_text, writers, size, seed):
     """This rank's part of `size` draws of stage 0: a list of problems, and a list of experts, as indices.
 
-    Each draw takes an expert that writes, then one of its different texts, then a problem with this text. A
-    text that comes n times is drawn with a weight of sqrt(n). If all problems had the same weight, a rare
-    answer such as -13 would hardly be learned. If all texts had the same weight, an expert's many odd answers
-    to questions that it does not understand would crowd out the others. The draw depends on the seed alone.
-    Raises ValueError if no expert says anything.
+    by_text [experts][different texts][problems]: see `group_by_text`. Each draw takes an expert that writes,
+    then one of its different texts, then a problem with this text. A text that comes n times is drawn with a
+    weight of sqrt(n). If all problems had the same weight, a rare answer such as -13 would hardly be learned.
+    If all texts had the same weight, an expert's many odd answers to questions that it does not understand
+    would crowd out the others. The draw depends on the seed alone. Raises ValueError if no expert says
+    anything.
     """
-    writers = [e for e in writers if groups[e]]
+    writers = [e for e in writers if by_text[e]]
     if not writers:
         raise ValueError("no expert writes anything that stage 0 could teach to read: use --reading_steps 0, "
                          "a --cue, or a higher --write")
     generator = random.Random(seed)
-    weights = {e: [math.sqrt(len(group)) for group in groups[e]] for e in writers}
+    weights = {e: [math.sqrt(len(problems)) for problems in by_text[e]] for e in writers}
     indices, experts = [], []
     for _ in range(size):
         e = generator.choice(writers)
-        group = generator.choices(groups[e], weights[e])[0]  # the problems with one text
-        indices.append(generator.choice(group))
+        same_text = generator.choices(by_text[e], weights[e])[0]  # the problems with one text
+        indices.append(generator.choice(same_text))
         experts.append(e)
     return my_part(indices), my_part(experts)
 
@@ -713,8 +714,8 @@ def layout_of_states(experts):
     """The width of each state, and the expert that it belongs to: two lists of N numbers."""
     widths, expert_of_state = [], []
     for e, expert in enumerate(experts):
-        widths += [expert.width] * expert.states_per_text
-        expert_of_state += [e] * expert.states_per_text
+        widths += [expert.width] * expert.states_per_problem
+        expert_of_state += [e] * expert.states_per_problem
     return widths, expert_of_state
 
 
@@ -734,8 +735,8 @@ class Dataset:
     texts            [experts][n]: what each expert would say; [] if the run does not need it
     targets          [experts][n]: these texts as the policy's tokens, stop token included; [] for no text
     writers          the indices of the experts that say anything
-    words_groups     [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
-    reading_groups   the same for `learn_to_read`
+    words_by_text    [experts][different texts][problems]: what `learn_words` draws from, see `group_by_text`
+    reading_by_text  the same for `learn_to_read`
     visible_alone    (E, N): which states are visible when expert e is shown. These are its own states and, if
                      the run uses texts, the states of all experts that write nothing, such as encoders,
                      because stage 0 cannot teach to read encoders one by one.
@@ -766,8 +767,8 @@ class Dataset:
         # Which experts write, and which problems stage 0 draws.
         self.writers = [e for e, column in enumerate(self.texts) if any(column)]
         reading_part, words_part = stage0_parts(problems)
-        self.reading_groups = [group_by_text(column, reading_part) for column in self.texts]
-        self.words_groups = [group_by_text(column, words_part) for column in self.texts]
+        self.reading_by_text = [group_by_text(column, reading_part) for column in self.texts]
+        self.words_by_text = [group_by_text(column, words_part) for column in self.texts]
 
         # What is visible when one expert is shown.
         only_reads = torch.zeros(len(experts), dtype=torch.bool)

@@ -1518,15 +1518,16 @@ def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
         assert ("arithmetic's states are the same for all problems" in output) == is_named
 
 
-def gate(capsys, texts, verdicts):
+def gate(capsys, texts, verdicts, router="attention"):
     """What is printed about two experts, the second of which writes nothing."""
     problems = [Problem("q", answer, "sums", "sums") for answer in "1234"]
     pool = [types.SimpleNamespace(name="one", writes=True, prompt=lambda problem: "q"),
             types.SimpleNamespace(name="two", writes=False, prompt=lambda problem: "q")]
     H = torch.randn(4, 2, 3)
     dataset = types.SimpleNamespace(problems=problems, texts=texts, H=H, expert_of_state=torch.tensor([0, 1]))
+    args = types.SimpleNamespace(router=router)
     capsys.readouterr()
-    train.compare_with_experts(pool, dataset, None, range(4), verdicts)
+    train.compare_with_experts(pool, dataset, args, range(4), verdicts)
     return capsys.readouterr().out
 
 
@@ -1534,11 +1535,15 @@ def test_what_the_experts_know_is_said_before_the_first_step(capsys, monkeypatch
     """What they say must be right more often than the policy, by 15 points, or a warning says so."""
     [verdicts] = verdicts_of([[1.0, 0.0, 0.0, 0.0]])
     output = gate(capsys, [["1", "2", "3", "x"], [""] * 4], verdicts)
-    assert "the policy is right in sums 25%" in output
+    assert "alone      the policy is right in sums 25%" in output
     assert "one alone is right in sums 75%" in output
     assert "two" not in output
     assert "warning" not in output
     assert "little to learn from them" in gate(capsys, [["1", "x", "x", "x"], [""] * 4], verdicts)
+
+    # With --router text the policy has read the experts' words, and is not alone.
+    assert "untrained  the policy, which reads" in gate(capsys, [["1"] * 4, [""] * 4], verdicts, "text")
+    assert evaluation.before_name(dict(router="text")) != evaluation.before_name(dict(router="none"))
 
     # Without stage 0 the experts are asked here.
     monkeypatch.setattr(train, "write_texts", lambda pool, prompts: [["1", "2", "3", "4"], [""] * 4])
@@ -2928,9 +2933,9 @@ def test_all_batches_of_a_length_have_one_shape(tmp_path, own_cache, monkeypatch
     compute = Expert.states_of
     sizes = {16: set(), 64: set()}  # of batches, by length
 
-    def recorded(self, model, ids, length, prompt_lengths):
+    def recorded(self, model, ids, length, before_answer):
         sizes[length].add(len(ids))
-        return compute(self, model, ids, length, prompt_lengths)
+        return compute(self, model, ids, length, before_answer)
 
     monkeypatch.setattr(Expert, "states_of", recorded)
     read_all(expert, ["w1 w2"])
@@ -4244,11 +4249,11 @@ def test_interrupted_reading_continues(tmp_path, own_cache, monkeypatch):
     compute = Expert.states_of
     lengths = []
 
-    def interrupted(self, model, ids, length, prompt_lengths):
+    def interrupted(self, model, ids, length, before_answer):
         lengths.append(length)
         if len(lengths) == 4:
             raise KeyboardInterrupt
-        return compute(self, model, ids, length, prompt_lengths)
+        return compute(self, model, ids, length, before_answer)
 
     monkeypatch.setattr(Expert, "states_of", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -11,7 +11,8 @@ that `main` calls are in rlvr.py. What comes after "What a run prints and record
 
 Sizes: B problems in a step, G answers to each, E experts, N states of all experts together, L context tokens,
 D the width of the widest expert (the states of narrower ones are padded with zeros). H (B, N, D) are the
-states; `visible` says which of the N the router may attend to.
+states; `visible` says which of the N the router may attend to. A `Dataset` holds the problems of a split,
+with states and texts; the `dataset` of a problem is the name of its kind, such as chain_sum.
 """
 import os
 import signal
@@ -506,12 +507,12 @@ def log(args, record, sampled, seen, skipped_in_a_row):
 
         # Keep the sampled answers of the first four groups of the step.
         for row, problem in enumerate(sampled.problems[:4]):
-            group = dict(step=step, question=problem.question, answer=problem.answer)
+            common = dict(step=step, question=problem.question, answer=problem.answer)
             if seen:
-                group["expert"] = seen[row]
+                common["expert"] = seen[row]
             for text, verdict in zip(sampled.texts[row], sampled.verdicts[row]):
                 answer = dict(completion=text, reason=verdict.reason, reward=verdict.reward)
-                append(out / "samples.jsonl", group | answer)
+                append(out / "samples.jsonl", common | answer)
 
     if step == 3 and record["sampled_reward"] == 0:
         reason = next(iter(record["reasons"]))

@@ -498,6 +498,15 @@ def test_rows_belong_to_a_commit_and_agree_with_study_and_readme():
         if after:
             assert f"{claims.mean_and_std(after)} ({len(after)})" in readme, (task, way)
 
+    # What the best expert knows, in its table of real models.
+    for task in ("real family", "real copies", "real pool", "gsm8k"):
+        runs = claims.runs_of(rows, task, "soft")
+        if runs:
+            best = np.mean([row["knows"] for row in runs], axis=(0, 1)).max()
+            after = claims.mean_and_std([row["after"] for row in runs])
+            [line] = [line for line in readme.splitlines() if f"| {after} (" in line]
+            assert f"| {100 * best:.0f} |" in line, task
+
 
 def test_the_readmes_table_of_gpus_is_that_of_the_program():
     sizes = [f"{size / 1e9:.1f}" for preset, _, size in plan.print_rows() if preset == "small"]
