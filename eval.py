@@ -53,7 +53,7 @@ from experts import read_tensors, write_atomic
 from rewards import MAX_PROBLEMS, Problem, extract, grade, next_in_dataset
 from rlvr import (DRAWN_FOR_ALL, RANK, Dataset, all_gather, checkpoints, import_extension, load_problems,
                   my_part, open_run, read_config, read_records, rollout, run_cli, without_nan)
-from router import NoRouter, WithoutExpert, by_expert, shows_texts
+from router import NoRouter, WithoutExpert, by_expert
 
 
 # -- What is measured
@@ -286,7 +286,7 @@ def stage_name(report):
 
 def before_name(report):
     """What the accuracy before is called: with --router text the policy reads words, and is not alone."""
-    return "untrained policy" if shows_texts(report["router"]) else "policy alone"
+    return "untrained policy" if report["router"] == "text" else "policy alone"
 
 
 def show_report(report, path):

@@ -1950,6 +1950,16 @@ def test_the_estimate_grows_with_what_needs_memory(monkeypatch):
     assert reading[0] < reading[1] == reading[2]
 
 
+def test_the_plan_knows_who_is_compared():
+    """With stage 0 only experts that write are compared; without it, all of them."""
+    writer, encoder = (KNOWN_MODELS[name] for name in ("EleutherAI/pythia-410m", "BAAI/bge-base-en-v1.5"))
+    args = Args(batch=8, group=8)
+    assert train.rows_and_group(args, [writer, writer]) == (16, 4)
+    assert train.rows_and_group(args, [writer, encoder]) == (8, 8)
+    assert train.rows_and_group(replace(args, reading_steps=0), [writer, encoder]) == (16, 4)
+    assert train.rows_and_group(replace(args, router="mixed"), [writer, writer]) == (8, 8)
+
+
 def test_an_expert_counts_while_it_reads(monkeypatch):
     monkeypatch.setattr(train, "computes_in_bfloat16", lambda device: True)
     large = KNOWN_MODELS["HuggingFaceTB/SmolLM2-1.7B-Instruct"]

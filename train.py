@@ -1209,7 +1209,7 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     """
     dtype = frozen_dtype(args, policy)
     S = prompt_tokens + args.latents * has_context(args.router)
-    rows, group = rows_and_group(args, len(experts))
+    rows, group = rows_and_group(args, experts)
     micro = min(args.micro_batch, rows)
 
     # LoRA has two thin matrices at each of the seven matrices of a layer.
@@ -1244,13 +1244,19 @@ def memory_estimate(args, policy, experts, prompt_tokens):
     return table
 
 
-def rows_and_group(args, n_experts):
+def will_compare(args, experts):
+    """Will two experts be compared? As rlvr.candidates, but before anything is read. experts: ModelSizes."""
+    able = [expert for expert in experts if expert.writes or not args.reading_steps]
+    return compares(args.router) and len(able) > 1
+
+
+def rows_and_group(args, experts):
     """How many prompts a step has on this rank, and how many answers to each of them.
 
     Comparing shows every problem twice, each time with half of the answers.
     """
     rows = math.ceil(args.batch / WORLD)
-    if compares(args.router) and n_experts > 1:
+    if will_compare(args, experts):
         return 2 * rows, args.group // 2
     return rows, args.group
 
@@ -1613,8 +1619,8 @@ def run_operations(args):
     # Every expert reads every problem. One that writes reads it once more to write its text for stage 0, and
     # before that it may write a thought. A token costs 2 operations for each parameter.
     read = 0
-    for source in args.experts:
-        expert = model_size(source)
+    experts = [model_size(source) for source in args.experts]
+    for expert in experts:
         tokens = P
         if expert.writes:
             passes = 2 if args.reading_steps else 1
@@ -1623,7 +1629,7 @@ def run_operations(args):
 
     # A step reads the prompts, writes the answers, and scores both. A gradient costs one more pass, as the
     # weights are frozen, and so does the reference.
-    prompts = args.batch * (2 if compares(args.router) else 1) * P
+    prompts = args.batch * (2 if will_compare(args, experts) else 1) * P
     answers = args.batch * args.group * args.max_new
     step = (prompts + answers) * (4 if args.beta else 3)
     stage0 = 2 * READING_BATCH * (P + args.write)

@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parents[1]
 RESULTS = HERE / "results"
 
 SPECIALIST = {"chain_sum": "arithmetic", "family_relationships": "logic", "count_primes": "algorithmic"}
+EMBEDDED = ("mix", "sums", "sums hard", "family", "primes")  # tasks of the tiny models
 MARGIN = {"points": 5.0, "nats": 0.05, "rho": 0.1}  # a smaller difference counts as none
 
 
@@ -151,7 +152,8 @@ def compare(label, a, b=0.0, unit="points", kind="more"):
     if len(a) < 2:
         return "open", f"{label}: not measured on two runs"
     D = (np.asarray(a, float) - np.asarray(b, float)).reshape(len(a), -1)
-    return judge(*interval(D), MARGIN[unit], kind), f"{label}: {shown(D, unit)}, {len(D)} runs"
+    seeds_alone = ", seeds alone" if D.shape[1] == 1 else ""
+    return judge(*interval(D), MARGIN[unit], kind), f"{label}: {shown(D, unit)}, {len(D)} runs{seeds_alone}"
 
 
 def shown(D, unit="points"):
@@ -225,10 +227,10 @@ def rho(row, degree=0):
 def entropy_falls(rows):
     """That rho is below 0 is claimed, so its sign is turned."""
     runs = [row for row in rows
-            if row["way"] == "soft" and not row["task"].startswith("real") and len(row["curve"]) > 2]
+            if row["way"] == "soft" and row["task"] in EMBEDDED and len(row["curve"]) > 2]
     plain, straight, cubic = ([rho(row, degree) for row in runs] for degree in (0, 1, 3))
-    label = (f"Spearman's rho over a run {np.mean(plain or [0]):+.2f}, without its cubic trend "
-             f"{np.mean(cubic or [0]):+.2f}; without its straight trend and the sign turned")
+    label = (f"embedded pool, Spearman's rho over a run {np.mean(plain or [0]):+.2f}, without its cubic "
+             f"trend {np.mean(cubic or [0]):+.2f}; without its straight trend and the sign turned")
     return [compare(label, [-x for x in straight], unit="rho")]
 
 
@@ -445,27 +447,36 @@ def report(rows):
         return "No runs yet."
     lines = [*accuracy_table(rows), "",
              "Strict greedy accuracy in percent on the same held-out problems, mean ± population standard",
-             "deviation over seeds (of one seed: Wilson's interval). Differences are paired by seed and",
-             "problem; 95% intervals: problems by bootstrap, seeds by Student's t.", ""]
+             "deviation over seeds (of one seed: Wilson's interval). *Before*: without training; with text",
+             "the experts' answers already stand in the prompt. *Minus single* takes the seeds that both",
+             "ways have. Differences are paired by seed and problem; 95% intervals: problems by bootstrap,",
+             "seeds by Student's t. *Trained*: parameters of LoRA and router. *Seconds*: of all steps of",
+             "GRPO, without stage 0, the experts' reading, and tests.", ""]
 
     together = together_table(rows)
     if together:
         lines += [*together, "",
                   "*Best expert*: the one that is right most often by itself; *any expert*: at least one is",
-                  "right; *closed*: which part of the difference between these two soft has gained.", ""]
+                  "right; *closed*: (after - best expert) / (any expert - best expert), where this divisor",
+                  f"is at least {MARGIN['points']:.0f} points.", ""]
     experts = experts_table(rows)
     if experts:
         lines += [*experts, "",
                   "Percent. *Attention*: mean over the seeds, in parentheses the least and the greatest;",
-                  "*hidden*: points lost when the expert is hidden.", ""]
+                  "*hidden*: points lost when the expert is hidden. If a model is named twice, the name",
+                  "of the copy ends in its place in --experts, counted from 0.", ""]
     if any(row["task"] == "rates" for row in rows):
-        lines += [*rates_table(rows), ""]
+        lines += [*rates_table(rows), "",
+                  "Accuracy on 240 validation problems of the mix, seed 100, with the learning rates of LoRA",
+                  "and router multiplied by 0.5, 1 and 2.", ""]
 
     judged = []
     for number, (claim, parts_of) in enumerate(CLAIMS, start=1):
         word, measured = verdict(parts_of(rows))
         judged.append([f"({number}) {claim}", f"**{word}**", measured])
-    return "\n".join([*lines, *markdown(["claim", "verdict", "measured"], judged)])
+    lines += markdown(["claim", "verdict", "measured"], judged)
+    lines += ["", "*Seeds alone*: a run gives one number here, and the interval leaves out the choice of problems."]
+    return "\n".join(lines)
 
 
 BEGIN, END = "<!-- written by a program: begin -->\n", "\n<!-- written by a program: end -->"
@@ -495,7 +506,7 @@ def accuracy_table(rows):
 
         gain = ""
         a, b = paired(rows, (task, way), (task, "single"))
-        if way != "single" and len(a) > 1:
+        if way != "single" and len(a) > 1 and len(a[0]) == len(b[0]):
             gain = shown(np.subtract(a, b))
 
         seeds = ", ".join(str(row["seed"]) for row in sorted(runs, key=seed_of))

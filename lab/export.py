@@ -22,7 +22,7 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from eval import wilson
+from eval import before_name, wilson
 from experts import find_model, write_atomic
 from lab.claims import markdown
 from lab.probe import open_finished
@@ -52,6 +52,8 @@ def write_export(run, folder, extension=""):
     args, policy, experts, router = open_finished(run, "cpu", extension)
 
     # The settings, without the places where things lie on this computer.
+    sources = [args.policy, *args.experts]
+    args.policy, *args.experts = map(public_name, sources)
     settings = vars(args) | dict(data="", out="", resume="", extension=Path(args.extension).name)
     files = {"export.json": to_json(dict(args=settings))}
 
@@ -70,11 +72,16 @@ def write_export(run, folder, extension=""):
     path = Path(run) / "eval.json"
     if path.is_file():
         report = json.loads(path.read_text(encoding="utf-8"))
-    files["README.md"] = model_card(settings, report).encode()
+    files["README.md"] = model_card(settings, report, [licence(source) for source in sources]).encode()
 
     # Write only now, as nothing can fail any more.
     for name, data in files.items():
         write_atomic(folder / name, data)
+
+
+def public_name(source):
+    """A folder of this computer by its last name; models of the hub and of this repository as they are."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 # -- LoRA and router
@@ -115,8 +122,11 @@ def router_config(args, policy, experts):
 
 # -- The model card
 
-def model_card(settings, report):
-    """README.md of the export. report: that of the run's test, None for a run that is not finished."""
+def model_card(settings, report, licences):
+    """README.md of the export. report: that of the run's test, None for a run that is not finished.
+
+    licences: those of the policy and of the experts, in this order.
+    """
     base = settings["policy"].partition("@")[0]
     lines = [
         "---", f"base_model: {json.dumps(base)}", "library_name: peft", "---",
@@ -135,8 +145,8 @@ def model_card(settings, report):
                      "folder.")
 
     lines += ["", "The models, each under its own licence. The first one is the policy.", ""]
-    for source in (settings["policy"], *settings["experts"]):
-        lines.append(f"- {source}: {licence(source)}")
+    for name, its_licence in zip([settings["policy"], *settings["experts"]], licences, strict=True):
+        lines.append(f"- {name}: {its_licence}")
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +158,7 @@ def result_table(report):
         n, before, after = numbers["n"], numbers["before"], numbers["after"]
         low, high = wilson(round(after * n), n)
         rows.append([name, n, f"{before:.1%}", f"{after:.1%} [{low:.1%}, {high:.1%}]"])
-    return markdown(["test problems, greedy", "n", "policy alone", "with this, 95%"], rows)
+    return markdown(["test problems, greedy", "n", before_name(report), "with this, 95%"], rows)
 
 
 def licence(source):

@@ -1,6 +1,6 @@
 """
-The pictures of the study, drawn by `python -m lab.study --report` from rows and curves alone: no model is
-loaded, and nothing is measured again.
+The pictures of the study, drawn by `python -m lab.study --report` from rows and curves alone (gsm8k:
+from files in results/real). No model is loaded, and nothing is measured again.
 
 A band is one population standard deviation over the seeds on either side of their mean, and so is an error
 bar where nothing else is said. The colours are those of Okabe and Ito, which colour-blind people can tell
@@ -185,12 +185,16 @@ def ablations(rows):
 
 
 def gsm8k(rows):
-    """Rewards in training on GSM8K, one run each, from their metrics.jsonl: the study has no row of them."""
+    """Rewards in training on GSM8K of an earlier program with the paper's method, one run each.
+
+    They come from the runs' metrics.jsonl. The rows "gsm8k" of the study are other runs.
+    """
     figure, (panel,) = make_panels(1)
     for way, colour in zip(("soft", "single"), COLOURS):
         curve = read_records(RESULTS / "real" / f"gsm8k-{way}-metrics.jsonl")
         draw_band(panel, [dict(curve=curve)], ["reward"], way, colour, smooth=10)
-    panel.set(ylim=(0, None), ylabel="fraction of 64 answers right", title="GSM8K, mean of 10 steps")
+    panel.set(ylim=(0, None), ylabel="fraction of 64 answers right",
+              title="GSM8K, an earlier program with the paper's method")
     legend_beside(figure, [panel])
     return figure
 

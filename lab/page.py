@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval import evaluate
+from eval import before_name, evaluate
 from experts import first_line, write_atomic
 from lab.probe import open_finished
 from rewards import next_in_dataset
@@ -58,6 +58,7 @@ def from_files(folder):
 
     return dict(
         name=folder.resolve().name,
+        before_name=before_name(args),
         kind=kind_of(args, compared),
         command=command_of(args),
         policy=short_name(args["policy"]),
@@ -290,7 +291,7 @@ def from_checkpoint(folder, n, device="cpu", extension=""):
     n_right = sum(row["right"] for row in rows)
     n_before = sum(row["right_before"] for row in rows)
     note = (f"Greedy answers of the newest checkpoint to {len(rows)} test problems: {n_right} are right. Of "
-            f"the answers of the policy alone {n_before} are.")
+            f"the answers of the {before_name(vars(args))} {n_before} are.")
     return dict(rows=rows, note=note)
 
 
@@ -359,6 +360,12 @@ def write_page(folders, n, device="cpu", watch=False, extension=""):
         problems = from_checkpoint(folder, n, device, extension)
         runs.append(from_files(folder) | dict(problems=problems))
     bands, kinds = compare_runs(runs)
+
+    # The page finds a run by its name: of runs with the same name show the whole path.
+    names = [run["name"] for run in runs]
+    for folder, run in zip(folders, runs):
+        if names.count(run["name"]) > 1:
+            run["name"] = str(folder.resolve())
 
     data = without_nan(dict(made=time.time(), watch=watch, runs=runs, bands=bands, kinds=kinds))
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")

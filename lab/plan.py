@@ -77,7 +77,7 @@ def step_seconds(args, policy, S, T, gpu=None):
 
     policy: a ModelSize. gpu: (TFLOP/s, GB/s) of one that is not here; None: this machine is measured.
     """
-    rows, group = rows_and_group(args, len(args.experts))
+    rows, group = rows_and_group(args, [model_size(source) for source in args.experts])
     answers = rows * group
 
     # A gradient costs one more pass, as the weights are frozen, and the reference another one.

@@ -27,7 +27,7 @@ from lab.claims import markdown, shown
 from rewards import next_in_dataset, verify
 from rlvr import (Dataset, advantages, import_extension, load_problems, open_run, read_config, rollout,
                   run_cli, without_nan, words_loss)
-from router import ROUTERS, Router, by_expert, reads_states
+from router import ROUTERS, HardRouter, Router, by_expert, reads_states
 
 KINDS = ("static", "uniform", "shuffle", "zero")
 
@@ -105,7 +105,8 @@ def ablate(policy, experts, router, args, kinds):
 
 def check_kinds(args, kinds):
     """Raises ValueError for a kind of replacement that makes no sense for the run's router."""
-    has_soft_attention = getattr(ROUTERS[args.router], "compares", False)
+    router_class = ROUTERS[args.router]
+    has_soft_attention = issubclass(router_class, Router) and not issubclass(router_class, HardRouter)
     makes_sense = dict(static=has_soft_attention, uniform=has_soft_attention,
                        shuffle=reads_states(args.router), zero=args.router != "none")
     possible = [kind for kind in KINDS if makes_sense[kind]]
@@ -313,8 +314,8 @@ def tell_context(experts, router, batch, expert_of_state):
     if context is not None:
         sizes = context[0].float().square().mean(-1).sqrt().tolist()
         numbers = " ".join(f"{size:.2f}" for size in sizes)
-        lines += wrapped(f"context C {tuple(context.shape)}: vectors before the prompt. Their distances from "
-                         f"the origin, in standard deviations of the policy's embeddings: {numbers}")
+        lines += wrapped(f"context C {tuple(context.shape)}: vectors before the prompt. Their root mean "
+                         f"squares, in standard deviations of the policy's embeddings: {numbers}")
     return lines
 
 

@@ -21,8 +21,9 @@ which expert is good at which kind of problem. The method has seven steps, and `
                  input of the policy = [mean + std * C ; embeddings of the prompt]
 
 3. Words.    Steps 3 and 4 are stage 0, which has no rewards. One expert, drawn at random, is visible at a
-             time. The router learns to write: vector i of C becomes the policy's embedding of token i of
-             what this expert would answer, right or wrong.
+             time. The router learns to write: the first vector of C becomes the policy's embedding of the
+             prompt's last token (`main` says why). The next ones become those of the tokens that this
+             expert would answer, right or wrong.
 
 4. Reading.  The policy learns to give that answer when it has read C and the problem. Its own weights are
              frozen; LoRA, a small addition to them, is trained. After this step the policy can read every

@@ -318,6 +318,19 @@ def test_ids_are_unique_and_quick_is_a_part_of_the_rest():
     assert len(set(embedded + real)) == len(embedded + real)
     assert {run.id for run in study.runs_in(study.QUICK)} < set(embedded)
 
+    # Two blocks with the same run give it once, and the list without options has the real runs, too.
+    assert len(study.runs_in(["mix", "quick", "mix"])) == len(study.runs_in(["mix", "quick"]))
+    listed = {run.id for run in study.chosen_runs(study.parse(["--list"]))}
+    assert listed == set(embedded + real)
+
+
+def test_stage_0_is_tested_on_as_many_problems_as_soft():
+    """eval.py alone would take all of GSM8K, and rows of 1,319 and of 512 problems cannot be paired."""
+    for run in study.runs_in(study.BLOCKS):
+        if run.is_stage0:
+            n = study.command(run)[-1]
+            assert f"--test {n} " in f"{study.TASKS[run.task]} ", run.id
+
 
 def test_real_models_that_are_not_there_are_named(tmp_path):
     (tmp_path / study.REAL_POLICY).mkdir()

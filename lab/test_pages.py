@@ -116,7 +116,10 @@ def test_a_senseless_ablation_is_refused(router, kind):
 
 def test_every_router_has_the_ablations_that_make_sense():
     probe.check_kinds(train.Args(router="attention"), ["static", "uniform", "shuffle", "zero"])
+    probe.check_kinds(train.Args(router="mixed"), ["static", "uniform", "shuffle", "zero"])
     probe.check_kinds(train.Args(router="hard"), ["shuffle", "zero"])
+    with pytest.raises(ValueError, match="choose from shuffle, zero"):
+        probe.check_kinds(train.Args(router="hard"), ["static"])
     probe.check_kinds(train.Args(router="linear"), ["shuffle", "zero"])
     probe.check_kinds(train.Args(router="constant"), ["zero"])
 
@@ -226,9 +229,18 @@ def test_an_export_shows_no_folder_of_this_computer_and_names_the_extension(runs
         assert str(runs["own"].parent) not in (tmp_path / "export" / name).read_text()
     card = (tmp_path / "export" / "README.md").read_text()
     assert "own_router.py" in card and "- tiny/policy: mit" in card and "| all | 24 |" in card
+    assert export.public_name("/home/me/models/qwen") == "qwen"
+    assert export.public_name("Qwen/Qwen2.5-0.5B@1a2b") == "Qwen/Qwen2.5-0.5B@1a2b"
 
 
 # -- The page: what it reads from files
+
+def test_two_runs_with_one_name_are_told_apart(runs, tmp_path):
+    first, second = copy_run(runs["none"], tmp_path / "a/run"), copy_run(runs["none"], tmp_path / "b/run")
+    text = page.write_page([first, second], 2).read_text()
+    for folder in (first, second):
+        assert f'"name":"{folder.resolve()}"' in text
+
 
 def copy_run(run, folder):
     shutil.copytree(run, folder)
