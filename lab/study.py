@@ -75,9 +75,9 @@ TASKS = {
                 "--extension lab/controls.py --control last_partly_wrong",
 
     # One expert twice. Each copy answers another problem on one of the two datasets. 8,000 problems for
-    # stage 0, as the router learns 2,000 by heart: 98% of their words, and 86% of those of new problems. After
-    # this stage 0 the policy says 183 of the right copy's 184 right answers on validation, if it sees this
-    # copy alone. Steps of 32 problems, their number and LoRA's rate had the highest accuracy on validation.
+    # stage 0, as the router learns 2,000 by heart: 98% of their words, and 86% of those of new problems.
+    # After this stage 0 the policy says 183 of the right copy's 184 right answers on validation, if it sees
+    # this copy alone. Steps of 32 problems, their number and LoRA's rate were the best on validation.
     "real copies": f"--preset small --task chain_sum+basic_arithmetic {SUMS_OF.format(2, 2, 2)} {REAL} "
                    "--extension lab/controls.py --control each_knows_one --steps 60 --batch 32 --lr 3e-4 "
                    "--router_lr 1e-5 --trust_lr 1.0 --stage0_problems 8000 --words_steps 800 "
