@@ -1583,7 +1583,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     settings = dict(steps=10, batch=4, group=8, micro_batch=4, eval_every=5, words_steps=30, reading_steps=15)
     args = types.SimpleNamespace(**vars(args) | settings)
     datasets = dict(train=dataset, val=dataset, test=dataset)  # 8 problems each
-    monkeypatch.setattr(train, "timed", lambda function, on_all_ranks=False: 60.0)
+    monkeypatch.setattr(train, "timed", lambda function, n_calls, on_all_ranks=False: 60.0)
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
 
     # A step shows 4 problems twice: a rollout and two gradient passes, 2 minutes.
@@ -1610,6 +1610,14 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
     dataset.ids = [[1] * 7] * 4 + [[1] * 20] * 4
     train.forecast(policy, router, datasets, args, 3, 30.0, 3.0)
     assert "GRPO 13.8," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("first, n_calls, expected", [(2.0, 10, 2.0), (2.0, 20, 1.0), (25.0, 20, 25.0)])
+def test_a_call_is_timed_again_where_it_matters(first, n_calls, expected, monkeypatch):
+    """The first call takes longer. A second one is made if all would take over half a minute, and it is short."""
+    seconds = iter([first, 1.0])
+    monkeypatch.setattr(train, "seconds_of", lambda function: next(seconds))
+    assert train.timed(None, n_calls) == expected
 
 
 def test_what_will_be_fetched_is_said_first(monkeypatch, capsys):

@@ -666,7 +666,7 @@ def gradient_pass_seconds(policy, router, dataset, args):
                 logp.sum().backward()
 
         try:
-            seconds = timed(one_pass)
+            seconds = timed(one_pass, args.steps)
             break
         except (RuntimeError, MemoryError) as error:
             if args.micro_batch == 1 or not out_of_memory(error):
@@ -678,18 +678,18 @@ def gradient_pass_seconds(policy, router, dataset, args):
     return seconds * (1.5 if args.beta else 1)
 
 
-def timed(function, on_all_ranks=False):
-    """Seconds of a call.
+def timed(function, n_calls, on_all_ranks=False):
+    """Seconds of a call, of which the run will make n_calls or more.
 
-    The first call prepares much that is used again. So a second one is timed, unless the first was so short
-    that nobody cares (below half a second), or so long that it would be a waste.
+    The first call prepares much that is used again. So a second one is timed, unless all calls together are
+    so short that nobody cares (half a minute), or a second one would take so long that it is a waste.
     """
     seconds = seconds_of(function)
 
     # A function that waits for the other ranks must be called equally often by all of them.
     if on_all_ranks:
         seconds = max(all_gather(seconds))
-    if 0.5 < seconds < 20:
+    if seconds * n_calls > 30 and seconds < 20:
         seconds = seconds_of(function)
     return seconds
 
@@ -709,7 +709,8 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     compared = candidates(train, args)
     shown = train.batch([i for i in part for _ in range(2 if compared else 1)])
     group = args.group * len(part) // len(shown)
-    rollout_seconds = timed(lambda: rollout(policy, router, shown, args, group, args.temperature))
+    rollout_seconds = timed(lambda: rollout(policy, router, shown, args, group, args.temperature),
+                            args.steps)
 
     # The gradient pass that was timed had the longest prompts of all. How many such passes is a step, whose
     # passes have shorter prompts, padding included?
@@ -726,10 +727,11 @@ def forecast(policy, router, datasets, args, n_experts, pass_seconds, answer_sec
     if words:
         vocabulary = words_vocabulary(train)
         words_seconds = words * timed(
-            lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward(), on_all_ranks=True)
+            lambda: words_step(policy, router, train, vocabulary, args, 0)[0].backward(), words,
+            on_all_ranks=True)
     if reading:
         reading_seconds = reading * timed(
-            lambda: reading_gradients(policy, router, train, args, 0), on_all_ranks=True)
+            lambda: reading_gradients(policy, router, train, args, 0), reading, on_all_ranks=True)
     clear_gradients(policy, router)
 
     grpo_seconds = args.steps * step_seconds
