@@ -1614,7 +1614,7 @@ def test_the_forecast_by_hand(finished, monkeypatch, capsys):
 
 @pytest.mark.parametrize("first, n_calls, expected", [(2.0, 10, 2.0), (2.0, 20, 1.0), (25.0, 20, 25.0)])
 def test_a_call_is_timed_again_where_it_matters(first, n_calls, expected, monkeypatch):
-    """The first call takes longer. A second one is made if all would take over half a minute, and it is short."""
+    """The first call takes longer. A short one is made again if all would take over half a minute."""
     seconds = iter([first, 1.0])
     monkeypatch.setattr(train, "seconds_of", lambda function: next(seconds))
     assert train.timed(None, n_calls) == expected
