@@ -612,7 +612,7 @@ def run(argv=None):
     if extension:
         import_extension(extension)
     args, policy, experts, router = open_run(options.run, options.device, options.stage0, options.policy,
-                                             options.experts)
+                                             options.experts, options.data)
     if options.ask is not None:
         ask(policy, router, experts, args, options.ask)
         return None
@@ -655,6 +655,8 @@ def parse(argv):
     parser.add_argument("--policy", metavar="FOLDER", help="Where the policy lies now, if it has moved.")
     parser.add_argument("--experts", nargs="+", metavar="FOLDER",
                         help="Where the experts lie now, all of them in the same order, if they have moved.")
+    parser.add_argument("--data", metavar="PATH",
+                        help="Where the problems of your own lie now, if they have moved.")
     parser.add_argument("--extension", metavar="FILE",
                         help="A Python file that is imported first. Default: the one given to train.py.")
     options = parser.parse_args(argv)

@@ -230,6 +230,11 @@ def grade_text(answer, gold, dataset):
     if len(answer) > 4 * len(gold) + 64:
         return "too_long"
 
+    # A gold answer may end in a full stop that its question did not ask for, as in knights_knaves.
+    if gold.endswith("."):
+        gold = gold.removesuffix(".")
+        answer = answer.removesuffix(".")
+
     # Compare line by line where the gold answer has several lines, or is a grid, which may have a single row.
     # In any other text a line break is as good as a space.
     if "\n" in gold or dataset in GRIDS:
@@ -279,11 +284,11 @@ def thousands(mark):
 DIGITS = "(?:" + "|".join(thousands(mark) for mark in "," + THIN_SPACES) + "|[0-9]+)"  # 18 or 1,000
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,2}})?"             # 18.50, .5 or 1e3
 QUOTIENT = rf"{DIGITS}\s*/\s*(?=.*[1-9]){DIGITS}"  # 36/2; not 1/0: a digit other than 0 must follow
-NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€%]\s*)?(?P<value>{DECIMAL}|{QUOTIENT})")  # -$5
+NUMBER = re.compile(rf"(?P<sign>[-+]?)(?:\\?[$€£%]\s*)?(?P<value>{DECIMAL}|{QUOTIENT})")  # -$5
 
 # What may stand around a number without changing it: (before it, after it).
 DECORATIONS = [("**", "**"), ("__", "__"), ("*", "*"), ("_", "_"), ("\\(", "\\)"), ("\\boxed{", "}")]
-for sign in ("\\$", "$", "€", "\\%", "%"):
+for sign in ("\\$", "$", "€", "£", "\\%", "%"):
     DECORATIONS += [(sign, ""), ("", sign)]
 
 # Up to three words may follow a number ("18 apples per day"), but none of those that often change it
@@ -292,9 +297,11 @@ NOT_UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
     "millions? billions? trillions? dozens? half halves thirds? quarter fourths? fifths? sixths? eighths? "
-    "tenths? hundredths? thousandths? k mn mil bn lakhs? crores? or to not plus minus times divided over "
-    "point squared cubed sqrt e x pi")
-UNITS = re.compile(rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b)[A-Za-z]+){{1,3}}\Z")
+    "tenths? hundredths? thousandths? k mn mil bn grand gross score lakhs? crores? or to not plus minus "
+    "times divided over point squared cubed sqrt e x pi")
+MAGNITUDES = "MBT"  # "18 M" may be millions; "18 m" are metres
+UNITS = re.compile(
+    rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b|[{MAGNITUDES}]\b)[A-Za-z]+){{1,3}}\Z")
 
 
 def number(text, units=True):
@@ -511,8 +518,9 @@ def get_problems(task, split, n, data_path=None, level=None, least=None, progres
 
     task       "gsm8k", a family ("arithmetic"), a Reasoning Gym dataset ("chain_sum"), or several of these,
                joined with "+", which then take turns
-    split      "train", "val" or "test". No question is in two splits. val and test hold each question once.
-               train repeats its questions in a new random order when there are no more.
+    split      "train", "val" or "test". No question is in two splits (though 2 + 3 may be in one of them,
+               and 3 + 2 in another). val and test hold each question once. train repeats its questions in a
+               new random order when there are no more.
     data_path  a file or folder with problems in place of the official GSM8K, see `gsm8k`
     level      "easy", "default" or "hard", for all tasks but gsm8k; "tiny" for the families and the datasets
                in TINY_LEVEL; for a single dataset also "parameter=value,..."
@@ -703,8 +711,8 @@ SIZES = {"acre": 5000, "gsm_symbolic": 100_000}  # these draw all of their items
 UNFIT = {  # why: which datasets. results/fitness.md says what was measured
     "several answers are right, and only one of them is known":
         "countdown cryptarithm group_anagrams intermediate_integration jugs kakurasu n_queens "
-        "palindrome_generation palindrome_partitioning polynomial_multiplication puzzle24 quantum_lock "
-        "shortest_path simple_integration sokoban tower_of_hanoi",
+        "palindrome_generation palindrome_partitioning polynomial_equations polynomial_multiplication "
+        "prime_factorization puzzle24 quantum_lock shortest_path simple_integration sokoban tower_of_hanoi",
     "its items have no gold answer, and its own scorer raises, hangs or rewards nonsense":
         "boxnet graph_color propositional_logic rubiks_cube rush_hour",
     "its items change with PYTHONHASHSEED: no two runs would see the same questions":
@@ -856,9 +864,9 @@ GSM8K_ADVICE = "pass --data FOLDER with train.jsonl and test.jsonl of github.com
 def gsm8k(data_path=None):
     """{split: [(question, gold answer)]}. Raises ValueError for a file that is missing or has wrong lines.
 
-    test is test.jsonl. val is the last 256 problems of train.jsonl, or its last quarter if that is less.
-    train is the rest of train.jsonl.
-    data_path: a folder with these two files, or one file, whose problems are divided by `split_of`. If it is
+    test is test.jsonl. val is val.jsonl, if there is one; else the last 256 problems of train.jsonl, or its
+    last quarter if that is less. train is what is left of train.jsonl.
+    data_path: a folder with these files, or one file, whose problems are divided by `split_of`. If it is
     train.jsonl or test.jsonl and the other file is next to it, both are used. Without a data_path the
     official files are used, which are downloaded once.
     """
@@ -871,16 +879,44 @@ def gsm8k(data_path=None):
     else:
         train_file, test_file = official_file("train.jsonl"), official_file("test.jsonl")
 
-    # Leave out training problems that are also in test.jsonl. (The official files have none.)
+    # Leave out problems that also stand in a file that is tested later. (The official files have none.)
     test = read_gsm8k_file(test_file)
-    train = []
-    for question, answer in read_gsm8k_file(train_file).items():
-        if question not in test:
-            train.append((question, answer))
+    train = without(read_gsm8k_file(train_file), test)
+    val_file = train_file.with_name("val.jsonl")
+    if data_path and val_file.is_file():
+        val = without(read_gsm8k_file(val_file), test)
+        train = without(train, val)
+        return {"train": list(train.items()), "val": list(val.items()), "test": list(test.items())}
 
-    n_val = min(256, len(train) // 4)
-    n_train = len(train) - n_val
-    return {"train": train[:n_train], "val": train[n_train:], "test": list(test.items())}
+    n_train = len(train) - min(256, len(train) // 4)
+    rows = list(train.items())
+    return {"train": rows[:n_train], "val": rows[n_train:], "test": list(test.items())}
+
+
+def without(rows, others):
+    """{question: gold answer} without the questions that are also in `others`, see `same_question`."""
+    known = {same_question(question) for question in others}
+    return {question: answer for question, answer in rows.items() if same_question(question) not in known}
+
+
+def same_question(question):
+    """Equal for two questions that differ only in spaces, line breaks and capital letters."""
+    return " ".join(question.split()).casefold()
+
+
+def data_fingerprint(data_path):
+    """sha256 (hex) of the problems that --data names; "" where nothing is named, or nothing is there."""
+    if not data_path or not expand_home(data_path, "--data").exists():
+        return ""
+    path = find_data(data_path)
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in ("train.jsonl", "val.jsonl", "test.jsonl")]
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes() if file.is_file() else b""
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
 
 
 def find_data(data_path):
@@ -909,20 +945,25 @@ def read_gsm8k_file(path):
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark at the beginning of some files
     except FileNotFoundError:
         raise ValueError(f"{path} is not there: {GSM8K_ADVICE}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}): save it as UTF-8") from error
+    except OSError as error:
         raise ValueError(f"cannot read {path} ({error}): {GSM8K_ADVICE}") from error
 
     rows = {}
+    first_of = {}  # {the question as `same_question` has it: the question as it is}
     for i, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             question, answer = read_gsm8k_line(line)
         except Exception as error:  # no JSON, JSON of another shape, or an answer without a number
-            raise ValueError(f'{path}, line {i}: it needs a "question", and an "answer" that is a text which '
-                             'ends in #### and one number, such as "#### 18"') from error
+            raise ValueError(f'{path}, line {i}: each line must be one JSON object with a "question", and an '
+                             '"answer" that is a text which ends in #### and one number, such as "#### 18"'
+                             ) from error
 
         # The same line twice is one problem. But one question cannot have two answers.
+        question = first_of.setdefault(same_question(question), question)
         if number(rows.setdefault(question, answer)) != number(answer):
             raise ValueError(f"{path}, line {i}: a line above has the same question with another answer: "
                              "leave one of them out")

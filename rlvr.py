@@ -89,7 +89,7 @@ from experts import (REPOSITORY, Expert, find_model, first_line, line_ends, pick
                      prompt_ids, read_states, read_tensors, weights_fingerprint, write_atomic, write_tensors,
                      write_texts)
 from model import Policy, bucket, pick_dtype
-from rewards import expand_home, get_problems, render_prompt, verify
+from rewards import data_fingerprint, expand_home, get_problems, render_prompt, verify
 from router import ROUTERS, by_expert, compares, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
@@ -1037,17 +1037,18 @@ def ranks():
 # A run's folder: config.json, records as .jsonl, checkpoints as .safetensors, and a lock.
 
 def write_config(out, args):
-    """Write the settings of a run, and the fingerprints of its models, to config.json."""
+    """Write the settings of a run, and the fingerprints of its models and data, to config.json."""
     settings = dict(vars(args))
     settings["policy"] = portable(args.policy)
     settings["experts"] = [portable(source) for source in args.experts]
     models = [model_fingerprint(source) for source in (args.policy, *args.experts)]
-    config = dict(args=settings, models=models, ranks=WORLD, torch=torch.__version__)
+    config = dict(args=settings, models=models, data=data_fingerprint(args.data), ranks=WORLD,
+                  torch=torch.__version__)
     write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def read_config(folder):
-    """What `write_config` wrote: {"args": settings, "models": fingerprints, "ranks": number}.
+    """What `write_config` wrote: {"args": settings, "models": fingerprints, "data": fingerprint, "ranks": n}.
 
     Raises ValueError if the folder holds no run, or its config.json cannot be read.
     """
@@ -1058,7 +1059,8 @@ def read_config(folder):
                          "again: what they have read is kept")
     try:
         config = json.loads(path.read_text())
-        return dict(args=dict(config["args"]), models=list(config["models"]), ranks=int(config["ranks"]))
+        return dict(args=dict(config["args"]), models=list(config["models"]), ranks=int(config["ranks"]),
+                    data=config.get("data", ""))  # older programs did not write it
     except (ValueError, KeyError, TypeError) as error:
         raise bad_config(folder, error) from error
 
@@ -1073,9 +1075,10 @@ def import_extension(path):
         path = REPOSITORY / path
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(f"--extension {path} is not there, or is no .py file: name a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # The file may be called router.py, or like a package. So give the module a name that nobody else has.
+    spec = importlib.util.spec_from_file_location(f"extension_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -1112,11 +1115,28 @@ def check_models(folder, args, fingerprints):
                              "folder that does, with --policy or --experts")
 
 
-def open_run(folder, device="auto", stage0=False, policy=None, experts=None):
+def check_data(folder, args, fingerprint):
+    """Raises ValueError if the file or folder of --data is not there, or has changed since the run began.
+
+    Another line in it would move problems from one split to another: the run would be tested on problems that
+    it was trained on.
+    """
+    if not args.data or not fingerprint:
+        return
+    if not Path(args.data).expanduser().exists():
+        raise ValueError(f"--data {args.data} of {folder} is not there: if it has moved, name its new place "
+                         "with --data")
+    if data_fingerprint(args.data) != fingerprint:
+        raise ValueError(f"{args.data} is not what it was when {folder} was trained, so the run may have "
+                         "been trained on what are test problems now: name a copy of the old file with "
+                         "--data, or start another run")
+
+
+def open_run(folder, device="auto", stage0=False, policy=None, experts=None, data=None):
     """(args, policy, experts, router) of a run at its newest checkpoint, or of its state after stage 0.
 
-    policy, experts: where the same models lie now, if they have moved. Raises ValueError for a folder that
-    holds no run or no checkpoint, or whose models have changed.
+    policy, experts, data: where the same models and the same problems lie now, if they have moved. Raises
+    ValueError for a folder that holds no run or no checkpoint, or whose models or problems have changed.
     """
     config = read_config(folder)
     args = Namespace(**config["args"])
@@ -1124,8 +1144,10 @@ def open_run(folder, device="auto", stage0=False, policy=None, experts=None):
         check_names(folder, args)
         args.policy = policy or args.policy
         args.experts = experts or args.experts
+        args.data = data or args.data
         args.device = pick_device(device)
         check_models(folder, args, config["models"])
+        check_data(folder, args, config["data"])
         policy, experts, router = build(args)
     except (AttributeError, TypeError) as error:
         if getattr(args, "extension", ""):

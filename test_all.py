@@ -987,7 +987,7 @@ def test_one_expert_that_writes_is_not_compared(quick, tmp_path):
 def test_stage_0_reads_back_texts_that_are_new_to_it(tmp_path):
     """The policy says what the expert would say to held-out problems, but not with another's states."""
     out = trained(tmp_path / "run", "--preset tiny --task algorithmic --experts tiny/algorithmic "
-                  "--words_steps 60 --reading_steps 14 --steps 1 --batch 2 --group 2 "
+                  "--words_steps 60 --reading_steps 14 --steps 1 --batch 2 --group 4 "
                   "--micro_batch 2 --max_new 4 --val 48 --test 1")
     [record] = [record for record in records(out, "stage0.jsonl") if "read_back" in record]
     assert record["read_back"] > record["shuffled"] + 0.3
@@ -1049,6 +1049,13 @@ def test_a_run_wants_all_of_its_experts(finished, capsys):
     """Fewer than it was trained with is a sentence about --experts, not a lost run."""
     sentence = refused(capsys, "--resume", finished, "--experts", "tiny/logic")
     assert "was trained with 3 experts, and --experts names 1" in sentence
+
+
+def test_an_extension_may_have_the_name_of_a_module(tmp_path):
+    path = tmp_path / "router.py"
+    path.write_text("from router import Router\n\n\nclass Mine(Router):\n    pass\n")
+    assert issubclass(rlvr.import_extension(path).Mine, Router)
+    assert sys.modules["router"].Router is Router
 
 
 def test_an_extension_is_a_python_file(tmp_path):
@@ -1513,7 +1520,7 @@ def test_an_expert_with_constant_states_is_named(tmp_path, capsys):
     """Every sum begins with the same word, so the state of the first token is the same for all of them."""
     for states, is_named in (("first", True), ("last", False)):
         trained(tmp_path / states, "--preset tiny --task arithmetic --experts tiny/arithmetic "
-                "--reading_steps 0 --steps 1 --batch 2 --group 2 --val 8 --test 1 --states", states)
+                "--reading_steps 0 --steps 1 --batch 2 --group 4 --val 8 --test 1 --states", states)
         output = capsys.readouterr().out
         assert ("arithmetic's states are the same for all problems" in output) == is_named
 
@@ -1660,6 +1667,34 @@ def test_a_small_data_file_gives_the_problems_that_it_has(quick, tmp_path, capsy
     assert f"32 train ({different} different), {n['val']} val, {n['test']} test" in output
     assert f"there are only {n['test']} test problems, not 8" in output
     assert f"{n['test']} test problems are few" in output
+
+
+def test_data_that_has_changed_is_refused(quick, tmp_path, capsys):
+    """A line that is added would move others to another split. A copy in another place is accepted."""
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps(dict(question=f"{i} + 1 =", answer=f"#### {i + 1}")) for i in range(40)]
+    data.write_text("\n".join(lines))
+    out = trained(tmp_path / "run", *quick, "--task gsm8k --reading_steps 0 --steps 1 --data", data)
+    copy = shutil.copy(data, tmp_path / "copy.jsonl")
+
+    data.write_text("\n".join([*lines, json.dumps(dict(question="9 + 9 =", answer="#### 18"))]))
+    for program, words in ((evaluation.run, [out]), (train.run, ["--resume", out, "--steps", "2"])):
+        assert "is not what it was when" in refused(capsys, *words, program=program)
+        data.rename(tmp_path / "elsewhere.jsonl")
+        assert "if it has moved, name its new place" in refused(capsys, *words, program=program)
+        assert command(*words, "--data", copy, program=program) == 0
+        (tmp_path / "elsewhere.jsonl").rename(data)
+
+
+def test_right_answers_without_room_are_counted():
+    """Three tokens have room for "12" and the end of the line, and not for 1,000."""
+    def tokenizer(texts, add_special_tokens):
+        return dict(input_ids=[list(text) for text in texts])  # a token is a character
+
+    policy = types.SimpleNamespace(tokenizer=tokenizer)
+    problems = [Problem("?", answer, dataset=dataset)
+                for dataset, answer in (("a", "12"), ("a", "1000"), ("b", " 12 "), ("a", "999"))]
+    assert train.too_long(problems, policy, 3) == {"a": (2, 3)}
 
 
 def test_the_help_says_what_a_setting_is_its_default_and_its_range(capsys):
@@ -2444,8 +2479,9 @@ NO_NUMBER = [
     "", ".", "-", "$", ",", "/", "e3", "\\boxed{}", "18 19", "18, 19", "18,19", "9+9", "10-2", "2**3", "1,00",
     "1000,000", "0,018", f"1,000{THIN}000", "1 000", "--18", "- 18", "1/0", "1/2/3", "1.5/2", "36/-2",
     "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan", "eighteen",
-    "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "about 18", "18:00", "[18]", "18\x00",
-    "\ud80018", "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18", "3 fourths"]
+    "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "18 M", "18 grand", "about 18",
+    "18:00", "[18]", "18\x00", "\ud80018",
+    "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18", "3 fourths"]
 
 
 def test_what_is_one_number_and_what_is_none():
@@ -2546,7 +2582,7 @@ def test_an_answer_inside_a_thought_does_not_count(opening, closing):
         assert verify(completion, GOLD_18, truncated=truncated).reason == reason, completion
 
 
-SLOW_TO_MAKE = {"futoshiki", "zebra_puzzles", "rearc", "arc_agi", "acre", "polynomial_equations"}
+SLOW_TO_MAKE = {"futoshiki", "zebra_puzzles", "rearc", "arc_agi", "acre"}
 
 
 @pytest.fixture(scope="module")
@@ -2589,6 +2625,7 @@ def test_gold_is_right_and_hostile_answers_are_not(problems_of_every_dataset, tm
 
 
 REWARDED = [  # (dataset, gold, another way to write it)
+    ("knights_knaves", "Ann is a pioneer, and Bo is a laggard.", "Ann is a pioneer, and Bo is a laggard"),
     ("chain_sum", "1156", "+1,156.00"),
     ("family_relationships", "aunt", "Aunt"),
     ("number_sorting", "['1', '3.0']", "[1, 3]"),
@@ -2843,6 +2880,20 @@ def test_one_file_of_ones_own(tmp_path, monkeypatch):
         assert {split_of(problem.question) for problem in problems} == {split}
         questions += {problem.question for problem in problems}
     assert sorted(questions) == sorted(f"mine {i}?" for i in range(40))
+
+
+def test_a_question_in_two_files_is_tested_and_not_trained_on(tmp_path):
+    """Also where it is written with other spaces or capitals. val.jsonl, if it is there, is the val split."""
+    def write(name, *questions):
+        lines = [json.dumps(dict(question=question, answer="#### 5")) for question in questions]
+        (tmp_path / name).write_text("\n".join(lines))
+
+    write("train.jsonl", "One?", "two  words?", "Three?", "Four?", "THREE?", "Five?")
+    write("val.jsonl", "four?", "Six?", "Two words?")
+    write("test.jsonl", "Two words?", "Seven?")
+    splits = {split: [question for question, _ in rows] for split, rows in rewards.gsm8k(tmp_path).items()}
+    assert splits == dict(train=["One?", "Three?", "Five?"], val=["four?", "Six?"],
+                          test=["Two words?", "Seven?"])
 
 
 def test_where_the_cache_is(monkeypatch):
@@ -3971,6 +4022,7 @@ def test_a_terminal_without_unicode_ends_no_run(monkeypatch):
     # numbers out of their range
     ("--group 1", "--group.*at least 2"),
     ("--group 3", "--group 3.*--router mixed"),
+    ("--group 2", "--group 2.*each half has two answers.*from 4 on"),
     ("--lr nan", "--lr"),
     ("--lr -1", "--lr.*above 0"),
     ("--batch 0", "--batch"),

@@ -50,7 +50,7 @@ from model import bucket, pick_dtype
 from rewards import (SPLITS, TINY_LEVEL, check_answer_format, expand_home, get_problems, known_task,
                      next_in_dataset, official_files_to_fetch, render_prompt)
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WORLD, Dataset, advantages,
-                  all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates,
+                  all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates, check_data,
                   check_models, check_names, choice_loss, clip_gradients, draw_pair, drop_records, grpo_loss,
                   import_extension, informative, kl_estimate, learn_to_read, learn_words, load_newest,
                   load_problems, make_optimizer, micro_batches, my_part, n_training_problems, one_process,
@@ -79,7 +79,7 @@ class Args:
     out: str = option("", "Folder of the run. Without it: runs/<task>-<time>.")
     resume: str = option("",
         "Folder of a run to continue. With it only --steps, --micro_batch, --device, --extension, "
-        "--policy and --experts may be given.")
+        "--policy, --experts and --data may be given.")
     extension: str = option("",
         "A Python file of yours that is imported first. It may add a router or a control, or "
         "replace functions.")
@@ -97,7 +97,8 @@ class Args:
         " by +.")
     level: str = option("tiny",
         "Difficulty of generated problems: tiny, easy, default, hard, or parameters such as "
-        "min_terms=2,max_terms=3.")
+        "min_terms=2,max_terms=3. Easy is the first step of a dataset's own curriculum; for a few, such as "
+        "number_sorting, it is harder than default.")
     data: str = option("",
         "Problems of your own for --task gsm8k: a .jsonl file, or a folder with train.jsonl and "
         "test.jsonl. Without it GSM8K is downloaded once.")
@@ -575,6 +576,10 @@ def introduce(args, policy, router, experts, datasets, progress):
             print(f"  note       there are only {len(dataset)} {name} problems, not {asked}")
     if len(test) < 200:
         print(f"  warning    {len(test)} test problems are few: the interval of the result will be wide")
+    if args.answer_format == "plain":
+        for dataset, (n_too_long, n) in too_long(val.problems + test.problems, policy, args.max_new).items():
+            print(f"  warning    {n_too_long} of {n} right answers of {dataset} have no room in --max_new "
+                  f"{args.max_new} tokens: no answer to these problems can be right")
     print(f"  policy     {Path(args.policy).name}, {args.dtype} on {args.device}, answers "
           f"{args.answer_format}")
     for expert in experts:
@@ -591,6 +596,21 @@ def introduce(args, policy, router, experts, datasets, progress):
     print(f"  GRPO       {args.steps} steps of {args.batch} problems x {args.group} answers{compared}, each "
           f"of at most {args.max_new} tokens{done}")
     print(f"  a problem  {val.prompts[0][-70:]!r}, answer {val.problems[0].answer!r}", flush=True)
+
+
+def too_long(problems, policy, max_new):
+    """{dataset: (number of right answers that have more than max_new tokens, number of problems)}
+
+    The end of the line counts, as a plain answer ends with it. Datasets whose answers all fit are left out.
+    """
+    n_problems, n_too_long = Counter(), Counter()
+    for problem in problems:
+        # An answer may begin with a space, or without it: take what is shorter.
+        answer = problem.answer.strip() + "\n"
+        tokens = policy.tokenizer([answer, " " + answer], add_special_tokens=False)["input_ids"]
+        n_problems[problem.dataset] += 1
+        n_too_long[problem.dataset] += min(map(len, tokens)) > max_new
+    return {dataset: (n, n_problems[dataset]) for dataset, n in n_too_long.items() if n}
 
 
 def count(module):
@@ -614,22 +634,31 @@ def read_back(out, policy, router, dataset, args, experts, n=64):
     The same is counted with the states of another problem of the same dataset: so much can be guessed from
     the question alone.
     """
-    of_other_problems = dataset.H[next_in_dataset(dataset.problems)]
+    partner = next_in_dataset(dataset.problems)
+    of_other_problems = dataset.H[partner]
     for e in dataset.writers:
         indices = [i for i, text in enumerate(dataset.texts[e][:n]) if text]
         if not indices:
             continue
-        expected = [policy.tokenizer.decode(dataset.targets[e][i][:-1]).strip() for i in indices]
         visible = dataset.visible_alone[e]
-        record = dict(expert=experts[e].name, n=len(indices))
-        for name, H in (("read_back", dataset.H), ("shuffled", of_other_problems)):
+
+        def fraction_said(H, indices):
+            expected = [policy.tokenizer.decode(dataset.targets[e][i][:-1]).strip() for i in indices]
             _, texts, _ = evaluate(policy, router, dataset, args, indices, H, visible)
             same = [text.strip() == wanted for text, wanted in zip(texts, expected)]
-            record[name] = sum(same) / len(same)
+            return sum(same) / len(same)
+
+        record = dict(expert=experts[e].name, n=len(indices), read_back=fraction_said(dataset.H, indices))
+        line = (f"stage 0: the policy says what {experts[e].name} would say in {record['read_back']:.0%} "
+                f"of {len(indices)} new problems")
+
+        # A problem that is alone in its dataset has no other one whose states it could be given.
+        with_partner = [i for i in indices if partner[i] != i]
+        if with_partner:
+            record["shuffled"] = fraction_said(of_other_problems, with_partner)
+            line += f"; with the states of another problem in {record['shuffled']:.0%}"
         append(out / "stage0.jsonl", record)
-        tqdm.write(f"stage 0: the policy says what {experts[e].name} would say in {record['read_back']:.0%} "
-                   f"of {len(indices)} new problems; with the states of another problem in "
-                   f"{record['shuffled']:.0%}")
+        tqdm.write(line)
 
 
 def rehearse(policy, router, experts, datasets, args, stage0_is_done):
@@ -994,7 +1023,8 @@ def absolute(path):
 def resumed(given):
     """The settings of a run that is continued."""
     folder = given["resume"]
-    may_change = {"resume", "steps", "micro_batch", "device", "policy", "experts", "extension"}
+    may_change = {"resume", "steps", "micro_batch", "device", "policy", "experts", "extension",
+                  "data"}
     changed = sorted(given.keys() - may_change)
     if changed:
         raise ValueError(f"--resume continues the same run, and --{', --'.join(changed)} would change it: "
@@ -1015,10 +1045,12 @@ def resumed(given):
         raise bad_config(folder, error) from error
 
     args = dataclasses.replace(saved, **(given | dict(out=folder)))
+    args.data = absolute(args.data)
     if args.control in DRAWN_FOR_ALL and args.steps != saved.steps:
         raise ValueError(f"--steps stays {saved.steps} with --control {args.control}, as its states are "
                          "drawn for all problems at once: start another run with more")
     check_models(folder, args, config["models"])
+    check_data(folder, args, config["data"])
     return args
 
 
@@ -1036,9 +1068,9 @@ def check(args):
     refuse_if(args.control not in CONTROLS,
               f"--control {args.control} is unknown: choose {', '.join(CONTROLS)}, or import the file that "
               "adds it with --extension FILE")
-    refuse_if(compares(args.router) and args.group % 2,
-              f"--group {args.group} cannot be divided between two experts: use an even number, or "
-              "--router mixed")
+    refuse_if(compares(args.router) and (args.group % 2 or args.group < 4),
+              f"--group {args.group} cannot be divided between two experts so that each half has two answers "
+              "to compare: use an even number from 4 on, or --router mixed")
     refuse_if(min(args.batch, args.val, args.test) < WORLD,
               f"{WORLD} ranks need a problem each: raise --batch, --val or --test")
     refuse_if(args.reading_steps and WORLD > READING_BATCH,

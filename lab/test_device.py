@@ -183,7 +183,7 @@ def run_on_the_device(dtype, out, *quick):
         return remembered(task, split, min(n, 16), *rest, **options)
 
     rlvr.get_problems = few_problems
-    short = ("--words_steps 2 --reading_steps 2 --steps 1 --val 4 --test 4 --group 2 --max_new 2 "
+    short = ("--words_steps 2 --reading_steps 2 --steps 1 --val 4 --test 4 --group 4 --max_new 2 "
              f"--dtype {dtype}").split()
     with Watch():
         report = train.run([*quick, *short, "--out", out])
