@@ -4163,7 +4163,7 @@ def test_a_wrong_line_of_a_file_is_named(tmp_path):
         get_problems("gsm8k", "train", 1, mine)
 
     mine.write_bytes(b"\xff\xfe{\x00")
-    with pytest.raises(ValueError, match="cannot read .*mine.jsonl"):
+    with pytest.raises(ValueError, match="mine.jsonl is not a text in UTF-8"):
         get_problems("gsm8k", "train", 1, mine)
 
     write_gsm8k(tmp_path / "train.jsonl", "train", 20)
