@@ -1036,19 +1036,21 @@ def ranks():
 
 # A run's folder: config.json, records as .jsonl, checkpoints as .safetensors, and a lock.
 
-def write_config(out, args):
-    """Write the settings of a run, and the fingerprints of its models and data, to config.json."""
+def write_config(out, args, experts):
+    """Write the settings of a run, the names of its experts, and what its models and data are, to config.json.
+    """
     settings = dict(vars(args))
     settings["policy"] = portable(args.policy)
     settings["experts"] = [portable(source) for source in args.experts]
     models = [model_fingerprint(source) for source in (args.policy, *args.experts)]
-    config = dict(args=settings, models=models, data=data_fingerprint(args.data), ranks=WORLD,
-                  torch=torch.__version__)
+    config = dict(args=settings, names=[expert.name for expert in experts], models=models,
+                  data=data_fingerprint(args.data), ranks=WORLD, torch=torch.__version__)
     write_atomic(out / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def read_config(folder):
-    """What `write_config` wrote: {"args": settings, "models": fingerprints, "data": fingerprint, "ranks": n}.
+    """What `write_config` wrote: {"args": settings, "names": names, "models": fingerprints, "data": fingerprint,
+    "ranks": number}.
 
     Raises ValueError if the folder holds no run, or its config.json cannot be read.
     """
@@ -1060,7 +1062,8 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text())
         return dict(args=dict(config["args"]), models=list(config["models"]), ranks=int(config["ranks"]),
-                    data=config.get("data", ""))  # older programs did not write it
+                    # Older programs did not write these two.
+                    names=list(config.get("names", [])), data=config.get("data", ""))
     except (ValueError, KeyError, TypeError) as error:
         raise bad_config(folder, error) from error
 
@@ -1101,6 +1104,13 @@ def model_fingerprint(source):
     """What tells one model from another: the commit of a hub model, or a checksum of a folder's weights."""
     folder, revision = find_model(source)
     return revision or weights_fingerprint(folder)
+
+
+def keep_names(folder, experts):
+    """Give the experts the names that they had when the run began, also where their folders are called
+    otherwise now: the curves of a run are drawn by these names."""
+    for expert, name in zip(experts, read_config(folder)["names"]):
+        expert.name = name
 
 
 def check_models(folder, args, fingerprints):
@@ -1149,6 +1159,7 @@ def open_run(folder, device="auto", stage0=False, policy=None, experts=None, dat
         check_models(folder, args, config["models"])
         check_data(folder, args, config["data"])
         policy, experts, router = build(args)
+        keep_names(folder, experts)
     except (AttributeError, TypeError) as error:
         if getattr(args, "extension", ""):
             raise  # a mistake in the extension is more likely: show where

@@ -3662,16 +3662,17 @@ def stopped_at_three(finished, out):
 
 
 def test_models_that_have_moved_are_named_to_resume(finished, tmp_path, capsys):
-    """The same weights in another place give the same run; other weights are refused."""
+    """The same weights in another place give the same run, with the same names; others are refused."""
     out = stopped_at_three(finished, tmp_path / "run")
     settings = json.loads((out / "config.json").read_text())["args"]
     places = []
     for i, source in enumerate((settings["policy"], *settings["experts"])):
-        places.append(str(shutil.copytree(source, tmp_path / str(i) / Path(source).name)))
+        places.append(str(shutil.copytree(source, tmp_path / str(i) / "moved")))
     policy, one, two, three = places
     assert "--experts" in refused(capsys, "--resume", out, "--experts", two, one, three)
     resume_to(finished, out, "--policy", policy, "--experts", one, two, three)
     assert json.loads((out / "config.json").read_text())["args"]["experts"] == [one, two, three]
+    assert {*records(out)[-1]["attention"]} == {"arithmetic", "logic", "algorithmic"}
 
 
 def test_resume_takes_the_run_as_it_is(finished, tmp_path, capsys):
@@ -4521,7 +4522,7 @@ def test_models_that_have_moved_are_named(finished, tmp_path, capsys):
     out = shutil.copytree(finished, tmp_path / "run")
     places = []
     for i, source in enumerate((settings["policy"], *settings["experts"])):
-        places.append(shutil.copytree(source, tmp_path / str(i) / Path(source).name))
+        places.append(shutil.copytree(source, tmp_path / str(i) / "moved"))
     moved = ["--policy", places[0], "--experts", *places[1:]]
     assert command(out, *moved, program=evaluation.run) == 0
     report = json.loads((out / "eval-step6-n8.json").read_text())

@@ -52,11 +52,11 @@ from rewards import (SPLITS, TINY_LEVEL, check_answer_format, expand_home, get_p
 from rlvr import (CONTROLS, DRAWN_FOR_ALL, RANK, READING_BATCH, WORDS_BATCH, WORLD, Dataset, advantages,
                   all_gather, all_reduce_sum, append, ask_experts, bad_config, build, candidates, check_data,
                   check_models, check_names, choice_loss, clip_gradients, draw_pair, drop_records, grpo_loss,
-                  import_extension, informative, kl_estimate, learn_to_read, learn_words, load_newest,
-                  load_problems, make_optimizer, micro_batches, my_part, n_training_problems, one_process,
-                  out_of_memory, pair_probabilities, parameters_of, prompt_format_of, ranks, read_config,
-                  reading_gradients, rollout, run_cli, save_checkpoint, words_and_reading, words_step,
-                  words_vocabulary, write_config)
+                  import_extension, informative, keep_names, kl_estimate, learn_to_read, learn_words,
+                  load_newest, load_problems, make_optimizer, micro_batches, my_part, n_training_problems,
+                  one_process, out_of_memory, pair_probabilities, parameters_of, prompt_format_of, ranks,
+                  read_config, reading_gradients, rollout, run_cli, save_checkpoint, words_and_reading,
+                  words_step, words_vocabulary, write_config)
 from router import ROUTERS, NoRouter, by_expert, compares, has_context, reads_states, shows_texts
 
 
@@ -228,6 +228,8 @@ def main(args):
     # What never changes is made once: the prompts' tokens, and the states and texts of every expert.
     # `build` also fills in what args leaves open, such as --answer_format auto: check the problems again.
     policy, experts, router = build(args)
+    if args.resume:
+        keep_names(out, experts)  # their folders may have other names now
     check_problems(args, problems)
     ask_experts([problem for split in SPLITS for problem in problems[split]], policy, experts, args)
     datasets = {split: Dataset(problems[split], policy, experts, args) for split in SPLITS}
@@ -564,7 +566,7 @@ def introduce(args, policy, router, experts, datasets, progress):
             if (out / name).exists():
                 drop_records(out / name, progress)
         (out / "eval.json").unlink(missing_ok=True)  # of fewer steps
-        write_config(out, args)
+        write_config(out, args, experts)
 
     train, val, test = (datasets[split] for split in SPLITS)
     distinct = len({problem.question for problem in train.problems})
@@ -666,7 +668,7 @@ def rehearse(policy, router, experts, datasets, args, stage0_is_done):
     check that there is something to learn from the experts."""
     seconds = gradient_pass_seconds(policy, router, datasets["train"], args)
     if RANK == 0:
-        write_config(Path(args.out), args)  # --resume begins with this micro-batch
+        write_config(Path(args.out), args, experts)  # --resume begins with this micro-batch
     val = datasets["val"]
     few = range(min(64, len(val)))
 
