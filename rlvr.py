@@ -1037,8 +1037,7 @@ def ranks():
 # A run's folder: config.json, records as .jsonl, checkpoints as .safetensors, and a lock.
 
 def write_config(out, args, experts):
-    """Write the settings of a run, the names of its experts, and what its models and data are, to config.json.
-    """
+    """Write config.json: the settings, the experts' names, and the fingerprints of models and data."""
     settings = dict(vars(args))
     settings["policy"] = portable(args.policy)
     settings["experts"] = [portable(source) for source in args.experts]
@@ -1049,8 +1048,7 @@ def write_config(out, args, experts):
 
 
 def read_config(folder):
-    """What `write_config` wrote: {"args": settings, "names": names, "models": fingerprints, "data": fingerprint,
-    "ranks": number}.
+    """What `write_config` wrote, as a dict of args, names, models, data and ranks.
 
     Raises ValueError if the folder holds no run, or its config.json cannot be read.
     """
