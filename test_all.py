@@ -2464,7 +2464,8 @@ GOLD_18 = Problem("How many?", "18")
 NUMBERS = {  # the number: texts that are it
     18: ["18", " 18 ", "$18", "18$", "$ 18", "18.", "18.00", "0018", "+18", "**18**", "*18*", "__18__", "18%",
          "**$18**", "\\boxed{18}", "$\\boxed{18}$", "\\boxed{\\boxed{18}}", "\\(18\\)", "$$18$$", "18\\%",
-         "€18", "18 dollars.", "18 apples per day", "**18.**", f"{NO_BREAK}18{NO_BREAK}", "36/2", "36 / 2"],
+         "€18", "18 dollars.", "18 apples per day", "**18.**", f"{NO_BREAK}18{NO_BREAK}", "36/2", "36 / 2",
+         "`18`", '"18"', "\\[18\\]", "\\[\\boxed{18}\\]", "$18 \\text{ apples}$", "₹18", "18 km/h"],
     -18: ["-18", MINUS + "18", "-$18", "$-18", "-36/2"],
     1.5: ["15e-1"],
     0.5: [".5"],
@@ -2481,7 +2482,8 @@ NO_NUMBER = [
     "1 1/2", "½", "１８", "٣", "18²", "1e999999", "0x12", "1_000", "inf", "nan", "eighteen",
     "18 apples per day here", "18km", "18 thousand", "18 or nineteen", "18 M", "18 grand", "about 18",
     "18:00", "[18]", "18\x00", "\ud80018",
-    "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18", "3 fourths"]
+    "\\frac{36}{2}", "\\boxed{18", "18\n19", "9" * 201, "–18", "3 fourths", "18 is wrong", "18 doubled",
+    "18 tens", "18 ninths", "18 maybe", "1\\text{8}", "18 / x"]
 
 
 def test_what_is_one_number_and_what_is_none():
@@ -2509,7 +2511,13 @@ TAGGED = [  # (completion, reason, lenient)
     ("</answer>18<answer>", "unclosed", True),
     ("<answer>18</answer><answer>18</answer>", "several", True),
     ("<answer><answer>18</answer></answer>", "several", True),
-    ("<answer>" + " " * 200 + "18</answer>", "too_long", True),
+    ("<answer>" + " " * 200 + "18</answer>", "right", True),
+    ("<answer>" + "0" * 200 + "18</answer>", "too_long", False),
+    ("<answer>-$18</answer>", "wrong", False),
+    ("It is -$18.", "no_answer", False),
+    ("#### Step 1: 3 * 6\n#### Step 2\nIt is 18", "no_answer", True),
+    ("#### 18\n\nQuestion: What is 4 + 4?", "no_answer", True),
+    ("\\boxed{18\\text{ apples}}", "no_answer", True),
     ("\\boxed{3} \\boxed{18} 4", "no_answer", True),
     ("\\boxed{18", "no_answer", False),
     ("3 + 15 = 18.\nThat is it.", "no_answer", True),
@@ -2519,6 +2527,7 @@ PLAIN = [  # (completion, truncated, reason)
     (" 18\n", False, "right"),
     ("18\nQuestion: 2 + 2 =", True, "right"),
     ("18</s>", False, "right"),
+    ("18 <|im_end|> ", False, "right"),
     ("$18.", False, "right"),
     ("18", True, "truncated"),
     ("", False, "no_answer"),
@@ -2626,8 +2635,14 @@ def test_gold_is_right_and_hostile_answers_are_not(problems_of_every_dataset, tm
 
 REWARDED = [  # (dataset, gold, another way to write it)
     ("knights_knaves", "Ann is a pioneer, and Bo is a laggard.", "Ann is a pioneer, and Bo is a laggard"),
+    ("knights_knaves", "Ann is an egoist, and Bo is an altruist.", "Ann is a egoist and Bo is a altruist"),
+    ("fraction_simplification", "$244/607$", "244/607"),
+    ("fraction_simplification", "$\\dfrac{242}{311}$", "242/311"),
+    ("fraction_simplification", "138/583", "$\\frac{138}{583}$"),
     ("chain_sum", "1156", "+1,156.00"),
     ("family_relationships", "aunt", "Aunt"),
+    ("family_relationships", "aunt", "**Aunt.**"),
+    ("family_relationships", "aunt", "\\text{aunt}"),
     ("number_sorting", "['1', '3.0']", "[1, 3]"),
     ("complex_arithmetic", "-1.0 + 2.0i", MINUS + "1+2i"),
     ("gsm_symbolic", "18", "$18"),
@@ -2648,6 +2663,9 @@ NOT_REWARDED = [  # the same, but an answer that the dataset's own scorer would 
     ("complex_arithmetic", "1.0", "nan"),
     ("basic_arithmetic", "2", "8 / 4"),
     ("base_conversion", "100", "1e2"),
+    ("base_conversion", "12", "12 ab"),
+    ("game_of_life", "[.]", "[]"),
+    ("string_manipulation", "ab", "ab.."),
     ("fraction_simplification", "1/2", "2/4"),
     ("quantum_lock", "A → B", "A quick cab"),
     ("knights_knaves", "Zoey is a hero, and Al is a knave.", "Zoey is a dog, Zoey is a hero, Al is a knave"),
