@@ -236,8 +236,8 @@ def swap_test(policy, router, dataset, args):
         strict   the fraction of all answers that are still right for their own question i
         n        the number of questions for which `expected` differs from the gold answer of i; only these
                  can show whom the policy follows
-        follows  the fraction of these n that are answered with `expected`, letter by letter or with the same
-                 number
+        follows  the fraction of these n that are answered with `expected`, or with what the verifier takes for
+                 the same answer
 
     If the expert says nothing to j, the question does not count in n. If the router has no attention, or the
     experts were not asked for texts, `expected` is the gold answer of j. A question that is alone in its
@@ -260,8 +260,8 @@ def swap_test(policy, router, dataset, args):
         # Count only where that differs from the right answer. "1,000" and "1000" do not differ.
         if expected and grade(expected, dataset.problems[i], words_may_follow=True) != "right":
             given, _ = extract(texts[row], args.answer_format, truncated=False)
-            as_gold = replace(dataset.problems[j], answer=expected)
-            follows.append(given.strip() == expected.strip() or grade(given, as_gold, True) == "right")
+            other_problem = replace(dataset.problems[j], answer=expected)
+            follows.append(given.strip() == expected.strip() or grade(given, other_problem, True) == "right")
 
     return dict(strict=accuracy(verdicts), follows=sum(follows) / max(1, len(follows)), n=len(follows))
 
@@ -627,7 +627,9 @@ def run(argv=None):
         stage = "GRPO"
         step = newest_step(options.run)
     report = test_report(policy, router, dataset, args, experts, stage, step)
-    if can_swap(dataset) and args.control not in DRAWN_FOR_ALL:  # there the states say nothing to begin with
+
+    # With --control shuffled or noise the states say nothing about their question, so there is nothing to swap.
+    if can_swap(dataset) and args.control not in DRAWN_FOR_ALL:
         report["swap"] = swap_test(policy, router, dataset, args)
 
     # Show it.

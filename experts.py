@@ -74,8 +74,8 @@ class Expert:
                  "mean"      the mean of all tokens that are read
                  "answer:6"  the expert first writes its answer, then reads prompt and answer together, so
                              that its states are those it had while it answered: 6 states, of which state k is
-                             the one from which it chose token k of the answer. An expert that cannot write
-                             gives those of "last:6"
+                             the one from which it chose token k of the answer. After a shorter answer the
+                             last one is repeated. An expert that cannot write gives those of "last:6"
     layers       the layers whose states are used: 0 is the embedding, k is block k, -1 is the last layer with
                  the final norm
     max_new      the most tokens of an answer that it may write
@@ -182,7 +182,10 @@ class Expert:
         return room
 
     def room_for_a_run(self, writes):
-        """The same for all that a run makes of a prompt. writes: whether the run needs the expert's text."""
+        """How many tokens of the window must be free behind a prompt in a run.
+
+        writes: whether the run needs the expert's text.
+        """
         if self.think:
             return self.room(THOUGHTS)
         if writes or self.reads_own_answer:
@@ -205,7 +208,7 @@ class Expert:
                 write_less = ""
                 if room or self.think:
                     write_less = ", a lower --write or --think"
-                raise ValueError(f"a text has {len(row)} tokens for {self.name}, which has room for 1 to "
+                raise ValueError(f"an input has {len(row)} tokens for {self.name}, which has room for 1 to "
                                  f"{self.window - room}: use shorter problems (an easier --level)"
                                  f"{write_less}, or another expert")
 
@@ -554,7 +557,7 @@ def compute_rows(expert, kind, keys, ids, before_answer, folder, progress=True):
     """{key: row} for n lists of token ids, one for each key. Only here are an expert's weights in memory.
 
     before_answer: how many of the tokens come before the expert's answer, see `states_of`.
-    Rows are stored every 20 seconds, at the end, and when something interrupts the work.
+    Rows are stored every SECONDS_BETWEEN_SAVES seconds, at the end, and when something interrupts the work.
     """
     with progress_bar(len(ids), f"{expert.name}: loading weights", "text", show=progress) as bar:
         # Load the model, and choose what it does.
@@ -647,10 +650,10 @@ def stored_rows(folder):
         try:
             shard = read_tensors(path)
         except OSError as error:  # it cannot be read now, for example from a network disk: keep it
-            warnings.warn(f"{path} cannot be read ({error}); its texts are read again", stacklevel=2)
+            warnings.warn(f"{path} cannot be read ({error}); its rows are computed again", stacklevel=2)
             continue
         except ValueError as error:  # its content does not match its checksum
-            warnings.warn(f"{error}; its texts are read again", stacklevel=2)
+            warnings.warn(f"{error}; its rows are computed again", stacklevel=2)
             path.unlink(missing_ok=True)
             continue
         for key, row in zip(shard["keys"].numpy(), shard["rows"]):
@@ -672,15 +675,15 @@ def write_shard(folder, rows):
 
 # -- Tokens
 
-def prompt_ids(tokenizer, texts, prompt_format, stop_ids):
+def prompt_ids(tokenizer, prompts, prompt_format, stop_ids):
     """Token ids of each prompt, a list of lists.
 
-    In the chat format the text has its special tokens already. In the plain format the tokenizer adds its
+    In the chat format the prompt has its special tokens already. In the plain format the tokenizer adds its
     own. Some tokenizers append an end-of-text token, after which a model has nothing more to say: trailing
     tokens in `stop_ids` are removed. An encoder has no stop_ids, so it keeps its [SEP].
     """
     plain = prompt_format == "plain"
-    ids = tokenizer(list(texts), add_special_tokens=plain)["input_ids"]
+    ids = tokenizer(list(prompts), add_special_tokens=plain)["input_ids"]
     if plain:
         for row in ids:
             while row and row[-1] in stop_ids:
