@@ -236,8 +236,8 @@ def swap_test(policy, router, dataset, args):
         strict   the fraction of all answers that are still right for their own question i
         n        the number of questions for which `expected` differs from the gold answer of i; only these
                  can show whom the policy follows
-        follows  the fraction of these n that are answered with `expected`, or with what the verifier takes for
-                 the same answer
+        follows  the fraction of these n that are answered with `expected`, or with what the verifier takes
+                 for the same answer
 
     If the expert says nothing to j, the question does not count in n. If the router has no attention, or the
     experts were not asked for texts, `expected` is the gold answer of j. A question that is alone in its
@@ -628,7 +628,7 @@ def run(argv=None):
         step = newest_step(options.run)
     report = test_report(policy, router, dataset, args, experts, stage, step)
 
-    # With --control shuffled or noise the states say nothing about their question, so there is nothing to swap.
+    # With --control shuffled or noise the states say nothing about their question: there is nothing to swap.
     if can_swap(dataset) and args.control not in DRAWN_FOR_ALL:
         report["swap"] = swap_test(policy, router, dataset, args)
 

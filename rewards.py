@@ -305,15 +305,15 @@ SIGNS = []
 for sign in ("\\$", "$", "€", "£", "¥", "₹", "\\%", "%"):
     SIGNS += [(sign, ""), ("", sign)]
 
-# Up to three words may follow a number ("18 apples per day"), but none of those that often change it
-# ("18 thousand", "18 or nineteen").
+# Up to three words may follow a number ("18 apples per day"), but none of those that often change it or take
+# it back ("18 thousand", "18 or nineteen", "18 is wrong").
 NOT_UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundreds? thousands? "
     "millions? billions? trillions? quadrillions? tens dozens? half halves thirds? quarter fourths? fifths? "
-    "sixths? sevenths? eighths? ninths? tenths? hundredths? thousandths? k mn mil bn grand gross score lakhs? "
-    "crores? and or to not is are was maybe wrong incorrect plus minus times doubled? twice tripled? divided "
-    "over point squared cubed factorial sqrt e x pi")
+    "sixths? sevenths? eighths? ninths? tenths? hundredths? thousandths? k mn mil bn grand gross score "
+    "lakhs? crores? and or to not is are was maybe wrong incorrect plus minus times doubled? twice tripled? "
+    "divided over point squared cubed factorial sqrt e x pi")
 MAGNITUDES = "MBT"  # "18 M" may be millions; "18 m" are metres
 UNITS = re.compile(
     rf"(\s+(?!(?i:{'|'.join(NOT_UNITS.split())})\b|[{MAGNITUDES}]\b)"  # none of these words,

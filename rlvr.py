@@ -34,7 +34,7 @@ How this differs from the textbook:
 
    Here the GRPO loss does not move trust: where one expert is visible, all scores get the same trust, which
    cancels in the softmax. (In a run with stage 0, encoders, which give states but write no text, stay visible
-   beside every expert, see `visible_alone`; with them, trust moves a little.) The choice loss has a gradient
+   beside every expert, see `Dataset`; with them, trust moves a little.) The choice loss has a gradient
    for all that the attention depends on, also for queries and keys, but their learning rate is far lower
    than that of trust.
 4. Stage 0 comes first (ours). Sparse rewards do not teach a policy to read vectors that it has never seen. So
@@ -44,12 +44,12 @@ How this differs from the textbook:
    with weight 0.04.
 
 Why compare? After stage 0 the policy can read each expert, but only one at a time. If GRPO then shows it all
-experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read, and
-whether it finds out whom to believe is luck. (On the tiny mix it does, as the README's table shows. There
-stage 0 is very good, but why that is enough was not studied.) When each half sees one expert alone, its
-context is one that the policy can read, and the two mean rewards say at once which of the two experts knows
-more. Later the attention is sharp: then the context of all experts is almost that of one expert, and can be
-read.
+experts mixed by an attention that is still even, it has to learn from a mixture that it can hardly read.
+Often it finds out whom to believe all the same, as on the tiny mix. But real models do so later, and all
+less surely where one expert is a copy of another one that answers other problems (README.md). When each half
+sees one expert alone, its context is one that the policy can read, and the two mean rewards say at once which
+of the two experts knows more. Later the attention is sharp: then the context of all experts is almost that of
+one expert, and can be read.
 
 What is easy to get wrong:
 - The stop token is part of the completion and is trained on. Otherwise the policy never learns to stop.
@@ -93,7 +93,7 @@ from rewards import data_fingerprint, expand_home, get_problems, render_prompt, 
 from router import ROUTERS, by_expert, compares, reads_states, shows_texts
 
 GRAD_CLIP = 1.0        # the largest norm of a gradient
-READING_BATCH = 16     # draws of a problem and an expert in a step of reading, of all ranks together
+READING_BATCH = 16     # pairs of a problem and an expert in a step of reading, all ranks together
 WORDS_BATCH = 128      # the same in a step of words, which needs no forward pass of the policy
 ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at LoRA's rate divided by this
 
@@ -104,7 +104,7 @@ ROUTER_SLOWER = 10     # while the policy learns to read, the router learns at L
 class Rollout:
     """G answers to each of B problems, T tokens at most."""
     problems: list             # B
-    tokens: torch.Tensor       # (B, G, T)
+    tokens: torch.Tensor       # (B, G, T) of the answers
     mask: torch.Tensor         # (B, G, T) True up to and including the stop token
     texts: list                # [B][G]
     verdicts: list             # [B][G]
@@ -150,11 +150,12 @@ def rollout(policy, router, batch, args, group, temperature, generator=None):
 
 
 def sample(policy, batch, context, group, max_new, temperature, generator):
-    """Answers of the policy after context (B, L, d) or None and prompt: tokens and mask (B, G, T).
+    """Sample `group` answers to each problem. Returns their tokens and mask, both (B, G, T).
 
-    The policy reads context and prompt of a problem once, and samples the whole group from this one reading.
-    A CPU takes long prompts apart from short ones, to save the time of padding. A GPU takes all prompts at
-    once, as its time hardly depends on how many there are.
+    context: (B, L, d), or None. The policy reads context and prompt of a problem once, and samples the whole
+    group from this one reading. On a CPU, long and short prompts are sampled in separate parts, so that
+    little time is lost on padding. A GPU takes all prompts at once, as its time hardly depends on how many
+    there are.
     """
     B = len(batch)
     parts = [list(range(B))]
@@ -268,7 +269,7 @@ def candidates(dataset, args):
 
     With stage 0 these are the experts that write, as it taught the policy to read them; without it, all of
     them. The router must have an attention that comparing can train. With --router attention and nothing to
-    compare, trust is not trained (train.py): rewards then say nothing about whom to believe.
+    compare, trust is not trained (train.py), as the noise of the rewards would move it up and down.
     """
     if not compares(args.router):
         return []
@@ -278,21 +279,21 @@ def candidates(dataset, args):
     return experts if len(experts) >= 2 else []
 
 
-def draw_pair(shares, experts, u):
+def draw_pair(shares, indices, u):
     """Draw two different experts for each problem.
 
-    shares (B, E): how much each problem attends to each expert. experts: the candidates, n indices.
+    shares (B, E): how much each problem attends to each expert. indices: those of the n candidates.
     u (B, 2): random numbers in [0, 1). Returns (B, 2), indices of experts.
 
     The first is drawn with the probabilities of the attention (80%) mixed with equal ones (20%), so that
     every expert is tried sometimes. The second is any of the others, with equal probability. With two
     candidates both are always drawn; their order does not matter.
     """
-    experts = torch.tensor(experts, device=shares.device)
-    n = len(experts)
+    indices = torch.tensor(indices, device=shares.device)
+    n = len(indices)
 
     # First: the attention among the candidates, scaled to sum to 1 and mixed with an even draw.
-    p = shares[:, experts]
+    p = shares[:, indices]
     p = p / p.sum(1, keepdim=True).clamp(min=1e-9)
     p = (1 - EXPLORE) * p + EXPLORE / n
 
@@ -304,7 +305,7 @@ def draw_pair(shares, experts, u):
     # Second: one of the n - 1 others, 1 to n - 1 places further on; after the last comes the first.
     distance = 1 + (u[:, 1] * (n - 1)).long()
     second = (first + distance) % n
-    return torch.stack((experts[first], experts[second]), dim=1)
+    return torch.stack((indices[first], indices[second]), dim=1)
 
 
 def pair_probabilities(attention, expert_of_state, pair):
@@ -327,13 +328,13 @@ def choice_loss(p, half_rewards):
         loss  =  sum over problems of   - (R_w - R_l) * log p_w
 
     This is logistic regression on "which expert was better" (the Bradley-Terry model), where each problem has
-    the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a
-    step down its gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
+    the weight R_w - R_l. With p = (0.5, 0.5) and R = (1, 0) the loss is log 2 = 0.69, and a step down its
+    gradient gives expert 0 a larger p. With R = (1, 1) or (0, 0) there is nothing to learn.
 
-    Why not the expected reward, - sum of p R? As a function of trust, p_w is roughly a sigmoid of the
-    difference between the two experts, whose derivative is p_w (1 - p_w). This derivative is nearly 0 when
-    p_w is nearly 0: if trust has once gone far in a wrong direction, it hardly comes back. The derivative of
-    log p_w is 1 - p_w, which is then nearly 1.
+    Why not the expected reward, - sum of p R? p_w is roughly sigmoid(trust of w - trust of l), and its
+    derivative with respect to this difference is p_w (1 - p_w). That is nearly 0 when p_w is nearly 0: if
+    trust has once gone far in a wrong direction, it hardly comes back. The derivative of log p_w is 1 - p_w,
+    which is then nearly 1. (Below p_w = 1e-30, a difference of 69, nothing comes back.)
     """
     lead = half_rewards - half_rewards.flip(1)  # (B, 2): R_0 - R_1 and R_1 - R_0
     weight = lead.clamp(min=0)  # R_w - R_l for the better expert, 0 for the other one
@@ -346,15 +347,15 @@ def choice_loss(p, half_rewards):
 def learn_words(policy, router, dataset, args):
     """Words, the router alone: context token i learns to be the policy's embedding of target token i.
 
-    The target is the last token of the prompt, followed by what the one visible expert would say, cut to L
-    tokens together. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7 <stop>". Context tokens
-    after the stop token have no target: reading and GRPO decide what they become.
+    The target is the last token of the prompt, followed by what the one visible expert would say; only the
+    first L of these tokens count. For the prompt "3 + 4 =" and an expert that says 7, it is "= 7 <stop>".
+    Context tokens after the stop token have no target: reading and GRPO decide what they become.
 
     Why begin with "="? A language model tends to repeat: when a token appears again, it writes what followed
     this token the first time (induction heads, 2209.11895). The policy meets "=" in the context, followed by
     7, and at the end of the prompt a second time, where it tends to continue with 7.
 
-    Yields the loss per token of each step.
+    A generator: each turn of the caller's loop is one training step, and yields its loss per token.
     """
     optimizer = make_optimizer(policy, router, lr=0.0, router_lr=args.words_lr)  # LoRA stays as it is
     vocabulary = words_vocabulary(dataset)
@@ -371,13 +372,13 @@ def words_step(policy, router, dataset, vocabulary, args, step):
     """One step of `learn_words` on this rank's problems: (loss summed over tokens, number of tokens)."""
     # Draw problems, and for each of them one expert that is visible.
     seed = args.seed * 1_000_003 + step
-    indices, experts = draw_stage0(dataset.words_by_text, dataset.writers, WORDS_BATCH, seed)
-    visible = dataset.visible_alone[experts].to(dataset.device)
+    indices, shown = draw_stage0(dataset.words_by_text, dataset.writers, WORDS_BATCH, seed)
+    visible = dataset.visible_alone[shown].to(dataset.device)
     context, _ = router(dataset.states(indices), visible)
 
     # The target: the last token of the prompt, then the expert's text.
     targets = []
-    for i, e in zip(indices, experts):
+    for i, e in zip(indices, shown):
         targets.append([dataset.ids[i][-1], *dataset.targets[e][i]])
     return words_loss(policy, context, targets, vocabulary)
 
@@ -386,7 +387,7 @@ def learn_to_read(policy, router, dataset, args):
     """Reading: context and prompt in, the expert's text out. It trains LoRA and, at a lower rate, the router.
 
     With a router that has no context the same texts are learned from the prompt alone: a control.
-    Yields the loss per token of each step.
+    A generator, like `learn_words`: each turn is one training step, and yields its loss per token.
     """
     optimizer = make_optimizer(policy, router, lr=args.reading_lr, router_lr=args.reading_lr / ROUTER_SLOWER)
     for step in range(args.reading_steps):
@@ -404,8 +405,8 @@ def reading_gradients(policy, router, dataset, args, step):
     """
     # Draw problems, and for each of them one expert that is visible. What would this expert say?
     seed = args.seed * 1_000_003 + args.words_steps + step
-    indices, experts = draw_stage0(dataset.reading_by_text, dataset.writers, READING_BATCH, seed)
-    targets = [dataset.targets[e][i] for i, e in zip(indices, experts)]
+    indices, shown = draw_stage0(dataset.reading_by_text, dataset.writers, READING_BATCH, seed)
+    targets = [dataset.targets[e][i] for i, e in zip(indices, shown)]
     n_tokens = all_reduce_sum(sum(len(ids) for ids in targets))
 
     # How likely are these texts? A gradient pass has at most --micro_batch prompts: that bounds memory.
@@ -413,7 +414,7 @@ def reading_gradients(policy, router, dataset, args, step):
     total = 0.0
     for rows in micro_batches(lengths, args.micro_batch):
         batch = dataset.batch([indices[row] for row in rows])
-        batch.visible = dataset.visible_alone[[experts[row] for row in rows]].to(dataset.device)
+        batch.visible = dataset.visible_alone[[shown[row] for row in rows]].to(dataset.device)
         context, _ = router(batch.H, batch.visible)
         loss = reading_loss(policy, batch, context, [targets[row] for row in rows]) / n_tokens
         loss.backward()
@@ -442,10 +443,9 @@ def stage0_parts(problems):
     that are new to the router. GRPO takes the problems in order from the first one on; a long run also
     reaches the others.
 
-    A dataset that must supply more problems than it has different questions repeats them. A question of the
-    part for reading may then come again in the part for words, and is not new to the router. So the questions
-    of such a dataset are divided without regard to their places: a third of them for reading, the others for
-    words. (A single question serves for both.)
+    A small dataset repeats its questions when more problems are wanted than it has. Then the same question
+    could stand in both parts. So its different questions are divided instead: the first third for reading,
+    the others for words. (A single question serves for both.)
     """
     # Where does each question come first?
     first_places = {}
@@ -529,7 +529,7 @@ def words_loss(policy, context, targets, vocabulary):
     Returns the sum over all target tokens, and their number.
 
     Two terms for a context token c and its target's embedding e: the cross-entropy of the inner products
-    c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that c points most to the right one; and
+    c . e' / sqrt(d) with the embeddings e' of the vocabulary, so that the right one has the largest; and
     0.1 times the mean square of c - e, which also brings c to the right norm. For example, with two tokens in
     the vocabulary and inner products of 2 (right) and 0 (wrong) the cross-entropy is log(1 + exp(-2)) = 0.13.
     """
@@ -752,7 +752,7 @@ class Dataset:
         columns = expert_prompts(problems, experts)
         self.texts = []
         if needs_texts(args):
-            parts = all_gather(write_texts(experts, columns, shows_progress))
+            parts = all_gather(write_texts(experts, columns, shows_progress))  # [ranks][experts][problems]
             self.texts = [[text for part in parts for text in part[e]] for e in range(len(experts))]
         self.H = torch.zeros(len(problems), 0, 0)
         if reads_states(args.router):
@@ -784,7 +784,10 @@ class Dataset:
         if shows_texts(args.router):
             asked = []
             for i, problem in enumerate(problems):
-                answers = "".join(f"{experts[e].name}: {self.texts[e][i]}\n" for e in self.writers)
+                answers = ""
+                for e, expert in enumerate(experts):
+                    if expert.writes:
+                        answers += f"{expert.name}: {self.texts[e][i]}\n"
                 asked.append(replace(problem, question=answers + problem.question))
         self.prompts, self.ids = policy_prompts(asked, policy, args.answer_format)
 
@@ -885,7 +888,8 @@ CONTROLS = {  # by --control
     "untrained": no_control,  # experts with random weights, see build
 }
 
-# These depend on how many problems there are. So a run with them cannot be continued for more steps.
+# The states that these two make depend on how many problems there are. So a run with one of them cannot be
+# continued for more steps.
 DRAWN_FOR_ALL = ("shuffled", "noise")
 
 

@@ -12,16 +12,16 @@ output. Here, as in n-Musketeers (2602.09173), there is one layer of cross-atten
        together; an expert gives one or several   d    width of the policy, and so of a context token
     D  width of the widest expert
 
-    states    H (B, N, D)      padded with zeros to the widest expert
-    scale     x (B, N, D)      (H - mean) / std, for every dimension of every state
-    project   S (B, N, dim)    einsum("bnd,ndk->bnk", x, W): every state has its own matrix W[n] (D, dim)
-    attend    A (B, h, L, N)   softmax(8 Q K' h / dim + trust): Q from the L latents, K and V from S
-    write     C (B, L, d)      out(mlp(latents + A V)): the context tokens, of the policy's width d
+    states       H (B, N, D)      padded with zeros to the widest expert
+    standardize  x (B, N, D)      (H - mean) / std, for every dimension of every state
+    project      S (B, N, dim)    einsum("bnd,ndk->bnk", x, W): state n has its own matrix W[n] (D, dim)
+    attend       A (B, h, L, N)   softmax(8 Q K' h / dim + trust): Q from the L latents, K and V from S
+    write        C (B, L, d)      out(mlp(latents + A V)): the context tokens, of the policy's width d
 
 The latents are added in the last line, so the L context tokens differ from each other even where all latents
 read the same single state, as they do when one expert with one state is visible. (Left out here: the clamp
-after scaling, norms, the embedding of each state, the output projection of the attention, and the residual
-sum around the mlp. The factor 8 h / dim is the usual 1 / sqrt(dim / h) where a head has 64 numbers, as
+after standardizing, norms, the embedding of each state, the output projection of the attention, and the
+residual sum around the mlp. The factor 8 h / dim is the usual 1 / sqrt(dim / h) where a head has 64 numbers, as
 sqrt(64) = 8, and twice as much where it has 16.)
 
 A is the part to watch. It is a softmax over the states: A[b, :, :, n] says how much problem b attends to
@@ -73,7 +73,7 @@ class StateReader(nn.Module):
 
     @torch.no_grad()
     def fit_standardization(self, H):
-        """Measure mean and std of every dimension on the states H (n, N, D) of training prompts.
+        """Measure mean and std of every dimension on the states H (n, N, D) of training problems.
 
         The states of a language model share one large mean and a few huge dimensions that are the same for
         every prompt. What differs between prompts is small beside them, so it is brought to unit size here.
@@ -104,10 +104,10 @@ class Router(StateReader):
     d_policy     d, the width of the policy's embeddings
     latents      L, the number of context tokens (8 in the paper)
     dim          the width of the attention (512 in the paper, with 8 heads)
-    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings. (Near
-                 zero in the paper. rlvr.build gives 0.02 if the policy adds its mean embedding to them, and
-                 0.5 if not.) A small prefix does little harm. With size 0 the layers before `out`
-                 would get no gradient
+    init_scale   the size of fresh context tokens, in standard deviations of the policy's embeddings; near
+                 zero in the paper. A small prefix does little harm. With size 0 the layers before `out` would
+                 get no gradient. (rlvr.build chooses 0.02 where `Policy.prepend` in model.py adds the
+                 context tokens to the mean embedding, and 0.5 where it adds them to zero, as in the paper.)
     Raises ValueError when dim is not a multiple of 16.
     """
 
@@ -123,7 +123,7 @@ class Router(StateReader):
         # Divide scores by the width of a head and not by its square root: once queries and keys have learned
         # to agree, their products grow with the width (muP, 2203.03466, section 4). 8 is sqrt(64).
         self.heads = min(8, dim // 16)
-        self.scale = 8 * self.heads / dim
+        self.score_scale = 8 * self.heads / dim
         N, D = self.mean.shape
 
         # Project: one matrix and one embedding for each state. The embedding says which state it is.
@@ -171,7 +171,7 @@ class Router(StateReader):
         q = self.split_heads(self.to_q(self.norm_latents(self.latents)))  # (h, L, dim / h)
         k, v = self.to_kv(S).chunk(2, dim=-1)
         k, v = self.split_heads(k), self.split_heads(v)  # (B, h, N, dim / h)
-        scores = q @ k.transpose(-1, -2) * self.scale  # (B, h, L, N)
+        scores = q @ k.transpose(-1, -2) * self.score_scale  # (B, h, L, N)
         scores = scores + self.trust_in_states(x)[:, None, None]
         if visible is not None:
             scores = scores.masked_fill(~visible[..., None, None, :], -torch.inf)
@@ -218,8 +218,8 @@ class Router(StateReader):
 class MixedRouter(Router):
     """The same attention, but GRPO never compares experts: it shows all of them at once, as in the paper.
 
-    The reward then belongs to their mixture, and its loss alone trains the attention, and trust, too, if
-    --trust_lr is above 0 (rlvr.py: Why compare?).
+    The reward then belongs to their mixture. The GRPO loss alone trains the attention; it trains trust, too,
+    if --trust_lr is above 0 (rlvr.py: Why compare?).
     """
 
     compares = False
